@@ -1,0 +1,138 @@
+"""Packing: cut documents into pieces of at most `length` tokens and lay the pieces into sequences of at most `length` tokens.
+
+Three ways, by name. Each places every token of every document exactly once.
+
+stream      Documents end to end in order, cut every `length` tokens. All sequences but the last are full; a document that meets the end
+            of a sequence goes on in the next one, without what it had before.
+best_fit    A piece is cut only from a document longer than `length`; pieces, longest first, go into the fullest sequence that has room
+            (best-fit decreasing bin packing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Sequences may be shorter.
+separate    One piece per sequence.
+
+The packed dataset tells documents apart by `position_ids`, which start again at 0 with each piece: the convention Transformers reads too.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Sequence as SequenceFeature
+
+IGNORED = -100  # label of a token that no loss is taken of; PyTorch's and Transformers' convention
+FEATURES = Features({name: SequenceFeature(Value("int32")) for name in ("input_ids", "position_ids", "labels")})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start` to `stop` of one document."""
+
+    document: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def pack_stream(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
+    """Documents end to end, cut every `length` tokens."""
+    sequences: list[list[Piece]] = []
+    room = 0
+    for document, total in enumerate(num_tokens):
+        start = 0
+        while start < total:
+            if room == 0:
+                sequences.append([])
+                room = length
+            stop = min(total, start + room)
+            sequences[-1].append(Piece(document, start, stop))
+            room -= stop - start
+            start = stop
+    return sequences
+
+
+def pack_separate(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
+    """One piece per sequence."""
+    return [
+        [Piece(document, start, min(total, start + length))]
+        for document, total in enumerate(num_tokens)
+        for start in range(0, total, length)
+    ]
+
+
+def pack_best_fit(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
+    """Longest piece first, each into the fullest sequence that has room for it."""
+    pieces = [piece for (piece,) in pack_separate(num_tokens, length)]
+    sequences: list[list[Piece]] = []
+    rooms: list[int] = []  # the distinct amounts of room there are, sorted
+    with_room: dict[int, list[int]] = {}  # room -> the sequences that have it
+    for piece in sorted(pieces, key=len, reverse=True):  # stable: equal lengths stay in order
+        i = bisect.bisect_left(rooms, len(piece))
+        if i == len(rooms):
+            sequence, room = len(sequences), length
+            sequences.append([])
+        else:
+            room = rooms[i]
+            sequence = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[i]
+        sequences[sequence].append(piece)
+        room -= len(piece)
+        if room:
+            if room not in with_room:
+                bisect.insort(rooms, room)
+            with_room.setdefault(room, []).append(sequence)
+    return sequences
+
+
+PACKINGS: dict[str, Callable[[Sequence[int], int], list[list[Piece]]]] = {
+    "stream": pack_stream,
+    "best_fit": pack_best_fit,
+    "separate": pack_separate,
+}
+
+
+def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask_boundaries: bool = True) -> Dataset:
+    """Pack tokenised documents into sequences with the columns `input_ids`, `position_ids` and `labels`.
+
+    Args:
+        tokens (`Dataset`): what `tokenize_documents` returns.
+        length (`int`): the most tokens in a sequence.
+        packing (`str`): `stream`, `best_fit` or `separate`.
+        mask_boundaries (`bool`): give the first token of each piece the label -100: it would be predicted from the last token of
+            another document. (The labels are not shifted; the model or the collator does that.)
+    """
+    if packing not in PACKINGS:
+        raise ValueError(f"packing={packing!r} is unknown. Choose one of {', '.join(PACKINGS)}.")
+    if length < 2:
+        raise ValueError(f"length={length} leaves no token to predict. Use at least 2.")
+    if not any(num_tokens(tokens)):
+        raise ValueError(f"the {len(tokens)} documents hold no tokens. Check the data source and its text column.")
+    return Dataset.from_generator(
+        _packed_rows,
+        features=FEATURES,
+        gen_kwargs={"tokens": tokens, "length": length, "packing": packing, "mask_boundaries": mask_boundaries},
+    )
+
+
+def num_tokens(tokens: Dataset) -> list[int]:
+    """The length of each document, read from the offsets of the Arrow table and not from its tokens."""
+    table = tokens.with_format("arrow")
+    lengths = [np.asarray(batch["input_ids"].combine_chunks().value_lengths()) for batch in table.iter(batch_size=1024)]
+    return np.concatenate(lengths).tolist() if lengths else []
+
+
+def _packed_rows(tokens: Dataset, length: int, packing: str, mask_boundaries: bool) -> Iterator[dict[str, np.ndarray]]:
+    documents = tokens.with_format("numpy")
+    last, row = -1, np.empty(0, np.int32)
+    for pieces in PACKINGS[packing](num_tokens(tokens), length):
+        parts = []
+        for piece in pieces:
+            if piece.document != last:  # a book is cut into many pieces: read it once
+                last, row = piece.document, np.asarray(documents[piece.document]["input_ids"], dtype=np.int32)
+            parts.append(row[piece.start : piece.stop])
+        input_ids = np.concatenate(parts)
+        position_ids = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
+        labels = np.where(position_ids == 0, np.int32(IGNORED), input_ids) if mask_boundaries else input_ids
+        yield {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
