@@ -1,18 +1,19 @@
-"""Documents -> tokens -> packed sequences, each step a `datasets.Dataset` on disk that is computed once and found again.
+"""Documents -> tokens -> packed sequences, each step a `datasets.Dataset` on disk that is computed once and found
+again.
 
     documents = load_documents("books/*.txt")                       # or a folder, a hub dataset, "builtin"
     train, heldout = split_documents(documents, heldout_fraction=0.05)
     tokens = tokenize_documents(train, tokenizer)
     sequences = pack_documents(tokens, length=32768)                # input_ids, position_ids, labels
 
-Nothing here knows how a sequence is shared between processes: that is the collator's business, and it finds the documents inside a
-sequence by the positions that start again at 0.
+Nothing here knows how a sequence is shared between processes: that is the collator's business, and it finds the
+documents inside a sequence by the positions that start again at 0.
 """
 
-from ring_hf.data.byte_level import build_byte_tokenizer
-from ring_hf.data.packing import PACKINGS, Piece, pack_best_fit, pack_documents, pack_separate, pack_stream
-from ring_hf.data.sources import load_documents, split_documents
-from ring_hf.data.tokens import tokenize_documents
+from .byte_level import build_byte_tokenizer
+from .packing import PACKINGS, Piece, pack_best_fit, pack_documents, pack_separate, pack_stream
+from .sources import load_documents, split_documents
+from .tokens import tokenize_documents
 
 __all__ = [
     "PACKINGS",

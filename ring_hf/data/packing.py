@@ -1,14 +1,17 @@
-"""Packing: cut documents into pieces of at most `length` tokens and lay the pieces into sequences of at most `length` tokens.
+"""Packing: cut documents into pieces of at most `length` tokens and lay the pieces into sequences of at most `length`
+tokens.
 
 Three ways, by name. Each places every token of every document exactly once.
 
-stream      Documents end to end in order, cut every `length` tokens. All sequences but the last are full; a document that meets the end
-            of a sequence goes on in the next one, without what it had before.
-best_fit    A piece is cut only from a document longer than `length`; pieces, longest first, go into the fullest sequence that has room
-            (best-fit decreasing bin packing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Sequences may be shorter.
+stream      Documents end to end in order, cut every `length` tokens. All sequences but the last are full; a document
+            that meets the end of a sequence goes on in the next one, without what it had before.
+best_fit    A piece is cut only from a document longer than `length`; pieces, longest first, go into the fullest
+            sequence that has room (best-fit decreasing bin packing; Ding et al. 2024, "Fewer Truncations Improve
+            Language Modeling"). Sequences may be shorter.
 separate    One piece per sequence.
 
-The packed dataset tells documents apart by `position_ids`, which start again at 0 with each piece: the convention Transformers reads too.
+The packed dataset tells documents apart by `position_ids`, which start again at 0 with each piece: the convention
+Transformers reads too.
 """
 
 import bisect
@@ -100,8 +103,8 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
         tokens (`Dataset`): what `tokenize_documents` returns.
         length (`int`): the most tokens in a sequence.
         packing (`str`): `stream`, `best_fit` or `separate`.
-        mask_boundaries (`bool`): give the first token of each piece the label -100: it would be predicted from the last token of
-            another document. (The labels are not shifted; the model or the collator does that.)
+        mask_boundaries (`bool`): give the first token of each piece the label -100: it would be predicted from the
+            last token of another document. (The labels are not shifted; the model or the collator does that.)
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing={packing!r} is unknown. Choose one of {', '.join(PACKINGS)}.")
@@ -119,7 +122,9 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
 def num_tokens(tokens: Dataset) -> list[int]:
     """The length of each document, read from the offsets of the Arrow table and not from its tokens."""
     table = tokens.with_format("arrow")
-    lengths = [np.asarray(batch["input_ids"].combine_chunks().value_lengths()) for batch in table.iter(batch_size=1024)]
+    lengths = [
+        np.asarray(batch["input_ids"].combine_chunks().value_lengths()) for batch in table.iter(batch_size=1024)
+    ]
     return np.concatenate(lengths).tolist() if lengths else []
 
 
