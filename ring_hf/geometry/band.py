@@ -17,7 +17,7 @@ Bound = int | None
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` rectangles, the n-th shifted by `n * stride` in both directions; `kind` says which pairs see each other."""
+    """`count` rectangles, the n-th shifted by `n * stride` both ways; `kind` says which pairs see each other."""
 
     q: int
     num_q: int
@@ -52,7 +52,7 @@ def area(num_q: int, num_k: int, lo: Bound, hi: Bound) -> int:
 def trim(num_q: int, num_k: int, lo: Bound, hi: Bound) -> tuple[int, int, int, int, Bound, Bound] | None:
     """Drop rows and columns without a visible pair, and bounds that do not bind.
 
-    Returns `(first_q, num_q, first_k, num_k, lo, hi)` with the band relative to the new corner, or None if nothing is seen.
+    Returns `(first_q, num_q, first_k, num_k, lo, hi)`, the band relative to the new corner, or None if none is seen.
     """
     first_q = 0 if hi is None else max(0, -hi)
     last_q = num_q if lo is None else min(num_q, num_k - lo)
@@ -82,7 +82,9 @@ def split(num_q: int, num_k: int, lo: Bound, hi: Bound) -> list[Piece]:
     return _two_edges(q, num_q, k, num_k, lo, hi)
 
 
-def _one_edge(q: int, num_q: int, k: int, num_k: int, extra: int, kind: Literal["causal", "anticausal"]) -> list[Piece]:
+def _one_edge(
+    q: int, num_q: int, k: int, num_k: int, extra: int, kind: Literal["causal", "anticausal"]
+) -> list[Piece]:
     """A trimmed band with one edge: `extra` columns seen by every row, then a triangle that starts at the corner."""
     full_k, edge_k = (k, k + extra) if kind == "causal" else (k + num_k - extra, k)
     pieces = [Piece(q, num_q, edge_k, num_k - extra, kind)]

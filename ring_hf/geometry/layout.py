@@ -74,8 +74,9 @@ def check_length(layout: str, length: int, num_ranks: int) -> None:
     unit = multiple(layout, num_ranks)
     if length <= 0 or length % unit:
         raise ValueError(
-            f"A sequence of {length} tokens cannot be dealt to {num_ranks} ranks in the {layout} layout: the length must be a "
-            f"multiple of {unit}. Pad it to {max(unit, padded_length(layout, length, num_ranks))} (ContextParallelCollator does)."
+            f"A sequence of {length} tokens cannot be dealt to {num_ranks} ranks in the {layout} layout: the length "
+            f"must be a multiple of {unit}. Pad it to {max(unit, padded_length(layout, length, num_ranks))} "
+            "(ContextParallelCollator does)."
         )
 
 

@@ -1,7 +1,7 @@
 """Who computes what in which ring step: the only place where layouts meet masks.
 
-Two segments with the same step p, `q = a + p i` and `k = b + p j`, restricted by "same document, k <= q, q - k < window"
-always leave a band `lo <= j - i <= hi` with `hi = floor((a - b) / p)` and `lo = ceil((a - b - window + 1) / p)`;
+Two segments with the same step p, `q = a + p i` and `k = b + p j`, under "same document, k <= q, q - k < window" leave
+a band `lo <= j - i <= hi` with `hi = floor((a - b) / p)` and `lo = ceil((a - b - window + 1) / p)`;
 documents only cut segments into shorter ones. So every rank's work in every step is a short list of tiles, and
 neighbouring tiles that form one band over concatenated slices are fused: a zigzag rank's own block is one causal call.
 """
@@ -109,7 +109,12 @@ def _cut(shard: Iterable[Segment], bounds: Sequence[int]) -> Iterator[_Part]:
 
 
 def tiles(
-    q_shard: Iterable[Segment], k_shard: Iterable[Segment], bounds: Sequence[int], mask: Mask, row: int = 0, num_rows: int = 1
+    q_shard: Iterable[Segment],
+    k_shard: Iterable[Segment],
+    bounds: Sequence[int],
+    mask: Mask,
+    row: int = 0,
+    num_rows: int = 1,
 ) -> list[Tile]:
     """Fused tiles of one shard's queries against one shard's keys for rows with document boundaries `bounds`."""
     keys: dict[int, list[_Part]] = {}
@@ -125,9 +130,7 @@ def tiles(
             trimmed = band.trim(q.length, k.length, lo, hi)
             if trimmed is not None:
                 first_q, num_q, first_k, num_k, lo, hi = trimmed
-                in_document.append(
-                    Tile(row, num_rows, q.place + first_q, num_q, k.place + first_k, num_k, lo, hi)
-                )
+                in_document.append(Tile(row, num_rows, q.place + first_q, num_q, k.place + first_k, num_k, lo, hi))
         found += _fuse_all(in_document)
     return found
 
@@ -166,7 +169,9 @@ def _fuse(a: Tile, b: Tile) -> Tile | None:
         lo, hi = (None if x is None else x + q - k for x in bounds)
         return band.area(num_q, num_k, lo, hi)
 
-    if shown(q, num_q, k, num_k) != a.area + b.area or any(shown(t.q, t.num_q, t.k, t.num_k) != t.area for t in (a, b)):
+    if shown(q, num_q, k, num_k) != a.area + b.area or any(
+        shown(t.q, t.num_q, t.k, t.num_k) != t.area for t in (a, b)
+    ):
         return None
     lo, hi = (None if x is None else x + q - k for x in bounds)
     trimmed = band.trim(num_q, num_k, lo, hi)
@@ -189,7 +194,7 @@ def _row_groups(sequence: WholeSequence, mask: Mask, num_rows: int) -> Iterator[
 
 
 def _num_steps(sequence: WholeSequence, mask: Mask) -> int:
-    """1 + the farthest hop at which any rank still sees a key; from visible intervals, so an upper bound for stripes."""
+    """1 + the farthest hop at which any rank still sees a key (from visible intervals: a bound for stripes)."""
     farthest = 0
     num_ranks = sequence.num_ranks
     for _, _, bounds in _row_groups(sequence, mask, 1):
@@ -208,7 +213,9 @@ def _num_steps(sequence: WholeSequence, mask: Mask) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def make_plan(sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1, num_queries: int | None = None) -> Plan:
+def make_plan(
+    sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1, num_queries: int | None = None
+) -> Plan:
     """The plan of one rank, cached.
 
     Args:
@@ -219,7 +226,9 @@ def make_plan(sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1,
         ValueError: if the batch has another number of rows than the sequence describes.
     """
     if sequence.num_rows not in (None, num_rows):
-        raise ValueError(f"The batch has {num_rows} rows, its description {sequence.num_rows}. Build both from the same batch.")
+        raise ValueError(
+            f"The batch has {num_rows} rows, its description {sequence.num_rows}. Build both from the same batch."
+        )
     queries = sequence.segments(rank)
     if num_queries is not None and num_queries != sequence.length // sequence.num_ranks:
         assert sequence.num_ranks == 1

@@ -5,6 +5,7 @@ loader workers and activation checkpointing, and are the key under which plans a
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 from .layout import Segment, check_length, segments
@@ -12,7 +13,7 @@ from .layout import Segment, check_length, segments
 
 @dataclass(frozen=True)
 class Mask:
-    """Query q sees key k iff both are in one document, `k <= q` if `causal`, and `q - k < window` if there is a window.
+    """Query q sees key k iff they share a document, `k <= q` if `causal`, and `q - k < window` if there is one.
 
     `window` counts visible keys including the query's own (Transformers' `sliding_window`); without `causal` it
     limits only how far back a query looks.
@@ -50,14 +51,16 @@ class WholeSequence:
     def __post_init__(self) -> None:
         check_length(self.layout, self.length, self.num_ranks)
         for row, bounds in enumerate(self.documents or ()):
-            rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+            rising = all(a < b for a, b in itertools.pairwise(bounds))
             if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != self.length or not rising:
                 raise ValueError(
-                    f"Document boundaries of row {row} must rise from 0 to the padded length {self.length}, got {_short(bounds)}."
+                    f"Document boundaries of row {row} must rise from 0 to the padded length {self.length}, "
+                    f"got {_short(bounds)}."
                 )
         if self.documents and self.num_tokens and len(self.documents) != len(self.num_tokens):
             raise ValueError(
-                f"documents describe {len(self.documents)} rows and num_tokens {len(self.num_tokens)}: both count batch rows."
+                f"documents describe {len(self.documents)} rows and num_tokens {len(self.num_tokens)}: "
+                "both count batch rows."
             )
         for row, count in enumerate(self.num_tokens or ()):
             if not 0 <= count <= self.length:
@@ -89,13 +92,17 @@ class WholeSequence:
         return [n for bounds in self.documents or () for n in bounds], list(self.num_tokens or ())
 
     @classmethod
-    def from_ints(cls, layout: str, length: int, num_ranks: int, documents: list[int], num_tokens: list[int]):
+    def from_ints(
+        cls, layout: str, length: int, num_ranks: int, documents: list[int], num_tokens: list[int]
+    ) -> "WholeSequence":
         """Inverse of `to_ints`, cached: a layer pays for a hash, not for parsing."""
         return _from_ints(layout, length, num_ranks, tuple(documents), tuple(num_tokens))
 
 
 @functools.lru_cache(maxsize=64)
-def _from_ints(layout: str, length: int, num_ranks: int, documents: tuple[int, ...], num_tokens: tuple[int, ...]):
+def _from_ints(
+    layout: str, length: int, num_ranks: int, documents: tuple[int, ...], num_tokens: tuple[int, ...]
+) -> WholeSequence:
     rows: list[tuple[int, ...]] = []
     first = 0
     for place, bound in enumerate(documents):

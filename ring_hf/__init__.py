@@ -1,0 +1,1 @@
+"""Exact context parallelism for Hugging Face models: same losses and gradients as one process."""

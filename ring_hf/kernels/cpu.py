@@ -1,0 +1,76 @@
+"""Attention on one tile with PyTorch's CPU flash attention operator and its backward.
+
+`aten._scaled_dot_product_flash_attention_for_cpu` returns lse, takes fewer key/value than query heads, and runs fp64,
+fp32, bf16 (AMX where there is one) and fp16 without an S x S matrix. Its `is_causal` is aligned at the top left. It
+knows no window, so a tile's band is split into mask-free pieces (`geometry.split`); anticausal pieces run flipped end
+to end.
+
+Letters: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..geometry import Piece, Tile, split
+from .merge import windows
+
+NAME = "cpu"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why this kernel cannot serve such tensors, or None."""
+    if q.device.type != "cpu":
+        return f"the tensors are on {q.device.type}"
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype} is not one of {', '.join(str(dtype) for dtype in _DTYPES)}"
+    if q.shape[-1] != v.shape[-1]:
+        return f"value head dim {v.shape[-1]} differs from query head dim {q.shape[-1]}"
+    return None
+
+
+def forward(
+    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, tile: Tile, scale: float
+) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+    """Yields `(piece, out, lse)` with the shapes of `merge.windows` for the piece's queries."""
+    for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
+        q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSD, True)))
+        out, lse = _forward(q, k, v, 0.0, piece.kind != "full", scale=scale)
+        yield piece, _give(out, piece), _give(lse, piece)
+
+
+def backward(
+    dout_BHQD: torch.Tensor,
+    q_BHQD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSD: torch.Tensor,
+    out_BHQD: torch.Tensor,
+    lse_BHQ: torch.Tensor,
+    tile: Tile,
+    scale: float,
+) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields `(piece, dq, dk, dv)` with the shapes of `merge.windows`, from the global `out` and `lse`."""
+    for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
+        dout, q, out, lse = (_take(x, piece, keys=False) for x in (dout_BHQD, q_BHQD, out_BHQD, lse_BHQ))
+        k, v = (_take(x, piece, keys=True) for x in (k_BKSD, v_BKSD))
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale)
+        yield piece, _give(dq, piece), _give(dk, piece), _give(dv, piece)
+
+
+def _take(x: torch.Tensor, piece: Piece, keys: bool) -> torch.Tensor:
+    """The piece's queries or keys of `x [B, H, S, ...]` with windows folded into the batch, flipped if anticausal."""
+    start, size = (piece.k, piece.num_k) if keys else (piece.q, piece.num_q)
+    cut = windows(x, start, size, piece.count, piece.stride)
+    if piece.count > 1:
+        cut = cut.movedim(2, 1).flatten(0, 1)
+    return cut.flip(2) if piece.kind == "anticausal" else cut
+
+
+def _give(x: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Inverse of `_take` on a result."""
+    if piece.kind == "anticausal":
+        x = x.flip(2)
+    return x.unflatten(0, (-1, piece.count)).movedim(1, 2) if piece.count > 1 else x

@@ -1,0 +1,171 @@
+"""The one harness of all tests: gloo processes, launched commands, and numerical comparison.
+
+`run_distributed` keeps its worker processes between calls (importing torch costs more than most tests); the first
+traceback of any worker fails the test, and a hang fails it after a timeout. In workers, as in the tests' own process,
+`torch.empty` is filled with NaN, so that a buffer nobody received shows up.
+"""
+
+import atexit
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def poison_empty() -> None:
+    """Makes `torch.empty`, `empty_like` and `Tensor.new_empty` return NaN for floating point tensors."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() and x.device.type == "cpu" else x
+
+        return made
+
+    torch.empty = poisoned(torch.empty)
+    torch.empty_like = poisoned(torch.empty_like)
+    torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
+
+
+def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    poison_empty()
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, fn(rank, world_size, *args)))
+        except BaseException:
+            pipe.send((False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}"))
+
+
+class _Workers:
+    def __init__(self, world_size: int) -> None:
+        port = free_port()
+        self.processes, self.pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = _SPAWN.Pipe()
+            process = _SPAWN.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def run(self, fn: Callable[..., Any], args: tuple, timeout: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((fn, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < len(self.pipes):
+            waiting = [rank for rank in range(len(self.pipes)) if rank not in results]
+            ready = wait([self.pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"{fn.__name__}: ranks {waiting} did not answer in {timeout:g} s")
+            for rank in waiting:
+                if self.pipes[rank] not in ready:
+                    continue
+                try:
+                    fine, result = self.pipes[rank].recv()
+                except EOFError:
+                    fine, result = False, f"rank {rank} died"
+                if not fine:
+                    raise RuntimeError(result)
+                results[rank] = result
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_POOL: dict[int, _Workers] = {}
+
+
+def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Runs `fn(rank, world_size, *args)` in `world_size` gloo processes and returns their results in rank order.
+
+    `fn` must be a module-level function and everything picklable. Raises `RuntimeError` with the first worker's
+    traceback, or `TimeoutError`; either way the workers are replaced.
+    """
+    if world_size not in _POOL:
+        _POOL[world_size] = _Workers(world_size)
+    try:
+        return _POOL[world_size].run(fn, args, timeout)
+    except BaseException:
+        _POOL.pop(world_size).stop()
+        raise
+
+
+@atexit.register
+def stop_workers() -> None:
+    while _POOL:
+        _POOL.popitem()[1].stop()
+
+
+def accelerate_launch(
+    command: Sequence[str], num_processes: int, env: dict[str, str] | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` on CPU as a user types it; raises `AssertionError` with the output if it fails."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--num_processes", str(num_processes)]
+    launcher += ["--multi_gpu", "--main_process_port", str(free_port())] if num_processes > 1 else ["--cpu"]
+    return run_command([*launcher, *command], {"ACCELERATE_USE_CPU": "true", **(env or {})}, timeout)
+
+
+def run_command(
+    command: Sequence[str], env: dict[str, str] | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """A command run at the root, one thread per process; raises `AssertionError` with the output if it fails."""
+    full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(env or {})}
+    done = subprocess.run(command, env=full_env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
+    return done
+
+
+def rms_ratio(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `want`, both in fp64."""
+    got, want = got.double(), want.double()
+    scale = want.square().mean().sqrt().item()
+    apart = (got - want).square().mean().sqrt().item()
+    return apart / scale if scale else apart
+
+
+def assert_close(
+    name: str, got: torch.Tensor, want: torch.Tensor, rms: float | None = None, max_abs: float | None = None
+) -> float:
+    """Fails unless `got` is as close to `want` as asked (relative RMS, largest difference). Returns the RMS ratio."""
+    assert rms is not None or max_abs is not None, "nothing to compare with"
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    ratio = rms_ratio(got, want)
+    apart = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+    print(f"{name}: max diff {apart:.3e}, rms ratio {ratio:.3e}")
+    # Written so that NaN fails.
+    assert rms is None or ratio <= rms, f"{name}: rms ratio {ratio:.3e} is above {rms:.1e} (max diff {apart:.3e})"
+    assert max_abs is None or apart <= max_abs, f"{name}: max diff {apart:.3e} is above {max_abs:.1e}"
+    return ratio
