@@ -1,0 +1,171 @@
+"""What a run can be told, as dataclasses, and one parser for all recipes: a YAML file first, then `--key value` for
+whatever differs.
+
+The precedence is dataclass default < YAML < command line. A key that no dataclass has is an error, in the file and on
+the command line, and names the nearest keys that exist.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with a default and its line of --help; a list is copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how its positions and its attention are set for the target length."""
+
+    model: str | None = option(None, "Hub id or folder of a causal language model.")
+    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
+    model_config: dict | str | None = option(
+        None,
+        "Instead of `model`: build a new one from this mapping of model_type and sizes. Vocabulary size and special "
+        "tokens come from the tokenizer.",
+    )
+    tokenizer: str | None = option(None, "Hub id, folder, or `bytes` (one token per byte). Default: the model's.")
+    attn_implementation: str = option(
+        "ring_zigzag", "A backend of ring_hf; in one process also any of Transformers, such as sdpa."
+    )
+    dtype: str = option("float32", "Type of the weights. For mixed precision keep float32 and set bf16.")
+    rope_theta: float | None = option(None, "RoPE base for the target length; the rest of RoPE stays as it is.")
+    rope_parameters: dict | str | None = option(
+        None, "All of RoPE as Transformers 5 writes it, such as {rope_type: yarn, factor: 8.0, rope_theta: 10000.0}."
+    )
+
+    def __post_init__(self) -> None:
+        self.model_config = parse_mapping("model_config", self.model_config)
+        self.rope_parameters = parse_mapping("rope_parameters", self.rope_parameters)
+        if (self.model is None) == (self.model_config is None):
+            raise ValueError(
+                f"model={self.model!r} and model_config={self.model_config!r}: give exactly one, a model to load or "
+                "the configuration of a new one."
+            )
+        if self.rope_theta is not None and self.rope_parameters is not None:
+            raise ValueError(
+                f"rope_theta={self.rope_theta} and rope_parameters={self.rope_parameters} are both given. Put "
+                "rope_theta into rope_parameters."
+            )
+
+
+@dataclass
+class SourceArguments:
+    """Which documents, and which of them are held out."""
+
+    data: str = option(
+        "builtin",
+        "File, folder or glob of txt, jsonl or parquet; a dataset on the hub (`name` or `name:configuration`); or "
+        "`builtin`.",
+    )
+    data_split: str = option("train", "Split of a dataset on the hub.")
+    text_column: str = option("text", "Column that holds the text.")
+    heldout_data: str | None = option(None, "Source of the held-out documents. Default: a fraction of `data`.")
+    heldout_fraction: float = option(0.1, "Fraction of the documents of `data` that is held out.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """How documents become sequences."""
+
+    max_length: int = option(2048, "Tokens in a sequence: the context length to train at.")
+    packing: str = option(
+        "best_fit", "best_fit (documents stay whole), stream (all sequences full) or separate (one document each)."
+    )
+    mask_boundaries: bool = option(True, "Take no loss of the first token of a document.")
+    max_heldout_sequences: int | None = option(None, "Most held-out sequences in the Trainer's own evaluation.")
+    num_proc: int | None = option(None, "Worker processes of tokenisation.")
+
+
+@dataclass
+class ParallelArguments:
+    """How a sequence is shared."""
+
+    context_parallel_size: int | None = option(
+        None, "Processes that share a sequence. Default: all that were started."
+    )
+    overlap: bool = option(True, "Exchange keys and values while computing.")
+    kernel: str = option("auto", "Attention kernel of a tile; auto takes the fastest that fits.")
+
+
+@dataclass
+class PerplexityArguments:
+    """What to measure, and where to write it."""
+
+    models: list[str] = option(
+        [], "Each `name=folder or hub id`, or `name=perplexity.json` of an earlier measurement."
+    )
+    lengths: list[int] = option([512, 1024, 2048, 4096], "Context lengths; each divides the longest.")
+    trained_lengths: list[int] = option([], "Context length each model was trained at, for the plot.")
+    max_windows: int = option(16, "Most windows of the longest length to measure.")
+    tokens_per_batch: int = option(8192, "Tokens measured at once; bounds the memory of the logits.")
+    attention: str = option("sdpa", "attn_implementation of the measurement, which is in one process.")
+    title: str = option("Held-out perplexity by context length", "Heading of the plot.")
+    output_dir: str = option("runs/perplexity", "Folder for perplexity.json, perplexity.md and perplexity.png.")
+
+
+def parse(
+    dataclass_types: tuple[Any, ...], description: str, argv: list[str] | None = None, **defaults: Any
+) -> tuple[Any, ...]:
+    """Parse `[run.yaml] [--key value ...]` into one instance per dataclass.
+
+    Args:
+        dataclass_types: their fields are the keys.
+        description (`str`): shown by --help.
+        argv (*optional*): instead of the command line.
+        defaults: values that replace the dataclasses' own defaults and give way to YAML and command line.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    usage = "%(prog)s [run.yaml] [--key value ...]"
+    parser = HfArgumentParser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    keys = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type) if f.init}
+    parser.set_defaults(**defaults)
+    if argv and not argv[0].startswith("-"):
+        parser.set_defaults(**load_yaml(argv.pop(0), keys))
+    known, unknown = parser.parse_known_args(argv)  # before any dataclass checks its values
+    if unknown:
+        words = [word.lstrip("-").partition("=")[0] for word in unknown]
+        raise ValueError(explain_unknown("the command line", words, keys))
+    values = vars(known)
+    return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types)
+
+
+def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
+    """Read one run's values and refuse keys that do not exist."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"the first argument {path!r} is not a file. Give a run's YAML file, or only --key value pairs."
+        )
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}. A run is a YAML mapping of keys to values.")
+    if unknown := sorted(set(values) - keys):
+        raise ValueError(explain_unknown(path, unknown, keys))
+    return values
+
+
+def parse_mapping(name: str, value: dict | str | None) -> dict | None:
+    """A mapping stays what it is; a string from the command line is read as YAML, of which JSON is a part."""
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError(f"{name}={value!r} is not a mapping. Write it as '{{key: value}}'.")
+    return parsed
+
+
+def explain_unknown(where: str, unknown: list[str], keys: set[str]) -> str:
+    """Name each unknown key with the nearest that exist."""
+    hints = []
+    for word in unknown:
+        nearest = difflib.get_close_matches(word, keys, n=3, cutoff=0.5)
+        hints.append(f"{word!r} (did you mean {', '.join(nearest)}?)" if nearest else repr(word))
+    return f"unknown in {where}: {'; '.join(hints)}. --help lists every key."

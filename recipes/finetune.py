@@ -1,0 +1,80 @@
+"""Train or fine-tune a causal language model on long sequences, each shared by several processes.
+
+One YAML holds a run and every value in it can be replaced on the command line:
+
+    accelerate launch --config_file configs/accelerate/cpu_2proc.yaml recipes/finetune.py configs/finetune.yaml \\
+        --model <hub id or folder> --data "books/*.txt" --max_length 4096 --rope_theta 100000 --output_dir runs/books
+
+The script is the usual one of the Transformers library; ring_hf is in it with an attention backend, a parallelism
+configuration and a collator. The final model in output_dir is loaded by Transformers alone. A run that was
+interrupted goes on from its last checkpoint.
+"""
+
+import os
+
+import datasets
+import torch
+import transformers
+from arguments import DataArguments, ModelArguments, ParallelArguments, parse
+from loading import load_model, load_sequences, load_tokenizer
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import ring_hf
+
+
+def main() -> None:
+    model_args, data_args, parallel_args, training_args = parse(
+        (ModelArguments, DataArguments, ParallelArguments, TrainingArguments),
+        description=str(__doc__),
+        use_cpu=not torch.accelerator.is_available(),  # else every process of `accelerate launch` would look for its GPU
+    )
+    only_main_process_logs(training_args)
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(model_args)
+    with training_args.main_process_first(desc="data"):  # the others find it in the cache
+        train, heldout = load_sequences(data_args, tokenizer)
+    model = load_model(model_args, tokenizer, data_args.max_length)
+    use_cache, model.config.use_cache = model.config.use_cache, False
+
+    training_args.parallelism_config = ring_hf.ContextParallelConfig(
+        context_parallel_size=parallel_args.context_parallel_size or training_args.world_size,
+        overlap=parallel_args.overlap,
+        kernel=parallel_args.kernel,
+    )
+    trainer = Trainer(
+        model,
+        training_args,
+        data_collator=ring_hf.ContextParallelCollator(model),
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
+
+    model.config.use_cache = use_cache
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+
+
+def only_main_process_logs(training_args: TrainingArguments) -> None:
+    """Warnings and progress of the first process; errors of all."""
+    if training_args.process_index > 0:
+        transformers.logging.set_verbosity_error()
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one asked for, none if `none` was asked for, else the last in output_dir."""
+    if training_args.resume_from_checkpoint is not None:
+        asked = str(training_args.resume_from_checkpoint)
+        return None if asked.lower() in ("none", "false") else asked
+    return get_last_checkpoint(training_args.output_dir) if os.path.isdir(str(training_args.output_dir)) else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Measure held-out perplexity by context length, in one process, for one model or several side by side.
+
+    python recipes/perplexity.py --models before=<hub id or folder> after=runs/books --data "books/*.txt" --lengths
+    512 1024 2048 4096
+
+Writes perplexity.json, perplexity.md and perplexity.png to output_dir and prints the table. Every model is measured
+on the same text, cut into windows of each length; models must therefore share a tokenizer to be compared.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from arguments import PerplexityArguments, SourceArguments, parse
+from loading import load_splits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ring_hf.data import tokenize_documents
+from ring_hf.evaluation import (
+    LengthResult,
+    evaluation_windows,
+    format_positions,
+    format_table,
+    perplexity_by_length,
+    plot_perplexity,
+)
+
+
+def main() -> None:
+    args, source_args = parse((PerplexityArguments, SourceArguments), description=str(__doc__))
+    if not args.models:
+        raise ValueError("models is empty: nothing to measure. Give --models name=folder, once or several times.")
+    measured: dict[str, list[LengthResult]] = {}
+    for spec in args.models:
+        name, separator, source = spec.partition("=")
+        name, source = (name, source) if separator else (Path(spec).name, spec)
+        measured[name] = measure(args, source_args, name, source)
+    write(args, measured)
+
+
+def measure(args: PerplexityArguments, source_args: SourceArguments, name: str, source: str) -> list[LengthResult]:
+    """Results of one model: measured now, or read from the perplexity.json of an earlier run."""
+    if source.endswith(".json"):
+        rows = json.loads(Path(source).read_text())["results"][name]
+        return [
+            LengthResult(row["length"], row["num_tokens"], row["loss"], tuple(row["position_losses"])) for row in rows
+        ]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=args.attention).to(device)
+    tokens = tokenize_documents(load_splits(source_args)[1], AutoTokenizer.from_pretrained(source))
+    windows_NS = evaluation_windows(tokens["input_ids"], max(args.lengths), args.max_windows)
+    return perplexity_by_length(model, windows_NS, args.lengths, args.tokens_per_batch, progress=f"measuring {name}")
+
+
+def write(args: PerplexityArguments, measured: dict[str, list[LengthResult]]) -> None:
+    """Table to the terminal; numbers, table and plot to output_dir."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, positions = format_table(measured), format_positions(measured)
+    results = {name: [row.to_dict() for row in rows] for name, rows in measured.items()}
+    (folder / "perplexity.json").write_text(json.dumps({"results": results}, indent=1) + "\n")
+    (folder / "perplexity.md").write_text(f"{table}\n\n{positions}\n")
+    trained = dict(zip(measured, args.trained_lengths, strict=False))
+    plot_perplexity(measured, folder / "perplexity.png", args.title, trained)
+    print(f"\n{table}\n\n{positions}\n\nplot: {folder / 'perplexity.png'}")
+
+
+if __name__ == "__main__":
+    main()
