@@ -1,0 +1,21 @@
+"""The Hugging Face side: attention backends, parallelism config, collator and callback for an unmodified `Trainer`.
+
+Importing this package registers the attention implementations `ring_contiguous`, `ring_zigzag` and `ring_striped`. It
+is the only part of the project that imports transformers and accelerate.
+"""
+
+from .backend import register_backends
+from .callback import ContextParallelCallback
+from .collator import ContextParallelCollator
+from .config import ContextParallelConfig
+from .guard import guard_model
+
+__all__ = [
+    "ContextParallelCallback",
+    "ContextParallelCollator",
+    "ContextParallelConfig",
+    "guard_model",
+    "register_backends",
+]
+
+register_backends()

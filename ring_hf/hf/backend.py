@@ -1,0 +1,238 @@
+"""The attention backends `ring_contiguous`, `ring_zigzag` and `ring_striped` for `attn_implementation=...`.
+
+Transformers calls one function per attention layer with queries and keys as [batch, heads, tokens, head dim], key and
+value heads not repeated, and passes every model kwarg on to it. If the batch came from `ContextParallelCollator`, the
+kwarg `context_parallel` describes the whole sequence and the tensors are this rank's shard of it: ring attention. If
+not, the process holds the whole sequence: plain local attention, equal to `attn_implementation="sdpa"`. Whatever would
+change the result and is not implemented is refused.
+
+Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ring_hf.parallel import ring_attention
+
+from . import context
+from .batch import KEY, ContextParallelBatch, RefusedBatch
+from .local import local_backend
+from .names import BACKENDS, attention_name
+
+# Arguments of attention layers in Transformers that change the result and that no kernel here computes.
+CHANGES_THE_RESULT = ("position_bias", "sinks", "indices", "block_indices", "head_mask", "alibi", "cache")
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class CallCount:
+    """Counts calls of the backend while switched on: the guard proves with it that every attention layer calls it."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.calls = 0
+
+    def start(self) -> None:
+        self.on, self.calls = True, 0
+
+    def stop(self) -> int:
+        self.on = False
+        return self.calls
+
+
+call_count = CallCount()
+
+
+def mask_2d(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask function of the backends: the 2D padding mask of the keys if it hides any, else None; never 4D.
+
+    A 4D mask would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
+    """
+    if kv_length + kv_offset > int(q_offset) + q_length:
+        raise ValueError(
+            f"A static cache ({kv_length} slots, {int(q_offset) + q_length} of them filled) is not supported by the "
+            "ring "
+            "backends. Generate with the default dynamic cache, or with attn_implementation='sdpa'."
+        )
+    if attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    mask_BS = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return None if bool(mask_BS.all()) else mask_BS
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    context_parallel: ContextParallelBatch | RefusedBatch | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer; returns [B, S, H, E] and no weights."""
+    if call_count.on:
+        call_count.calls += 1
+    _refuse_unsupported(query, key, value, softcap, s_aux, kwargs)
+    query, key, value = _one_dtype(module, query, key, value)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if context_parallel is None:
+        if module.training and context.current() is not None:
+            raise ValueError(NOT_FROM_COLLATOR)
+        out_BSHE = local_backend(
+            query, key, value, attention_mask, causal, sliding_window, scaling, dropout, position_ids, cu_seq_lens_q
+        )
+        return out_BSHE, None
+    if isinstance(context_parallel, RefusedBatch):
+        raise ValueError(context_parallel.message)
+    _refuse_unshardable(module, query, key, value, attention_mask, dropout, context_parallel)
+    out_BHSE, _ = ring_attention(
+        query,
+        key,
+        value,
+        sequence=context_parallel.sequence,
+        group=context_parallel.group,
+        causal=causal,
+        window=sliding_window,
+        scale=scaling,
+        kernel=context_parallel.kernel,
+        overlap=context_parallel.overlap,
+    )
+    return out_BHSE.transpose(1, 2).contiguous(), None
+
+
+NOT_FROM_COLLATOR = (
+    f"Sequences are shared by several ranks, but this training batch carries no {KEY!r}: it did not come from "
+    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer."
+)
+
+
+def _refuse_unsupported(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if softcap is not None:
+        raise ValueError(
+            f"softcap={softcap} (logit soft-capping) is not computed by the ring backends. "
+            "Use a model without attn_logit_softcapping."
+        )
+    if s_aux is not None:
+        raise ValueError("s_aux (attention sinks) is not computed by the ring backends. Use a model without sinks.")
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True needs the attention matrix, which ring attention never builds. "
+            'Set it to False, or inspect a short sequence with attn_implementation="eager".'
+        )
+    for name in CHANGES_THE_RESULT:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"The attention layer passes {name!r}, which changes the result and is not computed by the ring "
+                "backends."
+            )
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads. "
+            "Set num_attention_heads to a multiple of num_key_value_heads."
+        )
+    if query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            f"Queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit "
+            "together."
+        )
+
+
+def _one_dtype(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer norms kept in fp32 (as PEFT does) hand fp32 queries to a bf16 model: go back to the dtype of the
+    weights."""
+    if query.dtype == key.dtype == value.dtype != torch.float32:
+        return query, key, value
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    else:
+        weights = (part.weight.dtype for part in module.modules() if isinstance(part, torch.nn.Linear))
+        dtype = next((dtype for dtype in weights if dtype.is_floating_point), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _refuse_unshardable(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    batch: ContextParallelBatch,
+) -> None:
+    name = attention_name(module.config) if hasattr(module, "config") else None
+    if name is not None and BACKENDS.get(name) != batch.sequence.layout:
+        raise ValueError(
+            f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
+            "the "
+            "collator from the model that is trained, after its last set_attn_implementation call."
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
+            "documents "
+            "travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."
+        )
+    if module.training and dropout > 0:
+        raise ValueError(
+            f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. "
+            "Set config.attention_dropout = 0.0."
+        )
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: a KV cache cannot be combined with sharded "
+            "sequences. "
+            "Pass use_cache=False and no past_key_values."
+        )
+    if query.shape[2] != batch.shard_length:
+        raise ValueError(
+            f"This rank got {query.shape[2]} tokens, but its {batch.sequence.layout} shard of {batch.sequence.length} "
+            f"tokens has {batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
+        )
+    if value.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"value head dim {value.shape[-1]} differs from query head dim {query.shape[-1]} (as in multi-head latent "
+            "attention), which is not supported with context parallelism."
+        )
+    supported = DTYPES.get(query.device.type, ())
+    if query.dtype not in supported:
+        raise ValueError(
+            f"Ring attention has no kernel for {query.dtype} on {query.device.type}. "
+            f"Use {' or '.join(str(dtype) for dtype in supported) or 'a CPU or CUDA device'}."
+        )
+
+
+def register_backends() -> None:
+    """Make the names known to Transformers; done on import. (The classmethods: item assignment would be
+    instance-local.)"""
+    for name in BACKENDS:
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask_2d)

@@ -1,0 +1,48 @@
+"""What a batch carries besides its tensors: one small frozen object that describes the whole sequence.
+
+The collator puts it under the key `context_parallel`; Transformers hands model kwargs down to the attention function,
+so it arrives there together with this rank's shard of the tokens, also when a checkpointed layer is run again on
+another thread. Nothing else carries batch state: no module globals, no thread-locals. Both classes deliberately have
+neither a `to` nor a `pin_memory` method, so data loaders, Accelerate and DDP pass them on untouched.
+"""
+
+from dataclasses import dataclass
+
+from ring_hf.geometry import WholeSequence, segments
+
+KEY = "context_parallel"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class ContextParallelBatch:
+    """One sharded batch.
+
+    `unpadded_length` is the row length that the inner collator produced: predictions are trimmed to it. `examples`
+    are the boundaries of the examples inside one flattened row (`None`: every row is one example; empty: unknown).
+    `fingerprint` is a hash of the unsharded tokens and labels, equal on all ranks that share a sequence.
+    """
+
+    sequence: WholeSequence
+    group: str
+    rank: int
+    kernel: str
+    overlap: bool
+    unpadded_length: int
+    examples: tuple[int, ...] | None
+    fingerprint: str
+
+    @property
+    def shard_length(self) -> int:
+        return sum(
+            segment.length
+            for segment in segments(self.sequence.layout, self.sequence.length, self.sequence.num_ranks, self.rank)
+        )
+
+
+@dataclass(frozen=True)
+class RefusedBatch:
+    """A batch that this rank had to refuse. It travels to the model, where all ranks learn of it before any
+    exchange."""
+
+    message: str

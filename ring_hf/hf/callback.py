@@ -1,0 +1,90 @@
+"""The Trainer callback: refuses wrong settings before the first step, logs the layout once, and the speed in every
+log.
+
+`ContextParallelConfig` adds it to the Trainer's default callbacks, so the user need not. Adding it by hand too does no
+harm. The checks are collective: every rank constructs the Trainer, and all raise the same error if one has one.
+"""
+
+import logging
+import resource
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from . import context as process
+from .guard import base_model, guard_model, refuse_together
+from .names import attention_name
+from .supported import ARGUMENT_RULES, MODEL_RULES, check_loader, first_error
+
+logger = logging.getLogger("ring_hf")
+
+
+class ContextParallelCallback(TrainerCallback):
+    """Guard rails and throughput for a Trainer whose `parallelism_config` is a `ContextParallelConfig`."""
+
+    def __init__(self) -> None:
+        self._tokens_since = 0
+        self._time_since = 0.0
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Static checks of the model and the arguments; hooks on the model."""
+        if not hasattr(args.parallelism_config, "context_parallel_size"):
+            process.activate(None)  # another Trainer in this process, without context parallelism
+        self._check(args, state, model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._check(args, state, model, kwargs.get("train_dataloader"))
+        self._tokens_since, self._time_since = 0, time.perf_counter()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if process.current() is not None:
+            guard_model(model).prove_again()
+
+    on_predict = on_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Tokens per second of this device (of its own shards) and the peak of its memory, added to the training
+        logs."""
+        context = process.current()
+        if context is None or logs is None or "loss" not in logs:
+            return
+        model = kwargs.get("model")
+        tokens = guard_model(model).num_tokens if model is not None else 0
+        now = time.perf_counter()
+        added = {"peak_memory_gb": round(_peak_memory(args.device) / 1e9, 3)}
+        if now > self._time_since and tokens > self._tokens_since:
+            added["tokens_per_second_per_device"] = round((tokens - self._tokens_since) / (now - self._time_since), 1)
+            self._tokens_since, self._time_since = tokens, now
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)  # the Trainer made its own copy before it called
+
+    def _check(self, args: Any, state: Any, model: Any, loader: Any = None) -> None:
+        context = process.current()
+        if context is None:
+            return
+        inner = base_model(model)
+        error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
+        refuse_together(error, {}, context)
+        guard_model(model).prove_again()
+        if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
+            logger.info(
+                "context parallelism: %s, %d ranks per sequence (ring), %d data-parallel replicas, kernel %s, overlap "
+                "%s; "
+                "sequences per optimizer step: %d",
+                attention_name(inner.config),
+                context.size,
+                context.num_replicas,
+                context.kernel,
+                "on" if context.overlap else "off",
+                args.per_device_train_batch_size * args.gradient_accumulation_steps * context.num_replicas,
+            )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: what CUDA allocated at most, or on a CPU the most that this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

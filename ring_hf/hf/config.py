@@ -1,0 +1,218 @@
+"""`ContextParallelConfig`: what `TrainingArguments(parallelism_config=...)` takes.
+
+A subclass of Accelerate's `ParallelismConfig` whose device mesh has an axis `cp` (so the ranks of a group read the
+same examples), while the inherited `cp_size` stays 1: with it, the Trainer would divide the token count by `cp_size`
+and Accelerate would switch on torch's own context parallelism. Fields that are not set are read from environment
+variables (`RING_HF_CONTEXT_PARALLEL_SIZE`, ...), so that one launch line can hold them. Accelerate calls
+`build_device_mesh` and then `_validate_accelerator` while it is being built; there the processes are known, and
+everything else is set up.
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from transformers import trainer as transformers_trainer
+
+from ring_hf.parallel import register_group
+
+from . import context
+from .callback import ContextParallelCallback
+from .evaluation import Evaluator
+
+ENGINES = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+DEFAULTS: dict[str, Any] = {
+    "context_parallel_size": 1,
+    "ulysses_size": 1,
+    "inner_ring_size": 1,
+    "transport": "ring",
+    "kernel": "auto",
+    "overlap": True,
+    "dp_shard_size": 1,
+}
+INHERITED = ("cp_size", "sp_size", "tp_size")
+
+
+@dataclass(repr=False)
+class ContextParallelConfig(ParallelismConfig):
+    """Args:
+    context_parallel_size: ranks that share each sequence.
+    ulysses_size: how many of them exchange heads instead of keys and values (not in this version: 1).
+    inner_ring_size: ranks of the inner ring of a double ring (not in this version: 1).
+    transport: how keys and values travel: "ring" ("auto" chooses it).
+    kernel: attention kernel: "auto" or a name from `ring_hf.kernels.KERNELS`.
+    overlap: exchange the next keys and values while computing with the present ones.
+    dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
+    dp_shard_size: ranks that shard the weights (not in this version: 1).
+    """
+
+    context_parallel_size: int | None = None
+    ulysses_size: int | None = None
+    inner_ring_size: int | None = None
+    transport: str | None = None
+    kernel: str | None = None
+    overlap: bool | None = None
+    _infer_replicas: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in INHERITED:
+            size = getattr(self, name)
+            if size not in (None, 1):
+                raise ValueError(
+                    f"{name}={size} would make the Trainer divide its token count by it, or start Accelerate's own "
+                    "parallelism. "
+                    f"Leave it at 1 and set context_parallel_size={size}."
+                )
+            setattr(self, name, 1)
+        for name, default in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, _from_environment(name, default))
+        replicas = self.dp_replicate_size
+        if replicas is None:
+            replicas = _from_environment("dp_replicate_size", None)
+        self._infer_replicas = replicas is None
+        self.dp_replicate_size = 1 if replicas is None else replicas
+        self._refuse_unsupported()
+        super().__post_init__()
+        self._sizes["cp"] = self.context_parallel_size
+
+    def _refuse_unsupported(self) -> None:
+        for name in ("context_parallel_size", "ulysses_size", "inner_ring_size", "dp_replicate_size", "dp_shard_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
+        for name in ("ulysses_size", "inner_ring_size"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported yet; only a plain ring is. Set it to 1."
+                )
+        if self.dp_shard_size != 1:
+            raise ValueError(
+                f"dp_shard_size={self.dp_shard_size}: sharded weights (FSDP) are not proven yet with context "
+                "parallelism; supported: "
+                "DDP. Set it to 1."
+            )
+        if self.transport == "auto":
+            self.transport = "ring"
+        if self.transport != "ring":
+            raise ValueError(f'transport={self.transport!r} is not supported yet. Use "ring" or "auto".')
+
+    # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.
+    @property
+    def active_mesh_dims(self) -> list[str]:
+        return self.dp_dim_names + (["cp"] if self._size > 1 else [])
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        return ["cp"] if self._size > 1 else []
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        return self.active_mesh_dims
+
+    @property
+    def total_size(self) -> int:
+        return self._replicas * self._size
+
+    @property
+    def _replicas(self) -> int:
+        return self.dp_replicate_size or 1
+
+    @property
+    def _size(self) -> int:
+        return self.context_parallel_size or 1
+
+    def __repr__(self) -> str:
+        names = [*DEFAULTS, "dp_replicate_size"]
+        return f"ContextParallelConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in sorted(names))})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for trackers and `TrainingArguments.to_dict`."""
+        return {name: getattr(self, name) for name in (*DEFAULTS, "dp_replicate_size")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """`training_args.bin` keeps the settings, not the process groups behind the device mesh."""
+        return {key: value for key, value in self.__dict__.items() if key != "device_mesh"}
+
+    def build_device_mesh(self, device_type: str) -> Any:
+        """Mesh with the axes that are larger than 1, in the order (dp_replicate, cp): ranks that share a sequence are
+        neighbours."""
+        self._fit(PartialState().num_processes)
+        if self.total_size == 1:
+            return None
+        return super().build_device_mesh(device_type)
+
+    def _fit(self, num_processes: int) -> None:
+        size = self._size
+        if num_processes % size:
+            possible = ", ".join(str(size * n) for n in range(1, 3))
+            raise ValueError(
+                f"context_parallel_size={size} does not divide {num_processes} processes. Set dp sizes so that "
+                f"context_parallel_size * dp = {num_processes}, or start {possible} or {size * 3} processes."
+            )
+        if self._infer_replicas:
+            self._set_size("dp_replicate", num_processes // size)
+        if self.total_size != num_processes:
+            raise ValueError(
+                f"context_parallel_size={size} * dp_replicate_size={self.dp_replicate_size} = {self.total_size}, but "
+                f"{num_processes} "
+                f"processes were started. Set dp_replicate_size={num_processes // size}, leave it out, or start "
+                f"{self.total_size} processes."
+            )
+
+    def _validate_accelerator(self, accelerator: Any) -> None:
+        engine = accelerator.distributed_type
+        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if engine not in ENGINES or fsdp or accelerator.device.type not in ("cpu", "cuda"):
+            name = "FSDP" if fsdp else getattr(engine, "value", engine)
+            raise ValueError(
+                f"Engine {name} on {accelerator.device.type} is not proven yet with context parallelism; supported: "
+                "DDP on CPU and "
+                "CUDA. Start with `accelerate launch --multi_gpu` (or a config with distributed_type: MULTI_GPU)."
+            )
+        self._fit(accelerator.num_processes)
+        if ContextParallelCallback not in transformers_trainer.DEFAULT_CALLBACKS:
+            transformers_trainer.DEFAULT_CALLBACKS.append(ContextParallelCallback)
+        if self._size == 1:
+            context.activate(None)
+            return
+        mesh = accelerator.state.device_mesh
+        replicas = mesh["dp_replicate"] if self._replicas > 1 else None
+        process = context.ProcessContext(
+            size=self._size,
+            rank=mesh["cp"].get_local_rank(),
+            num_replicas=self._replicas,
+            replica=0 if replicas is None else replicas.get_local_rank(),
+            group=register_group(mesh["cp"].get_group()),
+            replica_group=None if replicas is None else register_group(replicas.get_group()),
+            kernel=self.kernel or "auto",
+            overlap=bool(self.overlap),
+        )
+        evaluator = Evaluator(process)
+        evaluator.install(accelerator)
+        context.activate(process, evaluator)
+
+
+def _from_environment(name: str, default: Any) -> Any:
+    """A setting from the launch line; the context parallel size also from the `parallelism_config` of an accelerate
+    YAML."""
+    variable = f"RING_HF_{name.upper()}"
+    if name == "context_parallel_size" and variable not in os.environ:
+        variable = "PARALLELISM_CONFIG_CP_SIZE"
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{variable}={text!r} must be true or false.")
+        return text.lower() in ("true", "1")
+    if default is None or isinstance(default, int):
+        if not text.isdigit():
+            raise ValueError(f"{variable}={text!r} must be a whole number.")
+        return int(text)
+    return text
+
+
+assert {f.name for f in fields(ContextParallelConfig)} >= set(DEFAULTS)

@@ -1,0 +1,175 @@
+"""`Trainer.evaluate()` and `predict()` under context parallelism: the numbers of one process with the whole batch.
+
+Three things go wrong without this. The last batch of a data-parallel run repeats rows to fill up, which count in the
+loss. The Trainer gathers one loss per rank and cuts the list to the number of examples, so whole shards are dropped.
+And predictions arrive as shards, permuted. So: labels of repeated rows are masked and the targets counted again; every
+rank returns the same loss, that of the whole batch over all ranks; and two methods of the accelerator are replaced on
+the instance that the Trainer uses. `pad_across_processes`, which the Trainer calls on logits and labels first,
+restores whole sequences, so that `preprocess_logits_for_metrics` and `compute_metrics` see rows as one process would;
+`gather_for_metrics` then gathers over data-parallel replicas only, after checking that the ranks of a group hold the
+same.
+
+Shapes: B rows, S tokens of the whole row, C tokens of this rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from accelerate.utils import recursively_apply
+from torch.utils.data import IterableDataset
+
+from ring_hf.geometry import shard_index
+from ring_hf.parallel import all_gather, unshard
+
+from .batch import IGNORE_INDEX, ContextParallelBatch
+from .context import ProcessContext
+
+
+class Evaluator:
+    """Evaluation in this process. `batch` is the sharded batch that the model saw last, while it is evaluated."""
+
+    def __init__(self, context: ProcessContext):
+        self.context = context
+        self.batch: ContextParallelBatch | None = None
+        self._stock_pad: Callable = _not_installed
+        self._stock_gather: Callable = _not_installed
+
+    def install(self, accelerator: Any) -> None:
+        """Replace the two methods on this accelerator, which is the one the Trainer is about to use."""
+        self._stock_pad = accelerator.pad_across_processes
+        self._stock_gather = accelerator.gather_for_metrics
+        accelerator.pad_across_processes = self.pad_across_processes
+        accelerator.gather_for_metrics = self.gather_for_metrics
+
+    # Around the forward pass of the model
+
+    def error(self, batch: Any) -> str | None:
+        """What would make the numbers of this evaluation wrong."""
+        loader = GradientState().active_dataloader
+        if loader is None or self.context.num_replicas == 1:
+            return None
+        if isinstance(loader.dataset, IterableDataset):
+            return (
+                f"An evaluation dataset without a length cannot be split exactly over {self.context.num_replicas} "
+                "replicas: the rows that "
+                "fill the last batch cannot be told. Use a map-style dataset, or dp_replicate_size=1."
+            )
+        if self._num_real_examples() is not None and getattr(batch, "examples", None) == ():
+            return (
+                "The last evaluation batch repeats examples to fill all replicas, and the inner collator's rows do "
+                "not show where "
+                "examples begin. Evaluate a dataset whose length is a multiple of the batch, or use "
+                "dp_replicate_size=1."
+            )
+        return None
+
+    def prepare(self, batch: ContextParallelBatch, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's arguments, with repeated examples masked out and the targets of all ranks counted."""
+        self.batch = batch
+        shift_labels_BC = kwargs.get("shift_labels")
+        if shift_labels_BC is None or kwargs.get("labels") is None:
+            return kwargs
+        shift_labels_BC = self._mask_repeated(shift_labels_BC, batch)
+        count = (shift_labels_BC != IGNORE_INDEX).sum()
+        return {**kwargs, "shift_labels": shift_labels_BC, "num_items_in_batch": self._sum(count)}
+
+    def loss(self, loss_of_rank: torch.Tensor, scaled_by_trainer: bool) -> torch.Tensor:
+        """The loss of the whole batch from every rank's share of it (its sum over the targets of all ranks).
+
+        The Trainer multiplies by the number of processes what it takes for a share: then divide by it here.
+        """
+        total = self._sum(loss_of_rank.detach())
+        return total / (self.context.size * self.context.num_replicas) if scaled_by_trainer else total
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in one order on all of them: bit for bit the same everywhere."""
+        for group in (self.context.group, self.context.replica_group):
+            if group is not None:
+                value = torch.stack(all_gather(value, group)).sum()
+        return value
+
+    def _num_real_examples(self) -> int | None:
+        """How many of this rank's examples are no repetition, or None if all are."""
+        state = GradientState()
+        if self.context.num_replicas == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        per_replica = state.active_dataloader.total_batch_size // self.context.num_replicas
+        return min(max(state.remainder - self.context.replica * per_replica, 0), per_replica)
+
+    def _mask_repeated(self, shift_labels_BC: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+        num_real = self._num_real_examples()
+        if num_real is None:
+            return shift_labels_BC
+        shift_labels_BC = shift_labels_BC.clone()
+        if batch.examples is None:
+            shift_labels_BC[num_real:] = IGNORE_INDEX
+            return shift_labels_BC
+        sequence = batch.sequence
+        index = shard_index(sequence.layout, sequence.length, sequence.num_ranks, batch.rank)
+        first = batch.examples[num_real] - 1  # the token before it would predict its first one
+        repeated_C = torch.tensor(index, device=shift_labels_BC.device) >= first
+        return shift_labels_BC.masked_fill(repeated_C, IGNORE_INDEX)
+
+    # What the Trainer calls on losses, logits and labels
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Shards along dim 1 become whole rows, without our padding; then Accelerate's own padding over replicas."""
+        if self.batch is not None and dim == 1:
+            tensor = recursively_apply(self._whole, tensor, error_on_other_type=True)
+        return self._stock_pad(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    def _whole(self, shard: torch.Tensor) -> torch.Tensor:
+        batch = self.batch
+        assert batch is not None
+        if shard.ndim < 2 or shard.shape[1] != batch.shard_length:
+            return shard
+        if batch.examples is not None and self.context.num_replicas > 1:
+            raise ValueError(
+                f"Predictions of packed rows cannot be put in order over {self.context.num_replicas} data-parallel "
+                "replicas. "
+                "Set prediction_loss_only=True, use dp_replicate_size=1, or evaluate with a collator that pads."
+            )
+        whole = unshard(all_gather(shard.contiguous(), self.context.group), batch.sequence.layout, dim=1)
+        return whole[:, : batch.unpadded_length]
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Every replica's part, in order and without repetitions."""
+        if self.batch is None:
+            return self._stock_gather(input_data, use_gather_object=use_gather_object)
+        if use_gather_object:
+            raise ValueError(
+                "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it to "
+                "False."
+            )
+        return recursively_apply(self._gather, input_data, error_on_other_type=True)
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor[None] if tensor.ndim == 0 else tensor.contiguous()
+        sums = torch.stack(all_gather(_checksum(tensor), self.context.group))
+        if not bool((sums == sums[0]).all()):
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} differs between ranks that share a sequence, so it was "
+                "computed from shards and "
+                "cannot be restored. compute_metrics and preprocess_logits_for_metrics get whole rows from the "
+                "Trainer's own "
+                "loop; set prediction_loss_only=True if a custom loop is used."
+            )
+        group = self.context.replica_group
+        gathered = tensor if group is None else torch.cat(all_gather(tensor, group))
+        state = GradientState()
+        if state.end_of_dataloader and state.remainder > 0:
+            gathered = gathered[: state.remainder]
+        return gathered
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two sums and the size; ranks that share a sequence computed the same bits, so they are compared exactly."""
+    flat = torch.nan_to_num(tensor.detach().flatten().double())
+    weights = torch.linspace(1, 2, flat.numel(), dtype=torch.double, device=flat.device)
+    return torch.stack([flat.sum(), (flat * weights).sum(), flat.new_tensor(float(flat.numel()))])
+
+
+def _not_installed(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("Evaluator.install was not called")

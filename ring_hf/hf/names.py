@@ -1,0 +1,29 @@
+"""The attention implementation names and the layout each of them stands for.
+
+A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers resolves such names differently
+(checks of those backends run, or a hub kernel is looked up).
+"""
+
+from typing import Any
+
+from ring_hf.geometry import LAYOUTS
+
+BACKENDS = {f"ring_{layout}": layout for layout in LAYOUTS}
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention implementation of a model config (of its text part, for models that have several)."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "_attn_implementation", None)
+
+
+def layout_of(config: Any) -> str:
+    """Layout of the backend that the model uses; a ValueError when it is not one of ours."""
+    name = attention_name(config)
+    if name not in BACKENDS:
+        raise ValueError(
+            f"attn_implementation={name!r} attends inside one shard only, so it cannot train on sharded sequences. "
+            f"Load the model with attn_implementation set to one of {', '.join(BACKENDS)}, or call "
+            f'model.set_attn_implementation("ring_zigzag").'
+        )
+    return BACKENDS[name]
