@@ -1,0 +1,98 @@
+"""Packing places every token exactly once, whatever the lengths."""
+
+import itertools
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ring_hf.data import PACKINGS, pack_best_fit, pack_documents, pack_separate, pack_stream
+
+LENGTHS = st.lists(st.integers(0, 40), max_size=30)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@settings(max_examples=300)
+@given(num_tokens=LENGTHS, length=st.integers(1, 24))
+def test_every_token_is_placed_exactly_once(packing, num_tokens, length):
+    sequences = PACKINGS[packing](num_tokens, length)
+    placed = [
+        (piece.document, token) for row in sequences for piece in row for token in range(piece.start, piece.stop)
+    ]
+    assert sorted(placed) == [(document, token) for document, n in enumerate(num_tokens) for token in range(n)]
+    assert all(0 < sum(map(len, row)) <= length and all(len(piece) for piece in row) for row in sequences)
+
+
+@settings(max_examples=300)
+@given(num_tokens=LENGTHS, length=st.integers(1, 24))
+def test_stream_keeps_the_order_and_fills_all_sequences_but_the_last(num_tokens, length):
+    sequences = pack_stream(num_tokens, length)
+    pieces = list(itertools.chain(*sequences))
+    assert pieces == sorted(pieces, key=lambda piece: (piece.document, piece.start))
+    assert all(sum(map(len, row)) == length for row in sequences[:-1])
+
+
+@settings(max_examples=300)
+@given(num_tokens=LENGTHS, length=st.integers(1, 24))
+def test_best_fit_cuts_only_documents_that_are_too_long_and_wastes_little(num_tokens, length):
+    sequences = pack_best_fit(num_tokens, length)
+    whole = {piece.document for row in sequences for piece in row if len(piece) == num_tokens[piece.document]}
+    assert whole == {document for document, n in enumerate(num_tokens) if 0 < n <= length}
+    # Two sequences that are at most half full would have been one.
+    assert sum(2 * sum(map(len, row)) <= length for row in sequences) <= 1
+
+
+@settings(max_examples=300)
+@given(num_tokens=LENGTHS, length=st.integers(1, 24))
+def test_separate_puts_one_piece_into_each_sequence(num_tokens, length):
+    sequences = pack_separate(num_tokens, length)
+    assert all(len(row) == 1 for row in sequences)
+    assert len(sequences) == sum(-(-n // length) for n in num_tokens)
+
+
+def documents(*lengths):
+    start = np.cumsum([0, *lengths])
+    return Dataset.from_dict({"input_ids": [list(range(a, b)) for a, b in itertools.pairwise(start.tolist())]})
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("mask_boundaries", [True, False])
+def test_packed_rows_carry_positions_that_restart_and_labels(packing, mask_boundaries):
+    tokens = documents(5, 23, 1, 8, 0, 9)
+    rows = list(pack_documents(tokens, length=10, packing=packing, mask_boundaries=mask_boundaries))
+    assert sorted(token for row in rows for token in row["input_ids"]) == list(range(46))
+    for row in rows:
+        assert len(row["input_ids"]) == len(row["position_ids"]) == len(row["labels"]) <= 10
+        assert row["position_ids"][0] == 0
+        for i, (token, position, label) in enumerate(zip(*row.values(), strict=True)):
+            follows = position > 0
+            if follows:
+                assert (row["input_ids"][i - 1], row["position_ids"][i - 1]) == (token - 1, position - 1)
+            assert label == (token if follows or not mask_boundaries else -100)
+
+
+def test_packing_is_computed_once_and_found_again():
+    tokens = documents(5, 23, 8)
+    first, again, other = (pack_documents(tokens, length=length) for length in (10, 10, 12))
+    assert first.cache_files == again.cache_files != other.cache_files
+    assert list(first) == list(again)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        (
+            (3,),
+            {"length": 8, "packing": "tight"},
+            "packing='tight' is unknown. Choose one of stream, best_fit, separate",
+        ),
+        ((3,), {"length": 1}, "length=1 leaves no token to predict"),
+        ((0, 0), {"length": 8}, "the 2 documents hold no tokens"),
+        ((), {"length": 8}, "the 0 documents hold no tokens"),
+    ],
+)
+def test_packing_refuses(lengths, options, message):
+    with pytest.raises(ValueError, match=message):
+        pack_documents(documents(*lengths), **options)
