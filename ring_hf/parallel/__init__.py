@@ -4,6 +4,7 @@ Start at `ring_attention`; `agree` is how ranks refuse together.
 """
 
 from .agreement import agree
+from .functional import context_attention
 from .groups import group_of, rank_in, register_group
 from .op import check_tensors, local_attention, ring_attention
 from .sharding import shard, unshard
@@ -11,6 +12,7 @@ from .sharding import shard, unshard
 __all__ = [
     "agree",
     "check_tensors",
+    "context_attention",
     "group_of",
     "local_attention",
     "rank_in",

@@ -1,0 +1,199 @@
+"""The operator and what surrounds it: exchanges counted, checkpointing, compile, the functional form, agreement."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ring_hf.geometry import LAYOUTS, WholeSequence
+from ring_hf.parallel import agree, context_attention, group_of, local_attention, register_group, shard, unshard
+from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
+from tests.distributed.cases import Case, problem, ring_result
+from tests.harness import assert_close, run_distributed
+
+OPERATOR = torch.ops.ring_hf.ring_attention.default
+
+
+def count_exchanges(rank: int, world_size: int, case: Case) -> tuple[int, int, int]:
+    """`(key/value exchanges, gradient exchanges, bytes sent)` of one forward and backward."""
+    tags, sent = [], []
+    original = Ring.post
+
+    def post(self, send, receive, tag, shift=1):
+        tags.append(tag)
+        sent.append(send.nbytes)
+        return original(self, send, receive, tag, shift)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ring, "post", post)
+        ring_result(rank, case)
+    return tags.count(KEYS_AND_VALUES), tags.count(GRADIENTS), sum(sent)
+
+
+def test_each_block_travels_once_round_forward_and_backward_and_gradients_go_home():
+    case = Case("zigzag", 4, "bfloat16")
+    block = 2 * case.rows * case.kv_heads * (case.length // 4) * 8
+    # 3 hops each way in bf16; gradients 3 hops and the way home in fp32. Key/value heads are never repeated (GQA).
+    assert run_distributed(4, count_exchanges, case) == [(6, 4, 6 * block * 2 + 4 * block * 4)] * 4
+
+
+def test_window_stops_the_ring_and_gradients_go_straight_home():
+    assert [row[:2] for row in run_distributed(4, count_exchanges, Case("contiguous", 4, window=5))] == [(2, 2)] * 4
+
+
+def test_a_ring_of_one_posts_nothing():
+    assert run_distributed(1, count_exchanges, Case("zigzag", 1)) == [(0, 0, 0)]
+
+
+class CountOperator(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is OPERATOR
+        return func(*args, **(kwargs or {}))
+
+
+def _layer(q, k, v):
+    return local_attention(q.sin(), k, v)[0]
+
+
+def _checkpointed(q, k, v, save):
+    if not save:
+        return checkpoint(_layer, q, k, v, use_reentrant=False)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is OPERATOR else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(_layer, q, k, v, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("save, calls", [(False, 2), (True, 1)], ids=["recomputed", "saved"])
+def test_selective_checkpointing_can_save_the_operator(save, calls):
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    want = torch.autograd.grad(_layer(q, k, v).sum(), (q, k, v))
+    with CountOperator() as count:
+        got = torch.autograd.grad(_checkpointed(q, k, v, save).sum(), (q, k, v))
+    assert count.calls == calls
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_operator_passes_pytorchs_own_checks():
+    q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2))
+    sequence = WholeSequence("contiguous", 8, 1, ((0, 3, 8),))
+    arguments = (q, k, v, "contiguous", 8, 1, *sequence.to_ints(), True, 0, 0.5, "", "auto", True)
+    result = torch.library.opcheck(OPERATOR, arguments, raise_exception=True)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def compiled_matches_eager(rank: int, world_size: int) -> float:
+    group = dist.group.WORLD
+
+    def attend(q, k, v):
+        return context_attention(q.sin(), k, v, group=group).cos()
+
+    case = Case("zigzag", world_size, "float32")
+    q, k, v, _ = (shard(x, "zigzag", world_size, rank, dim=2) for x in problem(case))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    worst = 0.0
+    compiled = torch.compile(attend, backend="aot_eager")
+    for mine, right in zip(
+        torch.autograd.grad(compiled(*leaves).sum(), leaves),
+        torch.autograd.grad(attend(*leaves).sum(), leaves),
+        strict=True,
+    ):
+        worst = max(worst, (mine - right).abs().max().item())
+    return worst
+
+
+def test_compiled_ring_matches_eager():
+    assert max(run_distributed(2, compiled_matches_eager, timeout=200)) <= 1e-6
+
+
+def functional_form(rank: int, world_size: int, layout: str, input_layout: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",))
+    case = Case(layout, world_size, packed=True, rows=1)
+    q, k, v, _ = problem(case)
+    (bounds,) = case.sequence.documents
+    want, want_lse = local_attention(q, k, v, documents=(bounds,))
+    mine = [shard(x, layout, world_size, rank, dim=2) for x in (q, k, v)]
+    if input_layout == "BSHD":
+        mine = [x.transpose(1, 2) for x in mine]
+    for cu_seqlens in (bounds, [bounds], torch.tensor(bounds, dtype=torch.int32)):
+        settings = {"cu_seqlens": cu_seqlens, "input_layout": input_layout, "layout": layout}
+        out, lse = context_attention(*mine, group=mesh["cp"], return_lse=True, **settings)
+        assert torch.equal(out, context_attention(*mine, **settings))
+        out = out.transpose(1, 2) if input_layout == "BSHD" else out
+        gathered = [torch.empty_like(out.contiguous()) for _ in range(world_size)]
+        dist.all_gather(gathered, out.contiguous())
+        assert_close("out", unshard(gathered, layout, dim=2), want, max_abs=1e-12)
+        assert_close("lse", lse, shard(want_lse, layout, world_size, rank, dim=2), max_abs=1e-12)
+    with pytest.raises(ValueError, match=r"axes \('dp', 'cp'\) is no ring"):
+        context_attention(*mine, group=init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "cp")))
+    with pytest.raises(ValueError, match="input_layout='SBHD' is not known"):
+        context_attention(*mine, input_layout="SBHD")
+
+
+@pytest.mark.parametrize("input_layout", ["BHSD", "BSHD"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_functional_form_takes_both_input_layouts(layout, input_layout):
+    run_distributed(3, functional_form, layout, input_layout)
+
+
+def subgroups(rank: int, world_size: int) -> None:
+    """Two rings in one world: ranks inside a group are translated to global ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    case = Case("zigzag", 2)
+    generator = torch.Generator().manual_seed(rank // 2)  # another problem for each ring
+    q, k, v = (torch.randn(1, 2, case.length, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    mine = [shard(x, "zigzag", 2, mesh["cp"].get_local_rank(), dim=2) for x in (q, k, v)]
+    want = shard(local_attention(q, k, v)[0], "zigzag", 2, mesh["cp"].get_local_rank(), dim=2)
+    assert_close("out", context_attention(*mine, group=mesh["cp"]), want, max_abs=1e-12)
+
+
+def test_rings_in_subgroups_do_not_mix():
+    run_distributed(4, subgroups)
+
+
+def say(rank: int, world_size: int, facts: list[dict], errors: list) -> str:
+    try:
+        agree(facts[rank], errors[rank])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_raise_what_one_rank_found():
+    assert run_distributed(3, say, [{}] * 3, [None, "left padding", None]) == ["rank 1: left padding"] * 3
+    assert run_distributed(3, say, [{}] * 3, ["dropout"] * 3) == ["dropout"] * 3
+    assert run_distributed(3, say, [{"layout": "zigzag"}] * 3, [None] * 3) == [""] * 3
+    facts = [{"layout": "zigzag"}, {"layout": "zigzag"}, {"layout": "striped"}]
+    (message,) = set(run_distributed(3, say, facts, [None] * 3))
+    assert message.startswith("The ranks disagree about layout (rank 0: zigzag, rank 1: zigzag, rank 2: striped)")
+
+
+def test_agreement_works_without_processes():
+    agree({"layout": "zigzag"})
+    with pytest.raises(ValueError, match=r"^dropout$"):
+        agree({}, "dropout")
+
+
+def test_unknown_groups_are_refused():
+    with pytest.raises(ValueError, match=r"No process group is registered as .nobody."):
+        group_of("nobody")
+    with pytest.raises(ValueError, match=r"rank=3 is not one of 2 ranks"):
+        shard(torch.zeros(1, 8), "zigzag", 2, 3)
+
+
+def names_are_stable(rank: int, world_size: int) -> bool:
+    return register_group(dist.group.WORLD) == register_group(dist.group.WORLD)
+
+
+def test_registering_a_group_twice_gives_one_name():
+    assert run_distributed(2, names_are_stable) == [True, True]

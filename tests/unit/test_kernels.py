@@ -1,0 +1,183 @@
+"""Kernels tile by tile against dense attention in fp64, the merge, and the choice of a kernel."""
+
+import pytest
+import torch
+
+from ring_hf.geometry import Mask, Tile, WholeSequence, split
+from ring_hf.kernels import KERNELS, State, choose, merge_
+from ring_hf.parallel import local_attention, ring_attention
+from tests.dense import dense_attention, dense_mask, with_gradients
+from tests.harness import assert_close, rms_ratio
+
+MASKS = {
+    "causal": Mask(),
+    "full": Mask(causal=False),
+    "window-1": Mask(window=1),
+    "window-2": Mask(window=2),
+    "window-7": Mask(window=7),
+    "window-30": Mask(window=30),
+    "full-window-5": Mask(causal=False, window=5),
+}
+
+
+def tensors(rows=2, heads=4, kv_heads=2, length=37, dim=8, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, dim), (kv_heads, dim), (kv_heads, dim), (heads, dim))
+    # Transposed from BSHD like the projections of a model: not contiguous.
+    return [torch.randn(rows, length, h, d, generator=generator, dtype=dtype).transpose(1, 2) for h, d in shapes]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("documents", [None, ((0, 3, 20, 37), (0, 1, 36, 37))], ids=["dense", "packed"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["mqa", "gqa", "mha"])
+def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads):
+    q, k, v, dout = tensors(kv_heads=kv_heads)
+    seen = dense_mask(WholeSequence("contiguous", 37, 1, documents), mask, 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen, 0.2), q, k, v, dout)
+    settings = {"causal": mask.causal, "window": mask.window, "documents": documents, "scale": 0.2, "kernel": kernel}
+    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout)
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, mine, right, max_abs=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 36])
+@pytest.mark.parametrize("window", [None, 4])
+def test_fewer_queries_than_keys_are_the_last_ones(queries, window):
+    q, k, v, _ = tensors()
+    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    want, lse = dense_attention(q, k, v, seen, 8**-0.5)
+    got, got_lse = local_attention(q[:, :, -queries:], k, v, window=window)
+    assert_close("out", got, want[:, :, -queries:], max_abs=1e-12)
+    assert_close("lse", got_lse, lse[:, :, -queries:], max_abs=1e-12)
+
+
+def test_the_cpu_kernel_never_builds_a_mask():
+    # A window of 100 over 4,096 tokens: O(tokens x window) pairs in all, and no piece above a window squared.
+    pieces = split(4096, 4096, -99, 0)
+    assert sum(p.count * p.num_q for p in pieces) <= 2 * 4096 + 100
+    assert max(p.num_q * p.num_k for p in pieces) <= 100 * 100
+    assert len(pieces) < 12
+
+
+def test_value_heads_of_another_size_take_the_reference_kernel():
+    q, k, _, _ = tensors()
+    v = torch.randn(2, 2, 37, 5, dtype=torch.float64)
+    assert choose("auto", q, v) is KERNELS["reference"]
+    want, _ = dense_attention(q, k, v, dense_mask(WholeSequence("contiguous", 37, 1), Mask(), 2), 8**-0.5)
+    assert_close("out", local_attention(q, k, v)[0], want, max_abs=1e-12)
+    with pytest.raises(
+        ValueError, match="kernel='cpu' cannot serve this model: value head dim 5 differs from query head dim 8"
+    ):
+        choose("cpu", q, v)
+
+
+@pytest.mark.parametrize(
+    "dtype, forward, backward", [(torch.float32, 2e-6, 1e-5), (torch.bfloat16, 5e-3, 1e-2)], ids=str
+)
+def test_cpu_kernel_keeps_the_accuracy_of_its_dtype(dtype, forward, backward):
+    q, k, v, dout = tensors(length=201, dim=16, dtype=dtype)
+    seen = dense_mask(WholeSequence("contiguous", 201, 1), Mask(window=33), 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen, 0.25), *(x.double() for x in (q, k, v, dout)))
+    got = with_gradients(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout)
+    assert [x.dtype for x in got] == [dtype, torch.float32, dtype, dtype, dtype]
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, mine, right, rms=forward if name in ("out", "lse") else backward)
+
+
+def test_merge_of_any_split_equals_the_whole():
+    torch.manual_seed(0)
+    scores, values = torch.randn(3, 40, dtype=torch.float64) * 30, torch.randn(40, 5, dtype=torch.float64)
+    out, lse = torch.zeros(3, 5, dtype=torch.float64), torch.full((3,), -torch.inf, dtype=torch.float64)
+    for part in (slice(0, 1), slice(1, 17), slice(17, 40)):
+        merge_(out, lse, scores[:, part].softmax(-1) @ values[part], scores[:, part].logsumexp(-1))
+    assert_close("out", out, scores.softmax(-1) @ values, max_abs=1e-13)
+    assert_close("lse", lse, scores.logsumexp(-1), max_abs=1e-13)
+
+
+def test_merge_with_a_side_that_saw_nothing_keeps_the_other():
+    nothing = torch.zeros(1, 2), torch.full((1,), -torch.inf)
+    out, lse = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
+    merge_(out, lse, *nothing)
+    assert out.tolist() == [[1.0, 2.0]] and lse.tolist() == [0.5]
+    empty_out, empty_lse = (x.clone() for x in nothing)
+    merge_(empty_out, empty_lse, *nothing)
+    assert empty_out.tolist() == [[0.0, 0.0]] and empty_lse.item() == -torch.inf
+    merge_(empty_out, empty_lse, out, lse)
+    assert empty_out.tolist() == [[1.0, 2.0]] and empty_lse.tolist() == [0.5]
+
+
+def test_merge_is_stable_for_scores_far_apart():
+    out, lse = torch.tensor([[1.0]]), torch.tensor([-1e4])
+    merge_(out, lse, torch.tensor([[3.0]]), torch.tensor([1e4]))
+    assert out.item() == 3.0 and lse.item() == 1e4
+
+
+def test_rows_that_saw_nothing_are_zero_with_lse_minus_infinity():
+    state = State(torch.zeros(1, 2, 6, 4), 4)
+    tile = Tile(0, 1, 2, 4, 0, 4, None, 0)
+    q, k, v, _ = tensors(rows=1, heads=2, length=4, dim=4, dtype=torch.float32)
+    for piece, out, lse in KERNELS["cpu"].forward(q, k, v, tile, 0.5):
+        state.add(tile, piece, out, lse)
+    assert state.out[:, :, :2].abs().max() == 0 and (state.lse[:, :, :2] == -torch.inf).all()
+    assert state.lse[:, :, 2:].isfinite().all()
+
+
+def test_results_are_bitwise_repeatable():
+    q, k, v, dout = tensors(length=130, dtype=torch.float32)
+    first, second = (with_gradients(lambda *x: local_attention(*x, window=40), q, k, v, dout) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bf16_errors_are_those_of_one_process():
+    q, k, v, _ = tensors(length=257, dim=16, dtype=torch.bfloat16)
+    seen = dense_mask(WholeSequence("contiguous", 257, 1), Mask(), 2)
+    want, _ = dense_attention(q, k, v, seen, 0.25)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(theirs, want)
+
+
+def _attend(q=None, k=None, v=None, length=37, **settings):
+    default_q, default_k, default_v, _ = tensors()
+    q, k, v = (mine if mine is not None else other for mine, other in ((q, default_q), (k, default_k), (v, default_v)))
+    return ring_attention(q, k, v, sequence=WholeSequence("contiguous", length, 1), **settings)
+
+
+REFUSALS = {
+    "kernel": (lambda: _attend(kernel="flesh"), r"kernel='flesh' is not known\. Choose one of auto, cpu, reference"),
+    "dtype": (
+        lambda: choose("cpu", torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1)),
+        "torch.int64 is not one of",
+    ),
+    "any dtype": (
+        lambda: choose("auto", *[torch.zeros(1, 1, 1, 1, dtype=torch.int64)] * 2),
+        "No attention kernel fits: cpu: dtype",
+    ),
+    "device": (lambda: choose("cpu", *[torch.zeros(1, 1, 1, 1, device="meta")] * 2), "the tensors are on meta"),
+    "dims": (
+        lambda: _attend(q=torch.zeros(2, 37, 8)),
+        r"must be \[batch, heads, tokens, head_dim\], got \(2, 37, 8\)",
+    ),
+    "heads": (
+        lambda: _attend(q=torch.zeros(2, 3, 37, 8, dtype=torch.float64)),
+        "3 query heads cannot share 2 key/value heads",
+    ),
+    "pairs": (lambda: _attend(v=torch.zeros(2, 2, 36, 8, dtype=torch.float64)), "do not belong together"),
+    "mixed": (lambda: _attend(v=torch.zeros(2, 2, 37, 8)), "must agree in dtype and device"),
+    "shard": (
+        lambda: _attend(length=40),
+        r"holds 37 queries and 37 keys, but its shard of 40 tokens over 1 ranks is 40",
+    ),
+    "window": (lambda: _attend(window=0), "window=0 must be at least 1"),
+    "too many queries": (
+        lambda: _attend(q=torch.zeros(2, 4, 38, 8, dtype=torch.float64)),
+        "holds 38 queries and 37 keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_attention_refuses(name):
+    call, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
