@@ -1,1 +1,20 @@
-"""Exact context parallelism for Hugging Face models: same losses and gradients as one process."""
+"""Exact context parallelism for Hugging Face models: the losses and gradients of one process, each sequence over many.
+
+Importing this package registers the attention backends `ring_contiguous`, `ring_zigzag` and `ring_striped` with
+Transformers. A `Trainer` script needs `ContextParallelConfig` and `ContextParallelCollator`; code without Transformers
+starts at `context_attention`.
+"""
+
+from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig
+from .parallel import context_attention, shard, unshard
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextParallelCallback",
+    "ContextParallelCollator",
+    "ContextParallelConfig",
+    "context_attention",
+    "shard",
+    "unshard",
+]

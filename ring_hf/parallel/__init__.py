@@ -5,12 +5,13 @@ Start at `ring_attention`; `agree` is how ranks refuse together.
 
 from .agreement import agree
 from .functional import context_attention
-from .groups import group_of, rank_in, register_group
+from .groups import all_gather, group_of, rank_in, register_group
 from .op import check_tensors, local_attention, ring_attention
 from .sharding import shard, unshard
 
 __all__ = [
     "agree",
+    "all_gather",
     "check_tensors",
     "context_attention",
     "group_of",

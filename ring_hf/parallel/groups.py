@@ -1,5 +1,6 @@
 """Process groups by name, so that an operator (whose arguments are plain values) can find its ring again."""
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,3 +32,11 @@ def group_of(name: str) -> ProcessGroup:
 def rank_in(name: str) -> int:
     """This process's rank inside a registered group."""
     return dist.get_rank(group_of(name))
+
+
+def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:
+    """`x` of every rank of a registered group, in rank order. Equal shapes everywhere; no gradient."""
+    x = x.detach().contiguous()
+    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group_of(name)))]
+    dist.all_gather(gathered, x, group=group_of(name))
+    return gathered
