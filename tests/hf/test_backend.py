@@ -1,0 +1,119 @@
+"""The backends in one process: registered under names that Transformers leaves alone, and equal to `sdpa`."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ring_hf.geometry import LAYOUTS
+from ring_hf.hf.names import BACKENDS
+from tests.harness import assert_close
+from tests.hf.models import llama, mistral
+
+TOKENS = torch.randint(1, 64, (2, 32), generator=torch.Generator().manual_seed(0))
+LEFT = torch.ones(2, 32, dtype=torch.long)
+LEFT[1, :7] = 0
+RIGHT = torch.ones(2, 32, dtype=torch.long)
+RIGHT[1, 20:] = 0
+PACKED = torch.cat([torch.arange(10), torch.arange(22)])[None].expand(2, -1)
+MODELS = {"llama": llama, "mistral": mistral}
+
+
+def pair(name):
+    """The same weights under sdpa and under a ring backend."""
+    return MODELS[name]("sdpa").eval(), MODELS[name]("ring_zigzag").eval()
+
+
+def test_names_are_registered_and_do_not_trigger_other_backends():
+    assert set(BACKENDS) == {f"ring_{layout}" for layout in LAYOUTS}
+    for name in BACKENDS:
+        assert name in ALL_ATTENTION_FUNCTIONS and name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+        assert not any(part in name for part in ("flash", "sdpa", "flex_attention", "/"))
+
+
+def test_every_way_to_choose_a_backend_works_and_none_is_saved(tmp_path):
+    model = llama("sdpa")
+    model.save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="ring_striped")
+    assert loaded.config._attn_implementation == "ring_striped"
+    built = LlamaForCausalLM._from_config(model.config, attn_implementation="ring_contiguous")
+    assert built.config._attn_implementation == "ring_contiguous"
+    model.set_attn_implementation("ring_zigzag")
+    model.save_pretrained(tmp_path / "ring")
+    assert "ring" not in json.dumps(json.loads((tmp_path / "ring" / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    ("what", "inputs"),
+    [
+        ("plain", {}),
+        ("packed", {"position_ids": PACKED, "use_cache": False}),
+        ("right-padded", {"attention_mask": RIGHT}),
+        ("left-padded", {"attention_mask": LEFT}),
+    ],
+)
+def test_one_process_equals_sdpa(name, what, inputs):
+    plain, ring = pair(name)
+    logits, gradients = [], []
+    mask = inputs.get("attention_mask", torch.ones_like(TOKENS)).bool()
+    labels = TOKENS.masked_fill(~(mask & mask.roll(1, dims=1)), -100)  # nothing is predicted from a padding token
+    for model in (plain, ring):
+        out = model(input_ids=TOKENS, labels=labels, **inputs)
+        out.loss.backward()
+        logits.append(out.logits[mask].detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert_close(f"{name} {what} logits", logits[1], logits[0], rms=2e-6)
+    assert_close(f"{name} {what} gradients", gradients[1], gradients[0], rms=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = llama("ring_zigzag").eval()
+    packed = model(input_ids=TOKENS, position_ids=PACKED, use_cache=False).logits[:, 10:]
+    alone = model(input_ids=TOKENS[:, 10:], use_cache=False).logits
+    together = model(input_ids=TOKENS, use_cache=False).logits[:, 10:]
+    assert_close("second document", packed, alone, rms=2e-6)
+    assert (packed - together).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left-padded"])
+def test_greedy_generation_equals_sdpa(name, mask):
+    texts = []
+    for model in pair(name):
+        texts.append(
+            model.generate(input_ids=TOKENS, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        )
+    assert texts[0].shape == (2, 52) and torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_chunked_prefill_equals_one_pass(name):
+    model = MODELS[name]("ring_zigzag").eval()
+    with torch.no_grad():
+        whole = model(input_ids=TOKENS).logits
+        first = model(input_ids=TOKENS[:, :13], use_cache=True)
+        second = model(input_ids=TOKENS[:, 13:], past_key_values=first.past_key_values).logits
+    assert_close(f"{name} second chunk", second, whole[:, 13:], rms=2e-6)
+
+
+def test_bf16_is_as_close_to_fp32_as_sdpa():
+    plain, ring = pair("llama")
+    truth = plain(input_ids=TOKENS).logits.float()
+    errors = [(m.bfloat16()(input_ids=TOKENS).logits.float() - truth).square().mean().sqrt() for m in (plain, ring)]
+    print(f"bf16 error: sdpa {errors[0]:.3e}, ring {errors[1]:.3e}")
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_fp32_queries_of_a_bf16_layer_return_to_bf16():
+    """As PEFT makes them, by keeping layer norms in fp32."""
+    model = llama("ring_zigzag").bfloat16().eval()
+    attention = model.model.layers[0].self_attn
+    from ring_hf.hf.backend import attention as backend
+
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    out, weights = backend(attention, query, key, key, None, scaling=0.3)
+    assert out.dtype == torch.bfloat16 and out.shape == (1, 6, 4, 8) and weights is None

@@ -1,0 +1,202 @@
+"""The collator: labels shifted before anything is cut, documents and padding described, every inner collator served."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+
+from ring_hf.geometry import LAYOUTS, padded_length
+from ring_hf.hf import ContextParallelCollator
+from ring_hf.hf.batch import KEY
+from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
+from ring_hf.parallel import unshard
+from tests.hf.models import SIZES, rank_of, rows
+
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0")), pad_token="w0"
+)
+
+
+def config(layout="zigzag"):
+    return LlamaConfig(**SIZES, attn_implementation=f"ring_{layout}")
+
+
+def shards(layout, num_ranks, features, **settings):
+    """The batches of all ranks."""
+    batches = []
+    for rank in range(num_ranks):
+        with rank_of(num_ranks, rank):
+            batches.append(ContextParallelCollator(config(layout), **settings)(features))
+    return batches
+
+
+def whole(batches, key):
+    return unshard([batch[key] for batch in batches], batches[0][KEY].sequence.layout, dim=1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_ranks):
+    features = rows(17, 23, 20)
+    batches = shards(layout, num_ranks, features)
+    length = padded_length(layout, 23, num_ranks)
+    labels, shifted, tokens = (whole(batches, key) for key in ("labels", "shift_labels", "input_ids"))
+    assert tokens.shape == labels.shape == shifted.shape == (3, length)
+    for row, feature in enumerate(features):
+        num = len(feature["input_ids"])
+        assert tokens[row, :num].tolist() == feature["input_ids"]
+        assert labels[row, :num].tolist() == feature["labels"]
+        assert shifted[row, : num - 1].tolist() == feature["labels"][1:]
+        assert (labels[row, num:] == -100).all() and (shifted[row, num - 1 :] == -100).all()
+    sequence = batches[0][KEY].sequence
+    assert sequence.num_tokens == (17, 23, 20) and sequence.documents is None and sequence.length == length
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_are_global_and_small_in_the_padding(layout):
+    batches = shards(layout, 4, rows(21, 21))
+    positions = whole(batches, "position_ids")
+    assert positions[:, :21].tolist() == [list(range(21))] * 2
+    assert positions[:, 21:].tolist() == [list(range(3))] * 2
+    assert batches[0][KEY].sequence.num_tokens == (21, 21) and batches[0][KEY].unpadded_length == 21
+
+
+def test_ranks_of_a_group_carry_the_same_description_and_other_data_another_one():
+    batches = shards("zigzag", 2, rows(16, 16))
+    assert batches[0][KEY].fingerprint == batches[1][KEY].fingerprint
+    assert batches[0][KEY].sequence == batches[1][KEY].sequence
+    assert shards("zigzag", 2, rows(16, 16, seed=1))[0][KEY].fingerprint != batches[0][KEY].fingerprint
+
+
+def test_tensors_that_the_description_replaces_are_dropped():
+    batch = shards("zigzag", 2, rows(13, 16))[0]
+    assert set(batch) == {"input_ids", "position_ids", "labels", "shift_labels", KEY}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packing_flattens_examples_into_documents(layout):
+    batches = shards(layout, 2, rows(5, 9, 8), packing=True)
+    description = batches[0][KEY]
+    length = padded_length(layout, 22, 2)
+    tail = (length,) if length > 22 else ()
+    assert description.sequence.documents == ((0, 5, 14, 22, *tail),)
+    assert description.examples == (0, 5, 14, 22)
+    labels = whole(batches, "labels")
+    assert [index for index in range(22) if labels[0, index] == -100] == [0, 5, 14]
+    assert whole(batches, "position_ids")[0, :22].tolist() == [*range(5), *range(9), *range(8)]
+
+
+def test_flattening_with_and_without_boundaries_equals_our_packing():
+    features = rows(5, 9, 8)
+    ours = shards("zigzag", 2, features, packing=True)
+    for inner in (
+        DataCollatorWithFlattening(),
+        DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True),
+        DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True),
+    ):
+        theirs = shards("zigzag", 2, features, inner=inner)
+        assert theirs[0][KEY].sequence == ours[0][KEY].sequence
+        for key in ("input_ids", "labels", "shift_labels"):
+            assert torch.equal(whole(theirs, key), whole(ours, key)), key
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
+        DataCollatorForLanguageModeling(TOKENIZER, mlm=False, pad_to_multiple_of=8),
+        DataCollatorForSeq2Seq(TOKENIZER),
+    ],
+    ids=["language-modeling", "language-modeling-multiple", "seq2seq"],
+)
+def test_padding_collators_of_transformers(inner):
+    features = rows(13, 20)
+    if isinstance(inner, DataCollatorForLanguageModeling):
+        features = [{"input_ids": row["input_ids"]} for row in features]
+    plain = inner([dict(row) for row in features])
+    batches = shards("zigzag", 2, features, inner=inner)
+    length = plain["input_ids"].shape[1]
+    assert batches[0][KEY].sequence.num_tokens == (13, 20) and batches[0][KEY].unpadded_length == length
+    assert torch.equal(whole(batches, "input_ids")[:, :length], plain["input_ids"])
+    assert torch.equal(whole(batches, "labels")[:, :length], plain["labels"])
+    assert torch.equal(whole(batches, "shift_labels")[:, : length - 1], plain["labels"][:, 1:])
+
+
+def test_default_data_collator_of_equal_rows():
+    features = [{**row, "attention_mask": [1] * 16} for row in rows(16, 16)]
+    batches = shards("striped", 2, features, inner=default_data_collator)
+    assert batches[0][KEY].sequence.num_tokens is None
+    assert whole(batches, "labels").tolist() == [row["labels"] for row in features]
+
+
+def test_ready_made_shift_labels_are_kept_and_labels_follow_from_them():
+    features = rows(16)
+    shifted = [7] * 15 + [-100]
+    ready = [{"input_ids": features[0]["input_ids"], "shift_labels": shifted}]
+    batches = shards("zigzag", 2, ready)
+    assert whole(batches, "shift_labels").tolist() == [shifted]
+    assert whole(batches, "labels").tolist() == [[-100] + [7] * 15]
+
+
+def test_rows_that_were_packed_before_keep_their_documents_with_or_without_an_all_ones_mask():
+    packed = [{**row, "position_ids": [*range(6), *range(10)]} for row in rows(16, 16)]
+    masked = [{**row, "attention_mask": [1] * 16} for row in packed]
+    for features in (packed, masked):
+        description = shards("zigzag", 2, features)[0][KEY]
+        assert description.sequence.documents == ((0, 6, 16), (0, 6, 16)) and description.examples is None
+
+
+def test_positions_that_skip_forward_begin_a_document_only_without_a_mask():
+    skipping = torch.tensor([[0, 1, 2, 10, 11]])
+    assert documents_of_positions(skipping) == ((0, 3, 5),)
+    assert documents_of_positions(skipping, jumps=False) is None
+    assert documents_of_positions(torch.tensor([[0, 1, 2, 0, 0]]), num_tokens=(3,)) is None
+
+
+def test_shifting_back_and_forth_loses_only_what_nothing_predicts():
+    labels = torch.arange(10)[None]
+    assert torch.equal(shift_right(shift_left(labels))[:, 1:], labels[:, 1:])
+
+
+def test_a_batch_without_labels_stays_without():
+    inner = DataCollatorForSeq2Seq(TOKENIZER)
+    batch = shards("zigzag", 2, [{"input_ids": row["input_ids"]} for row in rows(16, 16)], inner=inner)[0]
+    assert set(batch) == {"input_ids", "position_ids", KEY}
+
+
+def test_one_process_gets_the_inner_batch_as_it_is():
+    features = rows(5, 9)
+    collator = ContextParallelCollator(config())
+    plain = collator.inner(features)
+    for batch in (collator(features), _with_size_one(collator, features)):
+        assert batch.keys() == plain.keys() and all(torch.equal(batch[key], plain[key]) for key in plain)
+
+
+def _with_size_one(collator, features):
+    with rank_of(1, 0):
+        return collator(features)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_workers_find_the_rank(method):
+    features = rows(16, 16, 16, 16)
+    with rank_of(2, 1):
+        collator = ContextParallelCollator(config())
+        here = list(DataLoader(features, batch_size=2, collate_fn=collator))
+        workers = DataLoader(
+            features, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=method
+        )
+        there = list(workers)
+    assert len(here) == len(there) == 2
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours[KEY] == theirs[KEY] and ours[KEY].rank == 1
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != KEY)
