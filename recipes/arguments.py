@@ -92,7 +92,7 @@ class ParallelArguments:
     """How a sequence is shared."""
 
     context_parallel_size: int | None = option(
-        None, "Processes that share a sequence. Default: all that were started."
+        None, "Processes that share a sequence. Default: as the launch line says, else 1."
     )
     overlap: bool = option(True, "Exchange keys and values while computing.")
     kernel: str = option("auto", "Attention kernel of a tile; auto takes the fastest that fits.")

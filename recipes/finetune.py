@@ -27,7 +27,8 @@ def main() -> None:
     model_args, data_args, parallel_args, training_args = parse(
         (ModelArguments, DataArguments, ParallelArguments, TrainingArguments),
         description=str(__doc__),
-        use_cpu=not torch.accelerator.is_available(),  # else every process of `accelerate launch` would look for its GPU
+        use_cpu=not torch.accelerator.is_available(),  # else each process would look for its GPU
+        ddp_find_unused_parameters=False,  # a causal language model uses all of them
     )
     only_main_process_logs(training_args)
     set_seed(training_args.seed)
@@ -39,7 +40,7 @@ def main() -> None:
     use_cache, model.config.use_cache = model.config.use_cache, False
 
     training_args.parallelism_config = ring_hf.ContextParallelConfig(
-        context_parallel_size=parallel_args.context_parallel_size or training_args.world_size,
+        context_parallel_size=parallel_args.context_parallel_size,
         overlap=parallel_args.overlap,
         kernel=parallel_args.kernel,
     )
