@@ -1,0 +1,155 @@
+"""What the launched script runs: one frozen `Case` per training run, and the models and data they name.
+
+Data is made so that shards hold unequal numbers of targets: rows of different length, prompts without labels, and
+(`hole`) labels only where rank 0 predicts them, so that every other rank holds none at all.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from ring_hf.geometry import LAYOUTS, shard_index
+
+VOCABULARY = 64
+LENGTH = 48  # a multiple of every layout's unit for 2 and 4 ranks
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the Trainer. `batch` is the number of rows per optimizer step over all replicas."""
+
+    name: str
+    layout: str | None = None  # None: one process with sdpa
+    cp: int = 1
+    dp: int = 1
+    model: str = "llama"
+    window: int | None = None
+    data: str = "uneven"
+    hole_layout: str | None = None  # the labels are laid out for these shards
+    hole_cp: int = 2
+    packing: bool = False
+    checkpointing: str | None = None  # "reentrant" or "non-reentrant"
+    accumulation: int = 2
+    batch: int = 8
+    bf16: bool = False
+    lora: bool = False
+    resume: bool = False
+    broken: str | None = None
+    steps: int = STEPS
+    learning_rate: float = 3e-4  # one process agrees with itself at this rate: test_one_process_agrees_with_itself
+    threads: int = 1
+
+    def reference(self) -> "Case":
+        """The same run in one process with the whole batch and `sdpa`; its name lists what it depends on."""
+        plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False)
+        fields = {key: value for key, value in asdict(plain).items() if key != "name"}
+        defaults = asdict(Case(""))
+        return replace(plain, name="one:" + ",".join(f"{k}={v}" for k, v in fields.items() if v != defaults[k]))
+
+
+def world_cases(world_size: int) -> list[Case]:
+    """All runs of the launch with `world_size` processes."""
+    meshes = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}[world_size]
+    cases = []
+    for cp, dp in meshes:
+        mesh = f"dp{dp}xcp{cp}"
+        common = {"cp": cp, "dp": dp}
+        for layout in LAYOUTS:
+            cases.append(Case(f"{mesh}-{layout}", layout, **common))
+            hole = {"data": "hole", "hole_layout": layout, "hole_cp": cp}
+            cases.append(Case(f"{mesh}-{layout}-hole", layout, **common, **hole, checkpointing="non-reentrant"))
+        reentrant = {"checkpointing": "reentrant"}
+        cases.append(Case(f"{mesh}-zigzag-packed", "zigzag", **common, packing=True, **reentrant))
+    if world_size == 4:
+        return cases
+    two: dict[str, Any] = {"cp": 2}
+    for layout in LAYOUTS:
+        for checkpointing in ("reentrant", "non-reentrant"):
+            cases.append(Case(f"cp2-{layout}-{checkpointing}", layout, **two, checkpointing=checkpointing))
+        cases.append(Case(f"cp2-{layout}-packed", layout, **two, packing=True))
+        cases.append(Case(f"cp2-{layout}-window-small", layout, **two, model="mistral", window=5))
+        cases.append(Case(f"cp2-{layout}-window-large", layout, **two, model="mistral", window=30))
+    cases += [
+        Case("cp2-zigzag-packed-window", "zigzag", **two, model="mistral", window=7, packing=True),
+        Case("cp2-zigzag-lora", "zigzag", **two, lora=True, checkpointing="non-reentrant"),
+        Case("cp2-zigzag-bf16", "zigzag", **two, bf16=True, learning_rate=1e-4),
+        Case("cp2-zigzag-resume", "zigzag", **two, resume=True),
+        Case("cp2-zigzag-shift-per-shard", "zigzag", **two, broken="shift-per-shard"),
+        Case("cp2-zigzag-local-positions", "zigzag", **two, broken="local-positions"),
+        Case("cp2-zigzag-no-documents", "zigzag", **two, packing=True, broken="no-documents"),
+    ]
+    return cases
+
+
+def reference_cases() -> list[Case]:
+    """Every distinct one-process run that some case is compared with, and what the comparison needs besides."""
+    wanted = {}
+    for world_size in (2, 4):
+        for case in world_cases(world_size):
+            wanted[case.reference().name] = case.reference()
+    return [*wanted.values(), *SELF_AGREEMENT, FP32_AT_THE_RATE_OF_BF16]
+
+
+# One process again with other rounding: another thread count, or the same batch in other portions.
+SELF_AGREEMENT = [
+    replace(Case("one:two threads").reference(), name="one:two threads", threads=2),
+    replace(Case("one:portions").reference(), name="one:portions", accumulation=1),
+    replace(Case("", model="mistral", window=30).reference(), name="one:mistral portions", accumulation=1),
+]
+FP32_AT_THE_RATE_OF_BF16 = replace(Case("", learning_rate=1e-4).reference(), name="one:fp32 at the rate of bf16")
+
+
+def build_model(case: Case) -> torch.nn.Module:
+    """A random two-layer model, the same for every case of its kind."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # large enough for attention to be far from uniform from the first step on
+        "attn_implementation": "sdpa" if case.layout is None else f"ring_{case.layout}",
+    }
+    if case.model == "mistral":
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=case.window))
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    if not case.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+class Rows(torch.utils.data.Dataset):
+    """`num_rows` rows that repeat themselves after a while, so that attending far back helps; `data` says which labels
+    count."""
+
+    def __init__(self, num_rows: int, data: str, hole_layout: str | None = None, hole_cp: int = 2, seed: int = 1):
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = []
+        for row in range(num_rows):
+            length = LENGTH if data == "hole" else LENGTH - (row * 11) % 23
+            period = 9 + row % 8
+            tokens = torch.randint(1, VOCABULARY, (period,), generator=generator).repeat(length)[:length]
+            labels = tokens.clone()
+            if data == "uneven":
+                labels[: (row * 13) % (length - 1)] = -100
+            if data == "hole":
+                assert hole_layout is not None
+                predicted_by_rank_0 = torch.tensor(shard_index(hole_layout, LENGTH, hole_cp, 0)) + 1
+                keep = torch.zeros(length + 1, dtype=torch.bool)
+                keep[predicted_by_rank_0] = True
+                labels[~keep[:length]] = -100
+            self.rows.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]

@@ -1,0 +1,104 @@
+"""The evaluation matrix: dataset lengths that leave a ragged last batch, batch sizes, meshes, and which labels count.
+
+One process evaluates with `dp * batch` rows at once; the launched processes must return its loss, predictions and
+labels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from ring_hf.geometry import LAYOUTS
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from tests.trainer.cases import Case, Rows, build_model
+
+LENGTHS = range(1, 8)
+BATCHES = (1, 2)
+LABELS = ("all", "uneven", "hole")
+CP = 2
+MESHES = {2: (1,), 4: (2,)}  # world size: numbers of replicas
+PREDICTED = 5  # rows for predict(): ragged for a batch of 2 and for 2 replicas
+
+
+def sums(prediction: EvalPrediction) -> dict[str, float]:
+    """Order-sensitive numbers of everything that `compute_metrics` sees: next-token accuracy needs whole rows in
+    order."""
+    logits, labels = torch.tensor(prediction.predictions).double(), torch.tensor(prediction.label_ids)
+    counted = labels[:, 1:] != -100
+    right = logits[:, :-1].argmax(-1) == labels[:, 1:]
+    weights = torch.arange(1, labels.numel() + 1, dtype=torch.double).reshape(labels.shape)
+    real = (labels != -100).double()
+    return {
+        "accuracy": right[counted].double().mean().item(),
+        "rows": float(len(labels)),
+        "tokens": float(labels.shape[1]),
+        "labels": (weights * labels * real).sum().item(),
+        "logits": (weights[..., None] * logits * real[..., None]).sum().item() / weights.sum().item(),
+        "inputs": float(torch.tensor(prediction.inputs).double().clamp(min=0).sum()),
+    }
+
+
+def argmax(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A `preprocess_logits_for_metrics` that looks across tokens: predictions aligned with the labels they predict."""
+    predictions = logits.argmax(-1).roll(1, dims=1)
+    predictions[:, 0] = labels[:, 0]
+    return predictions
+
+
+def run_evaluations(world_size: int, folder: Path) -> dict[str, Any]:
+    """All losses and predictions of this launch, by a key that names the case without its mesh's rank numbers."""
+    results: dict[str, Any] = {}
+    for num_replicas in MESHES.get(world_size, (1, 2)):
+        for batch in BATCHES:
+            for labels in LABELS:
+                layouts = LAYOUTS if labels == "hole" else ("zigzag",)
+                for layout in layouts:
+                    key = f"dp{num_replicas}-batch{batch}-{labels}-{layout}"
+                    results |= _evaluate(key, num_replicas, batch, labels, layout, world_size, folder)
+    return results
+
+
+def _evaluate(
+    key: str, num_replicas: int, batch: int, labels: str, layout: str, world_size: int, folder: Path
+) -> dict[str, Any]:
+    alone = world_size == 1
+    model = build_model(Case("evaluation", None if alone else layout))
+    args = TrainingArguments(
+        output_dir=str(folder / "evaluation"),
+        per_device_eval_batch_size=batch * num_replicas if alone else batch,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        include_for_metrics=["inputs"],
+        parallelism_config=None if alone else ContextParallelConfig(context_parallel_size=CP),
+    )
+    collator = ContextParallelCollator(model)
+    trainer = Trainer(model, args, data_collator=collator)
+    results: dict[str, Any] = {}
+    for length in LENGTHS:
+        rows = Rows(length, labels, layout if labels == "hole" else None, CP, seed=length)
+        results[f"{key}-length{length}"] = {"loss": trainer.evaluate(rows)["eval_loss"]}
+    rows = Rows(PREDICTED, labels, layout if labels == "hole" else None, CP)
+    for name, preprocess in (("logits", None), ("aligned", argmax)):
+        trainer.compute_metrics = sums if preprocess is None else None
+        trainer.preprocess_logits_for_metrics = preprocess
+        output = trainer.predict(rows)
+        counted = torch.tensor(output.label_ids) != -100
+        if preprocess is None:
+            results[f"{key}-predict"] = {k[5:]: v for k, v in output.metrics.items() if k[5:] in METRICS}
+        else:
+            aligned = torch.tensor(output.predictions) == torch.tensor(output.label_ids)
+            results[f"{key}-preprocess"] = {"accuracy": aligned[counted].double().mean().item()}
+        assert name in ("logits", "aligned")
+    packed = Trainer(build_model(Case("", None if alone else layout)), args, data_collator=None)
+    packed.data_collator = ContextParallelCollator(packed.model, packing=True)
+    packed.args.prediction_loss_only, packed.args.include_for_metrics = True, []
+    for length in (3, 5):
+        rows = Rows(length, labels, layout if labels == "hole" else None, CP, seed=length)
+        results[f"{key}-packed-length{length}"] = {"loss": packed.evaluate(rows)["eval_loss"]}
+    return results
+
+
+METRICS = ("accuracy", "rows", "tokens", "labels", "logits", "inputs", "loss")

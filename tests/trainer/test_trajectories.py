@@ -1,0 +1,62 @@
+"""Training under `accelerate launch` with an unmodified Trainer follows one process that holds whole sequences, step
+by step.
+
+20 steps at a learning rate at which one process agrees with itself under other rounding (checked first). Each world
+size is launched once and runs all of its cases; every test reads one of them.
+"""
+
+import pytest
+
+from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, SELF_AGREEMENT, STEPS, Case, world_cases
+from tests.trainer.compare import apart, assert_same_run
+
+CASES = [(world_size, case) for world_size in (2, 4) for case in world_cases(world_size)]
+EXACT = [(world_size, case) for world_size, case in CASES if case.broken is None and not case.bf16]
+BROKEN = [(world_size, case) for world_size, case in CASES if case.broken is not None]
+
+
+def names(cases):
+    return [f"{case.name}" for _, case in cases]
+
+
+def test_the_cases_cover_what_is_claimed():
+    exact = [case for _, case in EXACT]
+    assert len(exact) == len({case.name for case in exact}) >= 35 and STEPS >= 20
+    for cp, dp in ((2, 1), (4, 1), (2, 2)):
+        here = [case for case in exact if (case.cp, case.dp) == (cp, dp)]
+        for layout in ("contiguous", "zigzag", "striped"):
+            assert {case.data for case in here if case.layout == layout} == {"uneven", "hole"}
+        assert {case.checkpointing for case in here} == {None, "reentrant", "non-reentrant"}
+    assert all(case.accumulation == 2 for case in exact)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_as_many_processes_as_launched_really_ran(launches, world_size):
+    results = launches.of(world_size)
+    assert len(set(results["processes"])) == world_size
+    assert all(results[case.name]["engine"] == "DistributedType.MULTI_CPU" for case in world_cases(world_size))
+
+
+@pytest.mark.parametrize("case", SELF_AGREEMENT, ids=lambda case: case.name)
+def test_one_process_agrees_with_itself(launches, case):
+    reference = Case("", model=case.model, window=case.window).reference().name
+    assert_same_run(case.name, launches.of(1)[case.name], launches.of(1)[reference])
+
+
+@pytest.mark.parametrize(("world_size", "case"), EXACT, ids=names(EXACT))
+def test_training_follows_one_process(launches, world_size, case):
+    assert_same_run(case.name, launches.of(world_size)[case.name], launches.of(1)[case.reference().name])
+
+
+def test_bf16_is_no_further_from_fp32_than_one_process_in_bf16(launches):
+    (case,) = (case for _, case in CASES if case.bf16)
+    truth = launches.of(1)[FP32_AT_THE_RATE_OF_BF16.name]
+    ours, _ = apart(f"{case.name} and one process in fp32", launches.of(2)[case.name], truth)
+    theirs, _ = apart("one process in bf16 and in fp32", launches.of(1)[case.reference().name], truth)
+    assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.parametrize(("world_size", "case"), BROKEN, ids=names(BROKEN))
+def test_a_deliberate_mistake_shows(launches, world_size, case):
+    loss, grad_norm = apart(case.name, launches.of(world_size)[case.name], launches.of(1)[case.reference().name])
+    assert loss > 1e-3 and grad_norm > 1e-3
