@@ -23,8 +23,8 @@ find_python() {
 }
 
 pip_install() {
-    # pip's own quiet mode says nothing for minutes; its full output is hundreds of lines. Keep one short line per package.
-    "$python" -m pip install --disable-pip-version-check "$@" |
+    # pip's own quiet mode says nothing for minutes; its full output is hundreds of lines. Keep one short line per package, and errors.
+    "$python" -m pip install --disable-pip-version-check "$@" 2> >(grep -v '^WARNING' >&2) |
         { grep --line-buffered -E '^(Collecting|Installing|Successfully)' || true; } | cut -c 1-100
 }
 

@@ -112,11 +112,17 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
         raise ValueError(f"length={length} leaves no token to predict. Use at least 2.")
     if not any(num_tokens(tokens)):
         raise ValueError(f"the {len(tokens)} documents hold no tokens. Check the data source and its text column.")
-    return Dataset.from_generator(
-        _packed_rows,
+    layout = {"tokens": tokens, "length": length, "packing": packing}
+    sequences = Dataset.from_generator(_pieces_of_sequences, gen_kwargs=layout)
+    return sequences.map(
+        _assemble,
+        batched=True,
+        batch_size=max(1, 2**20 // length),  # about a million tokens in memory
+        remove_columns=sequences.column_names,
+        fn_kwargs={"tokens": tokens, "mask_boundaries": mask_boundaries},
         features=FEATURES,
-        gen_kwargs={"tokens": tokens, "length": length, "packing": packing, "mask_boundaries": mask_boundaries},
-    )
+        desc=f"Packing sequences of {length:,} tokens",
+    ).with_format("numpy")
 
 
 def num_tokens(tokens: Dataset) -> list[int]:
@@ -128,16 +134,28 @@ def num_tokens(tokens: Dataset) -> list[int]:
     return np.concatenate(lengths).tolist() if lengths else []
 
 
-def _packed_rows(tokens: Dataset, length: int, packing: str, mask_boundaries: bool) -> Iterator[dict[str, np.ndarray]]:
-    documents = tokens.with_format("numpy")
-    last, row = -1, np.empty(0, np.int32)
+def _pieces_of_sequences(tokens: Dataset, length: int, packing: str) -> Iterator[dict[str, list[list[int]]]]:
     for pieces in PACKINGS[packing](num_tokens(tokens), length):
+        yield {"pieces": [[piece.document, piece.start, piece.stop] for piece in pieces]}
+
+
+def _assemble(
+    batch: dict[str, list[list[list[int]]]], tokens: Dataset, mask_boundaries: bool
+) -> dict[str, list[np.ndarray]]:
+    documents = tokens.with_format("numpy")
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
+    last, row = -1, np.empty(0, np.int32)
+    for pieces in batch["pieces"]:
         parts = []
-        for piece in pieces:
-            if piece.document != last:  # a book is cut into many pieces: read it once
-                last, row = piece.document, np.asarray(documents[piece.document]["input_ids"], dtype=np.int32)
-            parts.append(row[piece.start : piece.stop])
+        for document, start, stop in pieces:
+            if document != last:  # a book is cut into many pieces: read it once
+                last, row = document, np.asarray(documents[document]["input_ids"], dtype=np.int32)
+            parts.append(row[start:stop])
         input_ids = np.concatenate(parts)
         position_ids = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
-        labels = np.where(position_ids == 0, np.int32(IGNORED), input_ids) if mask_boundaries else input_ids
-        yield {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        columns["input_ids"].append(input_ids)
+        columns["position_ids"].append(position_ids)
+        columns["labels"].append(
+            np.where(position_ids == 0, np.int32(IGNORED), input_ids) if mask_boundaries else input_ids
+        )
+    return columns
