@@ -62,8 +62,7 @@ def mask_2d(
     if kv_length + kv_offset > int(q_offset) + q_length:
         raise ValueError(
             f"A static cache ({kv_length} slots, {int(q_offset) + q_length} of them filled) is not supported by the "
-            "ring "
-            "backends. Generate with the default dynamic cache, or with attn_implementation='sdpa'."
+            "ring backends. Generate with the default dynamic cache, or with attn_implementation='sdpa'."
         )
     if attention_mask is None or attention_mask.ndim != 2:
         return attention_mask
@@ -135,8 +134,8 @@ def _refuse_unsupported(
 ) -> None:
     if softcap is not None:
         raise ValueError(
-            f"softcap={softcap} (logit soft-capping) is not computed by the ring backends. "
-            "Use a model without attn_logit_softcapping."
+            f"softcap={softcap} (logit soft-capping) is not computed by the ring backends. Use a model without "
+            "attn_logit_softcapping."
         )
     if s_aux is not None:
         raise ValueError("s_aux (attention sinks) is not computed by the ring backends. Use a model without sinks.")
@@ -154,8 +153,8 @@ def _refuse_unsupported(
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads. "
-            "Set num_attention_heads to a multiple of num_key_value_heads."
+            f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads. Set num_attention_heads "
+            "to a multiple of num_key_value_heads."
         )
     if query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
         raise ValueError(
@@ -192,25 +191,22 @@ def _refuse_unshardable(
     if name is not None and BACKENDS.get(name) != batch.sequence.layout:
         raise ValueError(
             f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
-            "the "
-            "collator from the model that is trained, after its last set_attn_implementation call."
+            "the collator from the model that is trained, after its last set_attn_implementation call."
         )
     if attention_mask is not None:
         raise ValueError(
             f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
-            "documents "
-            "travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."
+            "documents travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."
         )
     if module.training and dropout > 0:
         raise ValueError(
-            f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. "
-            "Set config.attention_dropout = 0.0."
+            f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. Set "
+            "config.attention_dropout = 0.0."
         )
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"{query.shape[2]} queries meet {key.shape[2]} keys: a KV cache cannot be combined with sharded "
-            "sequences. "
-            "Pass use_cache=False and no past_key_values."
+            "sequences. Pass use_cache=False and no past_key_values."
         )
     if query.shape[2] != batch.shard_length:
         raise ValueError(
@@ -225,8 +221,8 @@ def _refuse_unshardable(
     supported = DTYPES.get(query.device.type, ())
     if query.dtype not in supported:
         raise ValueError(
-            f"Ring attention has no kernel for {query.dtype} on {query.device.type}. "
-            f"Use {' or '.join(str(dtype) for dtype in supported) or 'a CPU or CUDA device'}."
+            f"Ring attention has no kernel for {query.dtype} on {query.device.type}. Use "
+            f"{' or '.join(str(dtype) for dtype in supported) or 'a CPU or CUDA device'}."
         )
 
 

@@ -30,8 +30,6 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Static checks of the model and the arguments; hooks on the model."""
-        if not hasattr(args.parallelism_config, "context_parallel_size"):
-            process.activate(None)  # another Trainer in this process, without context parallelism
         self._check(args, state, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -62,6 +60,10 @@ class ContextParallelCallback(TrainerCallback):
             state.log_history[-1].update(added)  # the Trainer made its own copy before it called
 
     def _check(self, args: Any, state: Any, model: Any, loader: Any = None) -> None:
+        if hasattr(args.parallelism_config, "activate"):
+            args.parallelism_config.activate()
+        else:
+            process.activate(None)  # another Trainer in this process, without context parallelism
         context = process.current()
         if context is None:
             return
@@ -71,8 +73,8 @@ class ContextParallelCallback(TrainerCallback):
         guard_model(model).prove_again()
         if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
             logger.info(
-                "context parallelism: %s, %d ranks per sequence (ring), %d data-parallel replicas, kernel %s, overlap "
-                "%s; "
+                "context parallelism: %s, %d ranks per sequence (ring), %d data-parallel replicas, kernel %s, "
+                "overlap %s; "
                 "sequences per optimizer step: %d",
                 attention_name(inner.config),
                 context.size,

@@ -116,8 +116,7 @@ class ContextParallelCollator:
         if length < num_pieces:
             raise ValueError(
                 f"{length} tokens cannot be dealt to {num_pieces} chunks (layout {layout!r}, "
-                f"context_parallel_size={context.size}). "
-                "Use longer sequences or a smaller context_parallel_size."
+                f"context_parallel_size={context.size}). Use longer sequences or a smaller context_parallel_size."
             )
         mask = batch.get("attention_mask")
         num_tokens = None if mask is None else num_real_tokens(mask)
@@ -159,8 +158,8 @@ def _check_keys(batch: Mapping[str, Any]) -> None:
     unknown = sorted(set(batch) - {*PER_TOKEN, *DESCRIPTION})
     if unknown:
         raise ValueError(
-            f"The batch holds {', '.join(unknown)}, and it is not known how that is cut into shards. "
-            "Remove it from the dataset or in the inner collator."
+            f"The batch holds {', '.join(unknown)}, and it is not known how that is cut into shards. Remove it from "
+            "the dataset or in the inner collator."
         )
     if batch["input_ids"].ndim != 2:
         raise ValueError(
@@ -191,8 +190,8 @@ def _documents(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> 
     if boundaries is not None:
         if num_rows != 1:
             raise ValueError(
-                f"cu_seq_lens_q describes one flattened row, but the batch has {num_rows} rows. "
-                "Use position_ids that restart to mark documents in several rows."
+                f"cu_seq_lens_q describes one flattened row, but the batch has {num_rows} rows. Use position_ids that "
+                "restart to mark documents in several rows."
             )
         keys = batch.get("cu_seq_lens_k")
         if keys is not None and keys.tolist() != boundaries.tolist():

@@ -16,6 +16,7 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from transformers import trainer as transformers_trainer
 
+from ring_hf.kernels import KERNELS
 from ring_hf.parallel import register_group
 
 from . import context
@@ -48,6 +49,7 @@ class ContextParallelConfig(ParallelismConfig):
     dp_shard_size: ranks that shard the weights (not in this version: 1).
     """
 
+    dp_replicate_size: int | None = None
     context_parallel_size: int | None = None
     ulysses_size: int | None = None
     inner_ring_size: int | None = None
@@ -55,6 +57,8 @@ class ContextParallelConfig(ParallelismConfig):
     kernel: str | None = None
     overlap: bool | None = None
     _infer_replicas: bool = field(default=False, init=False, repr=False)
+    _process: context.ProcessContext | None = field(default=None, init=False, repr=False)
+    _evaluator: Evaluator | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in INHERITED:
@@ -62,18 +66,17 @@ class ContextParallelConfig(ParallelismConfig):
             if size not in (None, 1):
                 raise ValueError(
                     f"{name}={size} would make the Trainer divide its token count by it, or start Accelerate's own "
-                    "parallelism. "
-                    f"Leave it at 1 and set context_parallel_size={size}."
+                    f"parallelism. Leave it at 1 and set context_parallel_size={size}."
                 )
             setattr(self, name, 1)
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, _from_environment(name, default))
-        replicas = self.dp_replicate_size
-        if replicas is None:
-            replicas = _from_environment("dp_replicate_size", None)
-        self._infer_replicas = replicas is None
-        self.dp_replicate_size = 1 if replicas is None else replicas
+        if self.dp_replicate_size is None:
+            self.dp_replicate_size = _from_environment("dp_replicate_size", None)
+        self._infer_replicas = self.dp_replicate_size is None
+        if self._infer_replicas:
+            self.dp_replicate_size = 1
         self._refuse_unsupported()
         super().__post_init__()
         self._sizes["cp"] = self.context_parallel_size
@@ -91,9 +94,10 @@ class ContextParallelConfig(ParallelismConfig):
         if self.dp_shard_size != 1:
             raise ValueError(
                 f"dp_shard_size={self.dp_shard_size}: sharded weights (FSDP) are not proven yet with context "
-                "parallelism; supported: "
-                "DDP. Set it to 1."
+                "parallelism; supported: DDP. Set it to 1."
             )
+        if self.kernel not in ("auto", *KERNELS):
+            raise ValueError(f"kernel={self.kernel!r} is not known. Choose one of auto, {', '.join(KERNELS)}.")
         if self.transport == "auto":
             self.transport = "ring"
         if self.transport != "ring":
@@ -134,7 +138,8 @@ class ContextParallelConfig(ParallelismConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """`training_args.bin` keeps the settings, not the process groups behind the device mesh."""
-        return {key: value for key, value in self.__dict__.items() if key != "device_mesh"}
+        bound = ("device_mesh", "_process", "_evaluator")
+        return {key: value for key, value in self.__dict__.items() if key not in bound}
 
     def build_device_mesh(self, device_type: str) -> Any:
         """Mesh with the axes that are larger than 1, in the order (dp_replicate, cp): ranks that share a sequence are
@@ -157,9 +162,8 @@ class ContextParallelConfig(ParallelismConfig):
         if self.total_size != num_processes:
             raise ValueError(
                 f"context_parallel_size={size} * dp_replicate_size={self.dp_replicate_size} = {self.total_size}, but "
-                f"{num_processes} "
-                f"processes were started. Set dp_replicate_size={num_processes // size}, leave it out, or start "
-                f"{self.total_size} processes."
+                f"{num_processes} processes were started. Set dp_replicate_size={num_processes // size}, leave it "
+                f"out, or start {self.total_size} processes."
             )
 
     def _validate_accelerator(self, accelerator: Any) -> None:
@@ -169,18 +173,18 @@ class ContextParallelConfig(ParallelismConfig):
             name = "FSDP" if fsdp else getattr(engine, "value", engine)
             raise ValueError(
                 f"Engine {name} on {accelerator.device.type} is not proven yet with context parallelism; supported: "
-                "DDP on CPU and "
-                "CUDA. Start with `accelerate launch --multi_gpu` (or a config with distributed_type: MULTI_GPU)."
+                "DDP on CPU and CUDA. Start with `accelerate launch --multi_gpu` (or a config with distributed_type: "
+                "MULTI_GPU)."
             )
         self._fit(accelerator.num_processes)
         if ContextParallelCallback not in transformers_trainer.DEFAULT_CALLBACKS:
             transformers_trainer.DEFAULT_CALLBACKS.append(ContextParallelCallback)
         if self._size == 1:
-            context.activate(None)
+            self.activate()
             return
         mesh = accelerator.state.device_mesh
         replicas = mesh["dp_replicate"] if self._replicas > 1 else None
-        process = context.ProcessContext(
+        self._process = context.ProcessContext(
             size=self._size,
             rank=mesh["cp"].get_local_rank(),
             num_replicas=self._replicas,
@@ -190,9 +194,13 @@ class ContextParallelConfig(ParallelismConfig):
             kernel=self.kernel or "auto",
             overlap=bool(self.overlap),
         )
-        evaluator = Evaluator(process)
-        evaluator.install(accelerator)
-        context.activate(process, evaluator)
+        self._evaluator = Evaluator(self._process)
+        self._evaluator.install(accelerator)
+        self.activate()
+
+    def activate(self) -> None:
+        """Make this the context of the process; the Trainer's callback repeats it when several Trainers take turns."""
+        context.activate(self._process, self._evaluator)
 
 
 def _from_environment(name: str, default: Any) -> Any:

@@ -39,8 +39,8 @@ def documents_of_cu_seq_lens(cu_seq_lens: torch.Tensor, length: int) -> Document
     boundaries = [int(boundary) for boundary in cu_seq_lens.flatten().tolist()]
     if not boundaries or boundaries[0] != 0 or boundaries != sorted(boundaries) or boundaries[-1] > length:
         raise ValueError(
-            f"cu_seq_lens_q={boundaries} does not describe a row of {length} tokens. "
-            f"It must begin with 0, grow, and end with {length}."
+            f"cu_seq_lens_q={boundaries} does not describe a row of {length} tokens. It must begin with 0, grow, and "
+            f"end with {length}."
         )
     if boundaries[-1] < length:
         boundaries.append(length)
@@ -64,16 +64,15 @@ def num_real_tokens(attention_mask_BS: torch.Tensor) -> tuple[int, ...] | None:
     if attention_mask_BS.ndim != 2:
         raise ValueError(
             f"attention_mask has {attention_mask_BS.ndim} dims (shape {tuple(attention_mask_BS.shape)}). Only 2D "
-            "padding masks "
-            "can be sharded; describe packed documents by position_ids that restart, or by cu_seq_lens_q."
+            "padding masks can be sharded; describe packed documents by position_ids that restart, or by "
+            "cu_seq_lens_q."
         )
     mask = attention_mask_BS.long()
     if bool(((mask != 0) & (mask != 1)).any()):
         values = sorted(set(mask.flatten().tolist()))
         raise ValueError(
             f"attention_mask holds the values {values[:6]}. Only 0 (padding) and 1 (token) are supported; describe "
-            "packed "
-            "documents by position_ids that restart."
+            "packed documents by position_ids that restart."
         )
     num_tokens = mask.sum(dim=1)
     if bool((num_tokens == 0).any()):
@@ -84,7 +83,7 @@ def num_real_tokens(attention_mask_BS: torch.Tensor) -> tuple[int, ...] | None:
     if bool((step > 0).any()):
         side = "left padding" if bool((mask[:, 0] == 0).any()) else "zeros between ones"
         raise ValueError(
-            f"attention_mask has {side}. Context parallelism supports right padding only: "
-            "set tokenizer.padding_side = 'right'."
+            f"attention_mask has {side}. Context parallelism supports right padding only: set tokenizer.padding_side "
+            "= 'right'."
         )
     return None if bool(mask.all()) else tuple(num_tokens.tolist())

@@ -53,14 +53,13 @@ class Evaluator:
         if isinstance(loader.dataset, IterableDataset):
             return (
                 f"An evaluation dataset without a length cannot be split exactly over {self.context.num_replicas} "
-                "replicas: the rows that "
-                "fill the last batch cannot be told. Use a map-style dataset, or dp_replicate_size=1."
+                "replicas: the rows that fill the last batch cannot be told. Use a map-style dataset, or "
+                "dp_replicate_size=1."
             )
         if self._num_real_examples() is not None and getattr(batch, "examples", None) == ():
             return (
                 "The last evaluation batch repeats examples to fill all replicas, and the inner collator's rows do "
-                "not show where "
-                "examples begin. Evaluate a dataset whose length is a multiple of the batch, or use "
+                "not show where examples begin. Evaluate a dataset whose length is a multiple of the batch, or use "
                 "dp_replicate_size=1."
             )
         return None
@@ -128,8 +127,8 @@ class Evaluator:
         if batch.examples is not None and self.context.num_replicas > 1:
             raise ValueError(
                 f"Predictions of packed rows cannot be put in order over {self.context.num_replicas} data-parallel "
-                "replicas. "
-                "Set prediction_loss_only=True, use dp_replicate_size=1, or evaluate with a collator that pads."
+                "replicas. Set prediction_loss_only=True without include_for_metrics, use dp_replicate_size=1, or "
+                "pad instead of packing."
             )
         whole = unshard(all_gather(shard.contiguous(), self.context.group), batch.sequence.layout, dim=1)
         return whole[:, : batch.unpadded_length]
@@ -140,8 +139,8 @@ class Evaluator:
             return self._stock_gather(input_data, use_gather_object=use_gather_object)
         if use_gather_object:
             raise ValueError(
-                "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it to "
-                "False."
+                "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it "
+                "to False."
             )
         return recursively_apply(self._gather, input_data, error_on_other_type=True)
 
@@ -151,10 +150,8 @@ class Evaluator:
         if not bool((sums == sums[0]).all()):
             raise ValueError(
                 f"A tensor of shape {tuple(tensor.shape)} differs between ranks that share a sequence, so it was "
-                "computed from shards and "
-                "cannot be restored. compute_metrics and preprocess_logits_for_metrics get whole rows from the "
-                "Trainer's own "
-                "loop; set prediction_loss_only=True if a custom loop is used."
+                "computed from shards and cannot be restored. compute_metrics and preprocess_logits_for_metrics get "
+                "whole rows from the Trainer's own loop; set prediction_loss_only=True if a custom loop is used."
             )
         group = self.context.replica_group
         gathered = tensor if group is None else torch.cat(all_gather(tensor, group))

@@ -154,8 +154,8 @@ def _batch_error(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     if kwargs.get("shift_labels") is not None and kwargs.get("labels") is None:
         return (
             "The batch has shift_labels but its labels were taken out before the forward pass (as "
-            "label_smoothing_factor and "
-            "compute_loss_func do): a loss outside the model would see one shard. Let the model compute the loss."
+            "label_smoothing_factor and compute_loss_func do): a loss outside the model would see one shard. Let the "
+            "model compute the loss."
         )
     loader_error = check_loader(GradientState().active_dataloader)
     if loader_error is not None:
@@ -173,15 +173,13 @@ def _batch_error(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     if BACKENDS.get(backend or "") != layout:
         return (
             f"The model attends with {backend!r}, but the batch was sharded for layout {layout!r}. Build the collator "
-            "from the model that "
-            "is trained, after its last set_attn_implementation call."
+            "from the model that is trained, after its last set_attn_implementation call."
         )
     num_tokens = kwargs["input_ids"].shape[1]
     if num_tokens != batch.shard_length:
         return (
             f"This rank got {num_tokens} tokens, but its {layout} shard of {batch.sequence.length} tokens has "
-            f"{batch.shard_length}. "
-            "Do not cut or pad the batch after ContextParallelCollator."
+            f"{batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
         )
     if kwargs["input_ids"].device.type not in ("cpu", "cuda"):
         return f"Device {kwargs['input_ids'].device} is not supported by ring attention. Use a CPU or CUDA device."
@@ -193,7 +191,6 @@ def _check_calls(model: PreTrainedModel, calls: int) -> None:
     if calls != expected:
         raise ValueError(
             f"{type(model).__name__} has {expected} layers, but called the attention function {calls} times in one "
-            "forward pass. "
-            "Layers that compute attention elsewhere would see one shard only. Use a model whose every layer uses the "
-            "attention interface."
+            "forward pass. Layers that compute attention elsewhere would see one shard only. Use a model whose every "
+            "layer uses the attention interface."
         )

@@ -38,8 +38,7 @@ class PadOrPack:
         if unknown:
             raise ValueError(
                 f"The default collator does not know {', '.join(unknown)}. Remove the columns, or pass the collator "
-                "that "
-                "knows them as inner=."
+                "that knows them as inner=."
             )
         if "input_ids" not in feature:
             raise ValueError(f"An example has no input_ids, only {sorted(feature)}. Tokenise the dataset first.")

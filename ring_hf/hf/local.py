@@ -51,8 +51,7 @@ def local_backend(
     if dropout > 0:
         raise ValueError(
             f"attention dropout {dropout} with packed documents, padding or a sliding window is not supported by the "
-            "ring "
-            "backends. Set config.attention_dropout = 0.0."
+            "ring backends. Set config.attention_dropout = 0.0."
         )
     out_BHSE, _ = local_attention(query, key, value, documents=documents, causal=causal, window=window, scale=scale)
     return out_BHSE.transpose(1, 2).contiguous()

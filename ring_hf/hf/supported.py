@@ -36,9 +36,8 @@ def _attention_interface(model: PreTrainedModel) -> str | None:
         return None
     return (
         f"{type(model).__name__} does not pass its attention through Transformers' attention interface: it accepts "
-        "the name of the "
-        "backend and ignores it, so every rank would attend inside its shard. Use a model that supports attention "
-        "backends."
+        "the name of the backend and ignores it, so every rank would attend inside its shard. Use a model that "
+        "supports attention backends."
     )
 
 
@@ -50,8 +49,7 @@ def _layer_types(model: PreTrainedModel) -> str | None:
         return None
     return (
         f"{type(model).__name__} has layers of type {', '.join(sorted(types))}. They carry a state along the sequence "
-        "or look at "
-        "its neighbourhood, which sharding breaks. Use a model with attention layers only."
+        "or look at its neighbourhood, which sharding breaks. Use a model with attention layers only."
     )
 
 
@@ -62,15 +60,16 @@ def _not_causal_decoder(model: PreTrainedModel) -> str | None:
 
 
 def _loss(model: PreTrainedModel) -> str | None:
-    if (
-        LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-        and model.loss_function is ForCausalLMLoss
-    ):
+    loss_type = getattr(model, "loss_type", None)
+    known = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
+    known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
+    if known and model.loss_function is ForCausalLMLoss:
         return None
     return (
         f"{type(model).__name__} does not use the causal language modelling loss "
-        f"(loss_type={getattr(model, 'loss_type', None)!r}), "
-        "the only one that is known to split over shards. Use a ...ForCausalLM model."
+        f"(loss_type={getattr(model, 'loss_type', None)!r}), the only one that is known to split over shards. Use a "
+        "...ForCausalLM model."
     )
 
 
@@ -80,8 +79,7 @@ def _forward_takes_kwargs(model: PreTrainedModel) -> str | None:
         return None
     return (
         f"{type(model).__name__}.forward takes no **kwargs, so shift_labels and the description of the sequence "
-        "cannot reach the loss "
-        "and the attention layers."
+        "cannot reach the loss and the attention layers."
     )
 
 
@@ -104,8 +102,7 @@ def _dropout(model: PreTrainedModel) -> str | None:
         return None
     return (
         f"{len(names)} dropout modules are active, for example {names[0]}. Ranks start from one seed, so all shards "
-        "would drop the same "
-        "places, and no run would equal one process. Set the dropout probabilities to 0."
+        "would drop the same places, and no run would equal one process. Set the dropout probabilities to 0."
     )
 
 
@@ -127,8 +124,7 @@ def _router_loss(model: PreTrainedModel) -> str | None:
         return None
     return (
         "output_router_logits=True adds an auxiliary loss over the tokens of one shard, which is not the loss of the "
-        "whole sequence. "
-        "Set model.config.output_router_logits = False."
+        "whole sequence. Set model.config.output_router_logits = False."
     )
 
 
@@ -158,8 +154,7 @@ def _label_smoothing(args: Any) -> str | None:
         return None
     return (
         f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer's label smoother shifts labels inside "
-        "each shard, so every "
-        "shard loses a target. Set it to 0."
+        "each shard, so every shard loses a target. Set it to 0."
     )
 
 
@@ -168,8 +163,7 @@ def _average_tokens(args: Any) -> str | None:
         return None
     return (
         "average_tokens_across_devices=False weighs every shard alike although shards hold different numbers of "
-        "targets. "
-        "Set it to True."
+        "targets. Set it to True."
     )
 
 

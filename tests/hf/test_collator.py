@@ -1,4 +1,5 @@
-"""The collator: labels shifted before anything is cut, documents and padding described, every inner collator served."""
+"""The collator: labels shifted before anything is cut, documents and padding described, every inner collator
+served."""
 
 import pytest
 import torch

@@ -37,6 +37,7 @@ class Case:
     bf16: bool = False
     lora: bool = False
     resume: bool = False
+    workers: int = 0
     broken: str | None = None
     steps: int = STEPS
     learning_rate: float = 3e-4  # one process agrees with itself at this rate: test_one_process_agrees_with_itself
@@ -44,7 +45,7 @@ class Case:
 
     def reference(self) -> "Case":
         """The same run in one process with the whole batch and `sdpa`; its name lists what it depends on."""
-        plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False)
+        plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False, workers=0)
         fields = {key: value for key, value in asdict(plain).items() if key != "name"}
         defaults = asdict(Case(""))
         return replace(plain, name="one:" + ",".join(f"{k}={v}" for k, v in fields.items() if v != defaults[k]))
@@ -76,6 +77,7 @@ def world_cases(world_size: int) -> list[Case]:
         Case("cp2-zigzag-packed-window", "zigzag", **two, model="mistral", window=7, packing=True),
         Case("cp2-zigzag-lora", "zigzag", **two, lora=True, checkpointing="non-reentrant"),
         Case("cp2-zigzag-bf16", "zigzag", **two, bf16=True, learning_rate=1e-4),
+        Case("cp2-striped-workers", "striped", **two, workers=1),
         Case("cp2-zigzag-resume", "zigzag", **two, resume=True),
         Case("cp2-zigzag-shift-per-shard", "zigzag", **two, broken="shift-per-shard"),
         Case("cp2-zigzag-local-positions", "zigzag", **two, broken="local-positions"),

@@ -37,6 +37,12 @@ def test_as_many_processes_as_launched_really_ran(launches, world_size):
     assert all(results[case.name]["engine"] == "DistributedType.MULTI_CPU" for case in world_cases(world_size))
 
 
+def test_every_log_holds_speed_and_memory_of_the_device(launches):
+    for case in world_cases(2):
+        logged = launches.of(2)[case.name]["logged"]
+        assert {"loss", "grad_norm", "tokens_per_second_per_device", "peak_memory_gb"} <= set(logged), case.name
+
+
 @pytest.mark.parametrize("case", SELF_AGREEMENT, ids=lambda case: case.name)
 def test_one_process_agrees_with_itself(launches, case):
     reference = Case("", model=case.model, window=case.window).reference().name

@@ -16,7 +16,7 @@ from torch.distributed import all_gather_object, is_initialized
 from transformers import Trainer, TrainingArguments, set_seed
 
 import ring_hf  # noqa: F401 (registers the backends, as a user's script does)
-from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from ring_hf.hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig
 from tests.trainer.broken import BROKEN
 from tests.trainer.cases import Case, Rows, build_model, reference_cases, world_cases
 from tests.trainer.evaluation_cases import run_evaluations
@@ -34,6 +34,7 @@ def arguments(case: Case, folder: Path, **more: Any) -> TrainingArguments:
         learning_rate=case.learning_rate,
         logging_steps=1,
         bf16=case.bf16,
+        dataloader_num_workers=case.workers,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -54,9 +55,12 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     if case.broken is not None:
         collator = BROKEN[case.broken](collator)
     rows = Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp)
-    trainer = Trainer(model, arguments(case, folder), train_dataset=rows, data_collator=collator)
+    by_hand = [ContextParallelCallback()] if case.workers else None  # the config added one: a second must do no harm
+    args = arguments(case, folder)
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=by_hand)
     trainer.train()
     result = {"engine": str(trainer.accelerator.distributed_type), **curves(trainer)}
+    result["logged"] = sorted(trainer.state.log_history[-2])
     if case.resume:
         result.update(resume(case, folder, trainer, rows))
     return result

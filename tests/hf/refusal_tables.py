@@ -1,0 +1,221 @@
+"""The tables of refusals: what is asked for, and words of the message that must name the fault and the way out."""
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ring_hf.geometry import WholeSequence
+from ring_hf.hf.batch import KEY, ContextParallelBatch, RefusedBatch
+from tests.hf.faults import LeftPadding
+from tests.hf.models import SIZES, llama, rows
+
+CONFIGS = {
+    "cp_size": ({"cp_size": 2}, "cp_size=2 would make the Trainer divide its token count.*context_parallel_size=2"),
+    "sp_size": ({"sp_size": 2}, "sp_size=2 would"),
+    "tp_size": ({"tp_size": 2}, "tp_size=2 would"),
+    "ulysses_size": ({"ulysses_size": 2}, "ulysses_size=2 is not supported yet"),
+    "inner_ring_size": ({"inner_ring_size": 2}, "inner_ring_size=2 is not supported yet"),
+    "transport": ({"transport": "allgather"}, "transport='allgather' is not supported yet"),
+    "kernel": ({"kernel": "warp"}, "kernel='warp' is not known. Choose one of auto"),
+    "dp_shard_size": ({"dp_shard_size": 2}, "dp_shard_size=2: sharded weights .FSDP. are not proven yet"),
+    "size zero": ({"context_parallel_size": 0}, "context_parallel_size=0 must be a whole number of at least 1"),
+}
+
+ONES = torch.ones(2, 16, dtype=torch.long)
+
+
+def holes():
+    mask = ONES.clone()
+    mask[1, 5] = 0
+    return mask
+
+
+def batch(**changes):
+    plain = {"input_ids": ONES, "labels": ONES, **changes}
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+BATCHES = {
+    "too few tokens": (batch(input_ids=ONES[:, :5], labels=None), "5 tokens cannot be dealt to 8 chunks"),
+    "holes in the mask": (batch(attention_mask=holes()), "attention_mask has zeros between ones"),
+    "4D mask": (batch(attention_mask=torch.ones(2, 1, 16, 16)), "attention_mask has 4 dims .shape .2, 1, 16, 16"),
+    "3D mask": (batch(attention_mask=torch.ones(2, 16, 16)), "attention_mask has 3 dims"),
+    "document ids in the mask": (batch(attention_mask=ONES * 2), "attention_mask holds the values .2.. Only 0"),
+    "empty row": (batch(attention_mask=ONES * torch.tensor([[1], [0]])), "Row 1 of the batch has no token at all"),
+    "mask of another length": (batch(attention_mask=ONES[:, :8]), "attention_mask has shape .2, 8."),
+    "multimodal positions": (batch(position_ids=ONES.expand(3, 2, 16)), "multimodal RoPE"),
+    "embeddings": (batch(inputs_embeds=torch.ones(2, 16, 8)), "inputs_embeds: only token ids can be sharded"),
+    "images": (batch(pixel_values=torch.ones(2, 3)), "pixel_values: only token ids can be sharded"),
+    "unknown tensor": (batch(token_type_ids=ONES), "token_type_ids, and it is not known how that is cut"),
+    "no tokens": ({"labels": ONES}, "returned no input_ids"),
+    "one label per row": (batch(labels=ONES[:, 0]), "labels has shape .2,. beside input_ids .2, 16."),
+    "boundaries of several rows": (batch(cu_seq_lens_q=torch.tensor([0, 16])), "but the batch has 2 rows"),
+    "boundaries that do not fit": (
+        {"input_ids": ONES[:1], "cu_seq_lens_q": torch.tensor([0, 9, 30])},
+        "does not describe a row of 16 tokens",
+    ),
+    "different boundaries of keys": (
+        {"input_ids": ONES[:1], "cu_seq_lens_q": torch.tensor([0, 16]), "cu_seq_lens_k": torch.tensor([0, 8, 16])},
+        "cu_seq_lens_q and cu_seq_lens_k differ",
+    ),
+}
+
+COLLATORS = {
+    "left padding": ({"inner": LeftPadding()}, rows(16, 12), "left padding.*tokenizer.padding_side = 'right'"),
+    "unknown column": ({}, [{**row, "text": "a"} for row in rows(16)], "default collator does not know text"),
+    "no input_ids": ({}, [{"labels": [1] * 16}], "An example has no input_ids"),
+    "parts of different length": ({}, [{"input_ids": [1] * 16, "labels": [1] * 9}], "differ in length"),
+    "padding inside a pack": (
+        {"packing": True},
+        [{"input_ids": [1] * 16, "attention_mask": [1] * 9 + [0] * 7}],
+        "carries padding",
+    ),
+    "different keys": ({}, [rows(16)[0], {"input_ids": [1] * 16, "shift_labels": [1] * 16}], "different keys"),
+}
+
+DESCRIPTION = ContextParallelBatch(WholeSequence("zigzag", 16, 2), "none", 0, "auto", True, 16, None, "")
+
+SHARDED = {KEY: DESCRIPTION}
+CALLS = {
+    "softcap": ({"softcap": 50.0}, "softcap=50.0"),
+    "sinks": ({"s_aux": torch.ones(4)}, "s_aux .attention sinks. is not computed"),
+    "attention weights": ({"output_attentions": True}, "output_attentions=True needs the attention matrix"),
+    "position bias": ({"position_bias": torch.ones(1)}, "passes 'position_bias', which changes the result"),
+    "sparse indices": ({"indices": torch.ones(1)}, "passes 'indices', which changes the result"),
+    "paged cache": ({"cache": object()}, "passes 'cache', which changes the result"),
+    "heads that do not divide": ({"key": (1, 3, 8, 8)}, "4 query heads are not a multiple of 3 key/value heads"),
+    "head dims of queries and keys": ({"key": (1, 2, 8, 16)}, "do not fit together"),
+    "local 4D mask": ({"attention_mask": torch.ones(1, 1, 8, 8)}, "take a 2D padding mask of 8 tokens"),
+    "local mask with holes": (
+        {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1]])},
+        "attention mask has zeros between ones",
+    ),
+    "local dropout in a pack": (
+        {"dropout": 0.1, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
+        "attention dropout 0.1 with packed documents",
+    ),
+    "refused batch": ({KEY: RefusedBatch("no good")}, "no good"),
+    "other layout": (dict(backend="ring_striped", **SHARDED), "attends with 'ring_striped', but.*layout 'zigzag'"),
+    "mask beside a shard": (dict(attention_mask=torch.ones(1, 8), **SHARDED), "reached a sharded sequence"),
+    "dropout on a shard": (dict(dropout=0.1, training=True, **SHARDED), "attention dropout 0.1 cannot equal one"),
+    "cache beside a shard": (dict(key=(1, 2, 12, 8), **SHARDED), "8 queries meet 12 keys: a KV cache"),
+    "length of the shard": (
+        dict(query=(1, 4, 6, 8), key=(1, 2, 6, 8), **SHARDED),
+        "got 6 tokens, but its zigzag shard of 16 tokens has 8",
+    ),
+    "dtype": (dict(dtype=torch.float16, **SHARDED), "no kernel for torch.float16 on cpu"),
+    "value head dim": (dict(value=(1, 2, 8, 4), **SHARDED), "value head dim 4 differs from query head dim 8"),
+}
+
+
+def classifier():
+    return LlamaForSequenceClassification(llama().config)
+
+
+def encoder_decoder():
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, attn_implementation="ring_zigzag")
+    config.attention_dropout = 0.0
+    return GPT2LMHeadModel(config)
+
+
+def mixtral():
+    config = MixtralConfig(**SIZES, num_local_experts=2, output_router_logits=True, attn_implementation="ring_zigzag")
+    return MixtralForCausalLM(config)
+
+
+def with_config(**changes):
+    model = llama()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+class NoKwargsForCausalLM(type(llama())):
+    def forward(self, input_ids=None, labels=None):
+        return super().forward(input_ids=input_ids, labels=labels)
+
+
+MODELS = {
+    "sdpa": (lambda: llama("sdpa"), "attn_implementation='sdpa' attends inside one shard only"),
+    "encoder-decoder": (encoder_decoder, "is an encoder-decoder"),
+    "linear attention": (lambda: with_config(layer_types=["full_attention", "linear_attention"]), "linear_attention"),
+    "convolution": (lambda: with_config(layer_types=["conv", "full_attention"]), "layers of type conv"),
+    "recurrent blocks": (lambda: with_config(layers_block_type=["mamba", "attention"]), "layers of type mamba"),
+    "chunked attention": (lambda: with_config(layer_types=["chunked_attention"] * 2), "chunked_attention"),
+    "another loss": (classifier, "does not use the causal language modelling loss"),
+    "no kwargs": (lambda: NoKwargsForCausalLM(llama().config), r"NoKwargsForCausalLM.forward takes no \*\*kwargs"),
+    "attention dropout": (lambda: with_config(attention_dropout=0.1), "attention_dropout=0.1 would draw"),
+    "dropout modules": (gpt2, "dropout modules are active"),
+    "dynamic RoPE": (
+        lambda: with_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type='dynamic' picks its frequencies by the largest position",
+    ),
+    "router loss": (mixtral, "output_router_logits=True adds an auxiliary loss"),
+    "attention weights": (
+        lambda: with_config(_output_attentions=True),
+        "output_attentions=True needs the attention matrix",
+    ),
+}
+
+ARGUMENTS = {
+    "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    "token average": ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False weighs"),
+    "rebalancing": ({"train_sampling_strategy": "batch_rebalance"}, 'train_sampling_strategy="batch_rebalance"'),
+    "neftune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 adds noise"),
+    "dispatching": ({"accelerator_config": {"dispatch_batches": True}}, '"dispatch_batches": False'),
+    "uneven batches": ({"accelerator_config": {"even_batches": False}}, "even_batches=False"),
+    "gathering objects": ({"eval_use_gather_object": True}, "eval_use_gather_object=True"),
+    "inputs of batch metrics": (
+        {"batch_eval_metrics": True, "include_for_metrics": ["inputs"]},
+        "would hand shards to compute_metrics",
+    ),
+    "torch.compile": ({"torch_compile": True}, "torch_compile=True is not proven yet"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the loss"),
+}
+
+SHARD = {"input_ids": ONES[:, :8], KEY: DESCRIPTION}
+PASSED = {
+    "mask": ({"attention_mask": ONES}, "attention_mask was passed beside a sharded batch"),
+    "cache": ({"past_key_values": object()}, "past_key_values was passed beside a sharded batch"),
+    "embeddings": ({"inputs_embeds": ONES}, "inputs_embeds was passed beside a sharded batch"),
+    "attention weights": ({"output_attentions": True}, "output_attentions=True"),
+    "labels taken out": ({"shift_labels": ONES}, "shift_labels but its labels were taken out"),
+    "cut tokens": ({"input_ids": ONES[:, :7]}, "got 7 tokens, but its zigzag shard of 16 tokens has 8"),
+    "device": ({"input_ids": torch.ones(2, 8, device="meta")}, "Device meta is not supported"),
+}
+
+DISTRIBUTED = {
+    "left_padding_on_rank_1": "rank 1: attention_mask has left padding",
+    "short_rows_on_rank_1": "rank 1: 3 tokens cannot be dealt to 4 chunks",
+    "other_rows_on_rank_1": "The ranks disagree about the batch (hash of its tokens, labels and documents)",
+    "other_layout_on_rank_1": "rank 1: The model attends with 'ring_zigzag', but the batch was sharded for layout "
+    "'striped'",
+    "plain_collator_on_rank_1": "did not come from ContextParallelCollator",
+    "other_dtype_on_rank_1": "The ranks disagree about the model",
+    "ignored_backend": "BloomForCausalLM does not pass its attention through Transformers' attention interface",
+    "sdpa_layer": "has 2 layers, but called the attention function 1 times",
+    "label_smoothing": "label_smoothing_factor=0.1",
+    "label_smoothing_on_rank_1": "rank 1: label_smoothing_factor=0.1",
+    "own_loss": "labels were taken out before the forward pass",
+    "dispatched_stream": 'accelerator_config={"dispatch_batches": False}',
+    "stream_is_fine_when_not_dispatched": "no error",
+    "wrong_world_size": "context_parallel_size=3 does not divide 2 processes",
+    "wrong_product": "context_parallel_size=2 * dp_replicate_size=2 = 4, but 2 processes were started",
+    "shard_made_metric": "differs between ranks that share a sequence",
+}
+FOUR = {
+    "evaluated_stream": "An evaluation dataset without a length cannot be split exactly over 2 replicas",
+    "packed_predictions": "Predictions of packed rows cannot be put in order over 2 data-parallel replicas",
+    "left_padding_on_rank_1": "rank 1: attention_mask has left padding",
+}

@@ -1,0 +1,121 @@
+"""The config: where its values come from, what Accelerate reads of it, and the mesh that deals the data."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
+from tests.harness import run_distributed
+from tests.hf.models import llama, rows
+
+
+def test_inherited_sizes_stay_one_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    config = ContextParallelConfig(context_parallel_size=2)
+    assert (config.cp_size, config.sp_size, config.tp_size) == (1, 1, 1)
+    assert not (config.cp_enabled or config.sp_enabled or config.tp_enabled)
+    assert config.context_parallel_size == 2 and config.active_mesh_dims == ["cp"]
+
+
+def test_unset_fields_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "2")
+    monkeypatch.setenv("RING_HF_DP_REPLICATE_SIZE", "3")
+    monkeypatch.setenv("RING_HF_OVERLAP", "false")
+    monkeypatch.setenv("RING_HF_KERNEL", "reference")
+    monkeypatch.setenv("RING_HF_TRANSPORT", "auto")
+    config = ContextParallelConfig()
+    assert (config.context_parallel_size, config.dp_replicate_size, config.total_size) == (2, 3, 6)
+    assert config.overlap is False and config.kernel == "reference" and config.transport == "ring"
+    assert config.active_mesh_dims == ["dp_replicate", "cp"]
+    assert ContextParallelConfig(context_parallel_size=4, overlap=True).context_parallel_size == 4
+
+
+def test_size_may_come_from_the_parallelism_config_of_an_accelerate_yaml(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
+    assert ContextParallelConfig().context_parallel_size == 4
+    monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "2")
+    assert ContextParallelConfig().context_parallel_size == 2
+
+
+def test_replicas_follow_from_the_number_of_processes():
+    config = ContextParallelConfig(context_parallel_size=2)
+    config._fit(8)
+    assert config.dp_replicate_size == 4 and config.total_size == 8
+
+
+def test_trackers_get_plain_values_and_pickles_no_mesh():
+    config = ContextParallelConfig(context_parallel_size=2)
+    config.device_mesh = object()
+    json.dumps(config.to_json())
+    again = pickle.loads(pickle.dumps(config))
+    assert again.device_mesh is None and again.context_parallel_size == 2
+    assert "context_parallel_size=2" in repr(config)
+
+
+def test_size_one_trains_in_a_single_process(tmp_path):
+    model = llama()
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        parallelism_config=ContextParallelConfig(context_parallel_size=1),
+    )
+    data = rows(9, 12, 7, 20)
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, data_collator=ContextParallelCollator(model))
+    trainer.train()
+    assert context.current() is None and trainer.evaluate()["eval_loss"] > 0
+    assert trainer.args.to_dict()["parallelism_config"]["context_parallel_size"] == 1
+
+
+def build_trainer(rank, world_size, context_parallel_size):
+    model = llama()
+    args = TrainingArguments(
+        output_dir="unused",
+        use_cpu=True,
+        report_to=[],
+        per_device_train_batch_size=2,
+        parallelism_config=ContextParallelConfig(context_parallel_size=context_parallel_size),
+    )
+    data = [{"input_ids": [n] * 8} for n in range(1, 17)]
+    trainer = Trainer(model, args, train_dataset=data, data_collator=ContextParallelCollator(model))
+    mesh = trainer.accelerator.state.device_mesh
+    seen = []
+    for batch in trainer.get_train_dataloader():
+        seen.append(batch["input_ids"][:, 0].tolist())
+    here = context.current()
+    context.activate(None)
+    saved = pickle.loads(pickle.dumps(args))
+    assert saved.parallelism_config.device_mesh is None
+    return mesh.mesh_dim_names, tuple(mesh.shape), (here.replica, here.rank), seen
+
+
+@pytest.mark.parametrize(("cp", "dp"), [(4, 1), (2, 2)])
+def test_ranks_of_a_group_read_the_same_rows_and_replicas_read_others(cp, dp):
+    results = run_distributed(4, build_trainer, cp)
+    for rank, (names, shape, place, _) in enumerate(results):
+        assert names[-1] == "cp" and shape[-1] == cp and place == (rank // cp, rank % cp)
+    seen = [tuple(map(tuple, result[3])) for result in results]
+    assert len(set(seen)) == dp and all(seen[rank] == seen[rank - rank % cp] for rank in range(4))
+    everything = sorted(token for batches in set(seen) for batch in batches for token in batch)
+    assert everything == list(range(1, 17))
+
+
+def test_a_frozen_description_passes_a_loader_that_pins_and_moves():
+    """Neither torch's pinning nor Accelerate's transfer may touch what is no tensor."""
+    from accelerate.utils import send_to_device
+
+    from ring_hf.hf.batch import KEY
+    from tests.hf.models import rank_of
+
+    with rank_of(2, 0):
+        collator = ContextParallelCollator(llama())
+        (batch,) = DataLoader(rows(16, 16), batch_size=2, collate_fn=collator)
+        moved = send_to_device(batch, torch.device("cpu"), non_blocking=True)
+    assert moved[KEY] is batch[KEY]

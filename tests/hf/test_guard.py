@@ -1,0 +1,94 @@
+"""The guard outside of the Trainer, after the first step, and when several Trainers share a process."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
+from ring_hf.hf.batch import KEY, RefusedBatch
+from tests.harness import run_distributed
+from tests.hf.faults import arguments
+from tests.hf.models import llama, rows
+
+
+def own_loop(rank, world_size):
+    """Evaluation and training steps in a hand-written loop with Accelerate; returns the losses and a gradient."""
+    accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=world_size))
+    model = llama()
+    guard_model(model)
+    loader = DataLoader(rows(16, 21, 13), batch_size=2, collate_fn=ContextParallelCollator(model))
+    loader = accelerator.prepare(loader)
+    model.eval()
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in loader]
+    model.train()
+    batch = next(iter(loader))
+    shares = model(**batch, num_items_in_batch=torch.tensor(35.0)).loss  # 15 + 20 targets in the first two rows
+    shares.backward()
+    gradient = accelerator.reduce(model.lm_head.weight.grad.clone(), reduction="sum")
+    context.activate(None)
+    return losses, gradient
+
+
+def test_hand_written_loop_equals_one_process():
+    model = llama("sdpa")
+    collate = ContextParallelCollator(model)
+    batches = [collate(rows(16, 21, 13)[:2]), collate(rows(16, 21, 13)[2:])]
+    with torch.no_grad():
+        want = [model(**batch).loss.item() for batch in batches]
+    model(**batches[0]).loss.backward()
+    for losses, gradient in run_distributed(2, own_loop):
+        assert losses == pytest.approx(want, abs=1e-6)
+        apart = (gradient - model.lm_head.weight.grad).abs().max().item()
+        print(f"hand-written loop: worst gradient difference {apart:.2e}")
+        assert apart < 1e-6
+
+
+def later_refusal(rank, world_size):
+    model = llama()
+    collator = ContextParallelCollator(model)
+    trainer = Trainer(model, arguments(), train_dataset=rows(16, 16), data_collator=collator)
+    good = collator(rows(16, 16))
+    model.train()
+    model(**good)
+    bad = collator(rows(2, 2))
+    assert isinstance(bad[KEY], RefusedBatch) and trainer.model is model
+    try:
+        model(**bad)
+    except ValueError as error:
+        return str(error)
+    finally:
+        context.activate(None)
+
+
+def test_a_batch_refused_after_the_first_step_raises_with_its_reason():
+    for message in run_distributed(2, later_refusal):
+        assert message.startswith("2 tokens cannot be dealt to 4 chunks")
+
+
+def two_trainers(rank, world_size):
+    """A Trainer with context parallelism, then one without, which replaces Accelerate's state; then the first
+    trains."""
+    ring = llama()
+    collator = ContextParallelCollator(ring)
+    first = Trainer(ring, arguments(), train_dataset=rows(16, 20, 12, 16), data_collator=collator)
+    active = [context.current() is not None]
+    alone = arguments(ContextParallelConfig(context_parallel_size=1))
+    Trainer(llama("sdpa"), alone, train_dataset=rows(16, 16, 16, 16), data_collator=collator).train()
+    active.append(context.current() is not None)
+    try:
+        first.train()
+    except ValueError as error:
+        return active, str(error)
+    finally:
+        context.activate(None)
+
+
+def test_a_later_trainer_works_without_context_and_the_earlier_one_is_refused_rather_than_wrong():
+    """Accelerate keeps one state per process: after the second Trainer, the first one's loader deals other rows to
+    every rank."""
+    for active, message in run_distributed(2, two_trainers):
+        assert active == [True, False]
+        assert message.startswith("The ranks disagree about the batch")

@@ -1,0 +1,230 @@
+"""Every refusal in one place: what is refused, and words of the message that names the fault and the way out."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from ring_hf.hf.backend import attention, mask_2d
+from ring_hf.hf.batch import KEY, RefusedBatch
+from ring_hf.hf.guard import _batch_error, base_model
+from ring_hf.hf.supported import ARGUMENT_RULES, MODEL_RULES, first_error
+from tests.harness import run_distributed
+from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
+from tests.hf.models import llama, rank_of, rows
+from tests.hf.refusal_tables import (
+    ARGUMENTS,
+    BATCHES,
+    CALLS,
+    COLLATORS,
+    CONFIGS,
+    DESCRIPTION,
+    DISTRIBUTED,
+    FOUR,
+    MODELS,
+    ONES,
+    PASSED,
+    SHARD,
+)
+
+# Configuration time
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_refuses(name):
+    settings, message = CONFIGS[name]
+    with pytest.raises(ValueError, match=message):
+        ContextParallelConfig(**settings)
+
+
+def test_environment_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "two")
+    with pytest.raises(ValueError, match="RING_HF_CONTEXT_PARALLEL_SIZE='two' must be a whole number"):
+        ContextParallelConfig()
+    monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "2")
+    monkeypatch.setenv("RING_HF_OVERLAP", "perhaps")
+    with pytest.raises(ValueError, match="RING_HF_OVERLAP='perhaps' must be true or false"):
+        ContextParallelConfig()
+
+
+def test_wrong_world_size_names_both_numbers_and_the_way_out():
+    with pytest.raises(ValueError) as refusal:
+        ContextParallelConfig(context_parallel_size=3)._fit(8)
+    assert str(refusal.value) == (
+        "context_parallel_size=3 does not divide 8 processes. Set dp sizes so that context_parallel_size * dp = 8, or "
+        "start 3, 6 or 9 processes."
+    )
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])
+def test_engines_that_are_not_proven_are_refused_by_name(engine):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType[engine], device=torch.device("cpu"), num_processes=2
+    )
+    with pytest.raises(ValueError, match=f"Engine {engine} on cpu is not proven yet.*supported: DDP on CPU and CUDA"):
+        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator)
+
+
+def test_fsdp_that_accelerate_would_silently_run_as_ddp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, device=torch.device("cpu"), num_processes=2
+    )
+    with pytest.raises(ValueError, match="Engine FSDP on cpu is not proven yet"):
+        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator)
+
+
+def test_device_that_is_neither_cpu_nor_cuda_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("meta"), num_processes=1)
+    with pytest.raises(ValueError, match="Engine NO on meta is not proven yet"):
+        ContextParallelConfig()._validate_accelerator(accelerator)
+
+
+# Batches: the collator refuses, and says so in the batch
+
+
+def refusal_of(collator, features, num_ranks=4):
+    with rank_of(num_ranks, 1):
+        result = collator(features)
+    assert isinstance(result[KEY], RefusedBatch), "the batch was accepted"
+    assert (result["labels"] == -100).all() and (result["shift_labels"] == -100).all()
+    return result[KEY].message
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_collator_refuses(name):
+    inner_batch, message = BATCHES[name]
+    found = refusal_of(ContextParallelCollator(llama(), inner=lambda features: dict(inner_batch)), rows(16, 16))
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_examples_are_refused(name):
+    settings, features, message = COLLATORS[name]
+    found = refusal_of(ContextParallelCollator(llama(), **settings), features, num_ranks=2)
+    assert re.search(message, found), found
+
+
+def test_backend_that_is_not_ours_is_refused_by_the_collator():
+    found = refusal_of(ContextParallelCollator(llama("sdpa")), rows(16, 16))
+    assert "attn_implementation='sdpa' attends inside one shard only" in found and "ring_zigzag" in found
+
+
+def test_inner_collator_and_packing_exclude_each_other():
+    with pytest.raises(ValueError, match="packing=True belongs to the default collator"):
+        ContextParallelCollator(llama(), inner=LeftPadding(), packing=True)
+
+
+def test_numpy_batches_are_refused():
+    with pytest.raises(ValueError, match="return_tensors='np': only PyTorch tensors"):
+        ContextParallelCollator(llama())(rows(16), return_tensors="np")
+
+
+# The attention function
+
+
+def call(
+    query=(1, 4, 8, 8),
+    key=(1, 2, 8, 8),
+    value=None,
+    dtype=torch.float32,
+    training=False,
+    backend="ring_zigzag",
+    **kwargs,
+):
+    model = llama(backend)
+    module = model.model.layers[0].self_attn.to(dtype).train(training)
+    mask = kwargs.pop("attention_mask", None)
+    tensors = (torch.zeros(shape, dtype=dtype) for shape in (query, key, value or key))
+    return attention(module, *tensors, mask, scaling=0.3, **kwargs)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_attention_refuses(name):
+    settings, message = CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(**settings)
+
+
+def test_training_batch_that_did_not_come_from_the_collator_is_refused():
+    with rank_of(2, 0), pytest.raises(ValueError, match="did not come from ContextParallelCollator"):
+        call(training=True)
+
+
+def test_static_cache_is_refused():
+    with pytest.raises(ValueError, match=r"A static cache \(32 slots, 20 of them filled\)"):
+        mask_2d(q_length=1, kv_length=32, q_offset=19)
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_refused(name):
+    build, message = MODELS[name]
+    found = first_error(MODEL_RULES, build())
+    assert found is not None and re.search(message, found), found
+
+
+def test_the_plain_model_is_accepted_and_something_else_is_no_model():
+    assert first_error(MODEL_RULES, llama()) is None
+    with pytest.raises(ValueError, match="Linear holds no Transformers model"):
+        base_model(torch.nn.Linear(1, 1))
+
+
+# Trainer arguments
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_trainer_argument_is_refused(name):
+    settings, message = ARGUMENTS[name]
+    args = arguments(ContextParallelConfig())
+    for key, value in settings.items():
+        if key == "accelerator_config":
+            for field, setting in value.items():
+                setattr(args.accelerator_config, field, setting)
+        else:
+            setattr(args, key, value)
+    found = first_error(ARGUMENT_RULES, args)
+    assert found is not None and message in found
+
+
+def test_plain_arguments_are_accepted():
+    assert first_error(ARGUMENT_RULES, arguments(ContextParallelConfig())) is None
+
+
+# What is passed to the model beside a sharded batch
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_model_arguments_are_refused(name):
+    changes, message = PASSED[name]
+    found = _batch_error(llama(), (), {**SHARD, **changes})
+    assert found is not None and message in found
+    assert _batch_error(llama(), (), SHARD) is None
+
+
+def test_tokens_by_position_are_refused():
+    assert "Tokens were passed by position" in _batch_error(llama(), (ONES,), {KEY: DESCRIPTION})
+
+
+# Two processes: every rank gets the message, whoever is at fault, and none hangs
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_both_ranks_refuse_together(name):
+    for message in run_distributed(2, run_fault, name, timeout=60):
+        assert DISTRIBUTED[name] in message, message
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_all_replicas_refuse_together(name):
+    for message in run_distributed(4, run_fault, name, timeout=60):
+        assert FOUR[name] in message, message
+
+
+def test_every_fault_is_tested():
+    assert set(FAULTS) == set(DISTRIBUTED) | set(FOUR)
