@@ -1,5 +1,4 @@
-"""The Trainer callback: refuses wrong settings before the first step, logs the layout once, and the speed in every
-log.
+"""The Trainer callback: refuses wrong settings before the first step, logs the layout once and the speed always.
 
 `ContextParallelConfig` adds it to the Trainer's default callbacks, so the user need not. Adding it by hand too does no
 harm. The checks are collective: every rank constructs the Trainer, and all raise the same error if one has one.
@@ -34,7 +33,8 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model, kwargs.get("train_dataloader"))
-        self._tokens_since, self._time_since = 0, time.perf_counter()
+        if process.current() is not None:
+            self._tokens_since, self._time_since = guard_model(model).num_tokens, time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
@@ -74,8 +74,7 @@ class ContextParallelCallback(TrainerCallback):
         if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
             logger.info(
                 "context parallelism: %s, %d ranks per sequence (ring), %d data-parallel replicas, kernel %s, "
-                "overlap %s; "
-                "sequences per optimizer step: %d",
+                "overlap %s; sequences per optimizer step: %d",
                 attention_name(inner.config),
                 context.size,
                 context.num_replicas,

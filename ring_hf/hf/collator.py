@@ -224,7 +224,7 @@ def _fingerprint(whole: Mapping[str, torch.Tensor], documents: Documents | None)
     digest = hashlib.blake2b(repr(documents).encode(), digest_size=16)
     for key in sorted(whole):
         digest.update(f"{key}{tuple(whole[key].shape)}".encode())
-        digest.update(whole[key].contiguous().numpy().tobytes())
+        digest.update(whole[key].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

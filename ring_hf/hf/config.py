@@ -9,7 +9,7 @@ everything else is set up.
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import ParallelismConfig, PartialState
@@ -38,15 +38,17 @@ INHERITED = ("cp_size", "sp_size", "tp_size")
 
 @dataclass(repr=False)
 class ContextParallelConfig(ParallelismConfig):
-    """Args:
-    context_parallel_size: ranks that share each sequence.
-    ulysses_size: how many of them exchange heads instead of keys and values (not in this version: 1).
-    inner_ring_size: ranks of the inner ring of a double ring (not in this version: 1).
-    transport: how keys and values travel: "ring" ("auto" chooses it).
-    kernel: attention kernel: "auto" or a name from `ring_hf.kernels.KERNELS`.
-    overlap: exchange the next keys and values while computing with the present ones.
-    dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
-    dp_shard_size: ranks that shard the weights (not in this version: 1).
+    """How many ranks share each sequence, and how they do it.
+
+    Args:
+        context_parallel_size: ranks that share each sequence.
+        ulysses_size: how many of them exchange heads instead of keys and values (not in this version: 1).
+        inner_ring_size: ranks of the inner ring of a double ring (not in this version: 1).
+        transport: how keys and values travel: "ring" ("auto" chooses it).
+        kernel: attention kernel: "auto" or a name from `ring_hf.kernels.KERNELS`.
+        overlap: exchange the next keys and values while computing with the present ones.
+        dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
+        dp_shard_size: ranks that shard the weights (not in this version: 1).
     """
 
     dp_replicate_size: int | None = None
@@ -152,10 +154,9 @@ class ContextParallelConfig(ParallelismConfig):
     def _fit(self, num_processes: int) -> None:
         size = self._size
         if num_processes % size:
-            possible = ", ".join(str(size * n) for n in range(1, 3))
             raise ValueError(
                 f"context_parallel_size={size} does not divide {num_processes} processes. Set dp sizes so that "
-                f"context_parallel_size * dp = {num_processes}, or start {possible} or {size * 3} processes."
+                f"context_parallel_size * dp = {num_processes}, or start {size}, {size * 2} or {size * 3} processes."
             )
         if self._infer_replicas:
             self._set_size("dp_replicate", num_processes // size)
@@ -221,6 +222,3 @@ def _from_environment(name: str, default: Any) -> Any:
             raise ValueError(f"{variable}={text!r} must be a whole number.")
         return int(text)
     return text
-
-
-assert {f.name for f in fields(ContextParallelConfig)} >= set(DEFAULTS)

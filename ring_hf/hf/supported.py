@@ -114,8 +114,7 @@ def _rope(model: PreTrainedModel) -> str | None:
         return None
     return (
         f"rope_type={types.pop()!r} picks its frequencies by the largest position in the batch, which differs between "
-        "shards. "
-        'Use "linear", "yarn", "llama3" or a larger rope_theta.'
+        'shards. Use "linear", "yarn", "llama3" or a larger rope_theta.'
     )
 
 
@@ -172,8 +171,7 @@ def _sampling(args: Any) -> str | None:
         return None
     return (
         'train_sampling_strategy="batch_rebalance" deals other examples to every process, also to those that share a '
-        "sequence. "
-        'Use "random", "sequential" or "group_by_length".'
+        'sequence. Use "random", "sequential" or "group_by_length".'
     )
 
 
