@@ -102,7 +102,7 @@ def test_byte_tokenizer_survives_saving(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert len(loaded) == 258
     assert (loaded.eos_token_id, loaded.pad_token_id) == (256, 257)
-    text = "naïve\t漢字 \U0001f389  two  spaces\n"
+    text = "na\u00efve\t\u6f22\u5b57 \U0001f389  two  spaces\n"
     assert loaded(text)["input_ids"] == list(text.encode())
     assert loaded.decode(loaded(text + END_OF_TEXT)["input_ids"]) == text + END_OF_TEXT
 

@@ -1,0 +1,154 @@
+"""The fine-tuning recipe as a user starts it: one process and two give the same losses, an interrupted run goes on as
+if it had not been, and what comes out needs nothing of ours.
+"""
+
+import importlib
+import json
+import pydoc_data.topics
+import shutil
+import sys
+
+import pytest
+
+from tests.harness import ROOT, run_command
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
+RUN = """
+model_config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
+  num_key_value_heads: 2, max_position_embeddings: 32}
+tokenizer: bytes
+rope_theta: 50000.0
+max_length: 128
+heldout_fraction: 0.2
+max_heldout_sequences: 3
+per_device_train_batch_size: 2
+per_device_eval_batch_size: 1
+gradient_accumulation_steps: 2
+max_steps: 8
+save_steps: 4
+learning_rate: 1e-3
+lr_scheduler_type: constant
+logging_steps: 1
+eval_strategy: steps
+eval_steps: 8
+"""
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+assert not any(name.split(".")[0] == "ring_hf" for name in sys.modules)
+assert model.config.use_cache and model.config._attn_implementation == "sdpa"
+assert model.config.max_position_embeddings == 128 and model.config.rope_parameters["rope_theta"] == 5e4
+ids = tokenizer("The quick brown fox", return_tensors="pt")
+print(model(**ids, labels=ids["input_ids"]).loss.item(), len(model.generate(**ids, max_new_tokens=3)[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a corpus, a run, and one directory of results for each way to start it."""
+    folder = tmp_path_factory.mktemp("finetune")
+    topics = pydoc_data.topics.topics
+    rows = [json.dumps({"text": topics[name][:600]}) for name in sorted(topics)]
+    (folder / "corpus.jsonl").write_text("\n".join(rows))
+    (folder / "run.yaml").write_text(RUN)
+    start(folder, [sys.executable], "one")
+    start(folder, LAUNCH, "two", "--context_parallel_size", "2")
+    return folder
+
+
+def start(folder, launcher, name, *overrides):
+    output = ["--data", str(folder / "corpus.jsonl"), "--output_dir", str(folder / name)]
+    return run_command([*launcher, "recipes/finetune.py", str(folder / "run.yaml"), *output, *overrides])
+
+
+def history(folder, name):
+    return json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+
+
+def compare(got, want, loss, grad_norm):
+    """Every logged step: as many, the same numbers."""
+    steps = [row for row in want if "loss" in row]
+    assert [row["step"] for row in got if "loss" in row] == [row["step"] for row in steps]
+    for mine, other in zip([row for row in got if "loss" in row], steps, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=loss)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=grad_norm)
+    return len(steps)
+
+
+def test_two_processes_give_the_losses_of_one(folder):
+    one, two = history(folder, "one"), history(folder, "two")
+    assert compare(two, one, loss=1e-5, grad_norm=1e-4) == 8
+    evaluations = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (one, two)]
+    assert len(evaluations[0]) == 1
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+
+
+def test_training_reduces_the_loss(folder):
+    losses = [row["loss"] for row in history(folder, "one") if "loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_an_interrupted_run_goes_on_from_its_last_checkpoint(folder):
+    shutil.copytree(folder / "two" / "checkpoint-4", folder / "again" / "checkpoint-4")
+    start(folder, LAUNCH, "again", "--context_parallel_size", "2")
+    assert compare(history(folder, "again"), history(folder, "two"), loss=1e-7, grad_norm=1e-6) == 8
+
+
+def test_the_result_is_a_plain_transformers_model(folder):
+    done = run_command([sys.executable, "-c", RELOAD, str(folder / "two")])
+    loss, length = done.stdout.split()
+    assert 0 < float(loss) < 6
+    assert int(length) == len("The quick brown fox") + 3
+
+
+def test_perplexity_measures_models_and_earlier_results(folder):
+    common = [
+        "recipes/perplexity.py",
+        "--data",
+        str(folder / "corpus.jsonl"),
+        "--lengths",
+        "32",
+        "64",
+        "--max_windows",
+        "4",
+    ]
+    first = [f"one={folder / 'one'}", "--output_dir", str(folder / "first")]
+    run_command([sys.executable, *common, "--models", *first])
+    both = [
+        f"one={folder / 'first' / 'perplexity.json'}",
+        f"two={folder / 'two'}",
+        "--output_dir",
+        str(folder / "both"),
+    ]
+    done = run_command([sys.executable, *common, "--models", *both, "--trained_lengths", "128", "128"])
+    results = json.loads((folder / "both" / "perplexity.json").read_text())["results"]
+    assert [row["length"] for row in results["one"]] == [32, 64]
+    for mine, other in zip(results["one"], results["two"], strict=True):
+        assert mine["num_tokens"] == other["num_tokens"] == 256 // mine["length"] * (mine["length"] - 1)
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert (folder / "both" / "perplexity.md").read_text().splitlines()[0] in done.stdout
+    assert (folder / "both" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_here(monkeypatch, recipe, *argv):
+    """In this process: a fresh one spends seconds on imports."""
+    monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}.py", *argv])
+    importlib.import_module(recipe).main()
+
+
+def test_mistakes_end_with_their_explanation(monkeypatch):
+    with pytest.raises(ValueError, match=r"unknown in the command line: 'modle' \(did you mean model"):
+        run_here(monkeypatch, "finetune", str(ROOT / "configs" / "finetune.yaml"), "--modle", "x")
+    with pytest.raises(ValueError, match="models is empty: nothing to measure"):
+        run_here(monkeypatch, "perplexity")
+
+
+def test_every_recipe_explains_itself(monkeypatch, capsys):
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if "__main__" in path.read_text())
+    assert recipes == ["finetune", "perplexity", "quickstart"]
+    for recipe in recipes:
+        with pytest.raises(SystemExit) as stop:
+            run_here(monkeypatch, recipe, "--help")
+        assert stop.value.code == 0
+        assert f"{recipe}.py [run.yaml] [--key value ...]" in capsys.readouterr().out

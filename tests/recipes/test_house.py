@@ -1,0 +1,93 @@
+"""The rules of the house: floors import only floors below them, files stay short, nothing but ASCII."""
+
+import ast
+import statistics
+
+import pytest
+
+from tests.harness import ROOT
+
+PACKAGE = ROOT / "ring_hf"
+# What a part of the package may import of the package; the floors from the ground up, then the rooms beside them.
+FLOORS = {
+    "geometry": set(),
+    "kernels": {"geometry"},
+    "parallel": {"geometry", "kernels"},
+    "hf": {"geometry", "kernels", "parallel"},
+    "data": set(),
+    "evaluation": set(),
+}
+TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
+FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = [
+    path
+    for folder in ("ring_hf", "recipes", "tests", "scripts")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.is_file()
+    and (path.suffix in {".py", ".sh"} or path.parent.name == "scripts")
+    and path.suffix not in {".pyc", ".md"}
+]
+
+
+def imports(path):
+    """Every module a file imports, also inside functions, as absolute dotted names."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *((node.module,) if node.module else ())))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor_of(path):
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def test_every_floor_is_known_and_found():
+    floors = {floor_of(path) for path in FILES.values()} - {None}
+    assert floors == set(FLOORS)
+    assert len(FILES) >= 30
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_floors_import_only_floors_below(name):
+    floor = floor_of(FILES[name])
+    if floor is None:  # the front door may open every room
+        return
+    used = {module.split(".")[1] for module in imports(FILES[name]) if module.startswith("ring_hf.")}
+    above = {other for other in used & set(FLOORS) if other != floor} - FLOORS[floor]
+    assert not above, f"{name} imports {above}; ring_hf/{floor} may import {FLOORS[floor] or 'no other floor'}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_libraries_stay_on_their_floor(name):
+    floor, used = floor_of(FILES[name]), imports(FILES[name])
+    libraries = {module.split(".")[0] for module in used}
+    if floor != "hf":
+        assert not libraries & TRANSFORMERS, f"{name}: only ring_hf/hf imports {libraries & TRANSFORMERS}"
+    if floor != "parallel":
+        distributed = {module for module in used if module.startswith("torch.distributed")}
+        assert not distributed, f"{name}: only ring_hf/parallel imports {distributed}"
+    if floor == "geometry":
+        assert not libraries & {"torch", "numpy"}, f"{name}: the geometry is pure Python"
+
+
+def test_files_are_short_and_the_median_is_below_200_lines():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert len(lines) >= 50
+    assert {name: n for name, n in lines.items() if n > 400} == {}
+    assert statistics.median(lines.values()) < 200
+
+
+def test_every_file_opens_with_a_paragraph_of_what_it_is_for():
+    silent = [name for name, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_sources_are_ascii():
+    assert [str(path.relative_to(ROOT)) for path in SOURCES if not path.read_text().isascii()] == []
