@@ -1,6 +1,6 @@
 # Sourced by scripts/quickstart and scripts/test: goes to the repository root and makes .venv hold the pinned development environment.
 # Nothing is installed when .venv already matches constraints.txt and pyproject.toml. RING_HF_PYTHON names another interpreter to
-# build it from. Leaves $python (the interpreter of .venv) and .venv/bin on PATH.
+# build it from; RING_HF_VENV names an environment of your own to use instead, as it is. Leaves $python and its folder on PATH.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -47,20 +47,29 @@ find_stamp() {
     cat constraints.txt pyproject.toml | cksum
 }
 
-if [ ! -x .venv/bin/python ]; then
-    base="$(find_python)" || exit 1
-    echo "creating .venv with $("$base" --version)"
-    "$base" -m venv .venv || fail "$base cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv."
-fi
-python="$PWD/.venv/bin/python"
-PATH="$PWD/.venv/bin:$PATH"
-export PATH VIRTUAL_ENV="$PWD/.venv"
+make_environment() {
+    if [ ! -x .venv/bin/python ]; then
+        local base
+        base="$(find_python)" || exit 1
+        echo "creating .venv with $("$base" --version)"
+        "$base" -m venv .venv || fail "$base cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv."
+    fi
+    if [ "$(cat .venv/ring_hf.stamp 2>/dev/null)" != "$(find_stamp)" ]; then
+        echo "installing the pinned environment into .venv (once; a few minutes, most of it torch)"
+        local started=$SECONDS
+        install_torch
+        pip_install -c constraints.txt -e ".[dev]"
+        find_stamp >.venv/ring_hf.stamp
+        echo "installed in $((SECONDS - started)) s"
+    fi
+}
 
-if [ "$(cat .venv/ring_hf.stamp 2>/dev/null)" != "$(find_stamp)" ]; then
-    echo "installing the pinned environment into .venv (once; a few minutes, most of it torch)"
-    started=$SECONDS
-    install_torch
-    pip_install -c constraints.txt -e ".[dev]"
-    find_stamp >.venv/ring_hf.stamp
-    echo "installed in $((SECONDS - started)) s"
+environment="${RING_HF_VENV:-$PWD/.venv}"
+python="$environment/bin/python"
+PATH="$environment/bin:$PATH"
+export PATH VIRTUAL_ENV="$environment"
+if [ -z "${RING_HF_VENV:-}" ]; then
+    make_environment
+elif [ ! -x "$python" ]; then
+    fail "RING_HF_VENV=$RING_HF_VENV holds no bin/python. Point it at a virtual environment, or leave it unset."
 fi
