@@ -22,7 +22,7 @@ class Launches:
 
     def _launch(self, world_size: int) -> dict[str, Any]:
         self.path(world_size).mkdir()
-        accelerate_launch(["tests/trainer/train_script.py", str(self.path(world_size))], world_size)
+        accelerate_launch(["tests/trainer/train_script.py", str(self.path(world_size))], world_size, timeout=560)
         return json.loads((self.path(world_size) / "results.json").read_text())
 
 

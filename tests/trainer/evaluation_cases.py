@@ -19,6 +19,7 @@ BATCHES = (1, 2)
 LABELS = ("all", "uneven", "hole")
 CP = 2
 MESHES = {2: (1,), 4: (2,)}  # world size: numbers of replicas
+METRICS = ("accuracy", "rows", "tokens", "labels", "logits", "inputs", "loss")
 PREDICTED = 5  # rows for predict(): ragged for a batch of 2 and for 2 replicas
 
 
@@ -81,17 +82,14 @@ def _evaluate(
         rows = Rows(length, labels, layout if labels == "hole" else None, CP, seed=length)
         results[f"{key}-length{length}"] = {"loss": trainer.evaluate(rows)["eval_loss"]}
     rows = Rows(PREDICTED, labels, layout if labels == "hole" else None, CP)
-    for name, preprocess in (("logits", None), ("aligned", argmax)):
-        trainer.compute_metrics = sums if preprocess is None else None
-        trainer.preprocess_logits_for_metrics = preprocess
-        output = trainer.predict(rows)
-        counted = torch.tensor(output.label_ids) != -100
-        if preprocess is None:
-            results[f"{key}-predict"] = {k[5:]: v for k, v in output.metrics.items() if k[5:] in METRICS}
-        else:
-            aligned = torch.tensor(output.predictions) == torch.tensor(output.label_ids)
-            results[f"{key}-preprocess"] = {"accuracy": aligned[counted].double().mean().item()}
-        assert name in ("logits", "aligned")
+    trainer.compute_metrics = sums
+    metrics = trainer.predict(rows).metrics
+    results[f"{key}-predict"] = {name[5:]: value for name, value in metrics.items() if name[5:] in METRICS}
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = None, argmax
+    output = trainer.predict(rows)
+    counted = torch.tensor(output.label_ids) != -100
+    right = torch.tensor(output.predictions) == torch.tensor(output.label_ids)
+    results[f"{key}-preprocess"] = {"accuracy": right[counted].double().mean().item()}
     packed = Trainer(build_model(Case("", None if alone else layout)), args, data_collator=None)
     packed.data_collator = ContextParallelCollator(packed.model, packing=True)
     packed.args.prediction_loss_only, packed.args.include_for_metrics = True, []
@@ -99,6 +97,3 @@ def _evaluate(
         rows = Rows(length, labels, layout if labels == "hole" else None, CP, seed=length)
         results[f"{key}-packed-length{length}"] = {"loss": packed.evaluate(rows)["eval_loss"]}
     return results
-
-
-METRICS = ("accuracy", "rows", "tokens", "labels", "logits", "inputs", "loss")

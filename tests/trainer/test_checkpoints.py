@@ -19,6 +19,8 @@ assert "ring_hf" not in sys.modules
 print(json.dumps([model.config._attn_implementation, logits.double().square().sum().item()]))
 """
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a world size waits for its launch
+
 
 def test_resuming_in_the_middle_equals_an_uninterrupted_run(launches):
     run = launches.of(2)["cp2-zigzag-resume"]

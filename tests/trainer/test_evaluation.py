@@ -7,6 +7,8 @@ from tests.trainer.evaluation_cases import BATCHES, LABELS, LENGTHS
 
 WORST = 1e-5
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a world size waits for its launch
+
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("labels", LABELS)

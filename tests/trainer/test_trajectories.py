@@ -14,6 +14,8 @@ CASES = [(world_size, case) for world_size in (2, 4) for case in world_cases(wor
 EXACT = [(world_size, case) for world_size, case in CASES if case.broken is None and not case.bf16]
 BROKEN = [(world_size, case) for world_size, case in CASES if case.broken is not None]
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a world size waits for its launch
+
 
 def names(cases):
     return [f"{case.name}" for _, case in cases]
