@@ -65,6 +65,7 @@ def only_main_process_logs(training_args: TrainingArguments) -> None:
     """Warnings and progress of the first process; errors of all."""
     if training_args.process_index > 0:
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
 

@@ -7,6 +7,7 @@ import json
 import pydoc_data.topics
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,6 +130,18 @@ def test_perplexity_measures_models_and_earlier_results(folder):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
     assert (folder / "both" / "perplexity.md").read_text().splitlines()[0] in done.stdout
     assert (folder / "both" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [(None, "checkpoint-10"), ("none", None), ("some/checkpoint", "some/checkpoint")]
+)
+def test_the_checkpoint_to_go_on_from_is_the_last_or_the_one_asked_for(tmp_path, asked, found):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    find = importlib.import_module("finetune").find_checkpoint
+    checkpoint = find(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
+    assert checkpoint == (str(tmp_path / found) if found and asked is None else found)
+    assert find(SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path / "absent"))) is None
 
 
 def run_here(monkeypatch, recipe, *argv):
