@@ -2,6 +2,7 @@
 
 Two one-thread processes that share the sequence against one two-thread process running
 `scaled_dot_product_attention` on all of it, interleaved so that a drifting machine hits both; medians and ratios.
+Peak memory is what a process grows by over its start, inputs and all gradients included.
 
     python scripts/bench_attention.py                       # 4K, 8K, 16K tokens, fp32 and bf16, a few minutes
     python scripts/bench_attention.py --lengths 16384 --layouts zigzag contiguous --dtypes bfloat16 --repeats 7
@@ -9,13 +10,14 @@ Two one-thread processes that share the sequence against one two-thread process 
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,28 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-class PeakMemory:
-    """Largest growth of this process's resident memory while the block runs, sampled every 2 ms."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.growth, self._done = 0, threading.Event()
-        self._before = resident_bytes()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.growth = max(self.growth, resident_bytes() - self._before)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+def peak_bytes(reset: bool = False) -> int:
+    """This process's peak resident memory since the last reset, as Linux counts it."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def run_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) -> dict[str, float]:
@@ -78,25 +64,57 @@ def run_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) ->
     layout, dtype = job["layout"], getattr(torch, job["dtype"])
     tokens = job["length"] // (1 if layout == SINGLE else job["processes"])
     torch.manual_seed(rank)
-    with PeakMemory() as memory:
-        q, k, v = (
-            torch.randn(1, heads, tokens, job["head_dim"]).to(dtype).requires_grad_()
-            for heads in (job["heads"], job["kv_heads"], job["kv_heads"])
-        )
-        dout = torch.randn(q.shape).to(dtype)
-        if group is not None:
-            dist.barrier(group)
-        begin = time.perf_counter()
-        if layout == SINGLE:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            out = context_attention(q, k, v, group=group, layout=layout, overlap=job["overlap"])
-        forward = time.perf_counter() - begin
-        out.backward(dout)
-        if group is not None:
-            dist.barrier(group)
-        total = time.perf_counter() - begin
-    return {"forward": forward, "total": total, "memory": float(memory.growth)}
+    before = peak_bytes(reset=True)
+    q, k, v = (
+        torch.randn(1, heads, tokens, job["head_dim"], dtype=dtype, requires_grad=True)
+        for heads in (job["heads"], job["kv_heads"], job["kv_heads"])
+    )
+    dout = torch.randn(q.shape, dtype=dtype)
+    if group is not None:
+        dist.barrier(group)
+    begin = time.perf_counter()
+    if layout == SINGLE:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        out = context_attention(q, k, v, group=group, layout=layout, overlap=job["overlap"])
+    forward = time.perf_counter() - begin
+    out.backward(dout)
+    if group is not None:
+        dist.barrier(group)
+    total = time.perf_counter() - begin
+    return {"forward": forward, "total": total, "memory": float(peak_bytes() - before)}
+
+
+class Team:
+    """A ring of one-thread processes and the single process it is compared with, ready to run jobs."""
+
+    def __init__(self, processes: int, name: str, env: dict[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.processes = processes
+        self.store = Path(tempfile.mkdtemp()) / name
+        self.queues = [context.Queue() for _ in range(processes + 1)]
+        self.results = context.Queue()
+        os.environ.update(env)
+        self.workers = []
+        for rank, queue in enumerate(self.queues):
+            arguments = (rank, processes, str(self.store), queue, self.results)
+            self.workers.append(context.Process(target=worker, args=arguments, daemon=True))
+            self.workers[-1].start()
+        for key in env:
+            del os.environ[key]
+
+    def run(self, job: dict[str, Any]) -> dict[str, float]:
+        """The slowest (or largest) figure of the processes that take part."""
+        ranks = [self.processes] if job["layout"] == SINGLE else range(self.processes)
+        for rank in ranks:
+            self.queues[rank].put(job)
+        answers = [self.results.get(timeout=1800) for _ in ranks]
+        return {key: max(answer[key] for answer in answers) for key in answers[0]}
+
+    def stop(self) -> None:
+        for queue, process in zip(self.queues, self.workers, strict=True):
+            queue.put(None)
+            process.join(10)
 
 
 def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> None:
@@ -107,66 +125,53 @@ def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> No
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
         group = dist.group.WORLD
     while (job := jobs.get()) is not None:
-        results.put((rank, run_once(job, rank, group)))
+        results.put(run_once(job, rank, group))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    processes = arguments.processes
-    store = f"/tmp/ring_hf_bench_{os.getpid()}"
-    queues = [context.Queue() for _ in range(processes + 1)]
-    results = context.Queue()
-    workers = [
-        context.Process(target=worker, args=(rank, processes, store, queues[rank], results), daemon=True)
-        for rank in range(processes + 1)
-    ]
-    for process in workers:
-        process.start()
+    timing = Team(arguments.processes, "timing", {})
+    # Large blocks straight from the system and straight back: peak memory is then what is alive, not what malloc keeps.
+    memory = Team(arguments.processes, "memory", {"MALLOC_MMAP_THRESHOLD_": "65536"})
     variants = [(SINGLE, True)] + [(layout, True) for layout in arguments.layouts]
     variants += [(layout, False) for layout in arguments.layouts if arguments.no_overlap]
     rows = []
     total = len(arguments.dtypes) * len(arguments.lengths) * (arguments.repeats + 1) * len(variants)
     progress = tqdm(total=total, desc="attention", disable=None)
-    for dtype in arguments.dtypes:
-        for length in arguments.lengths:
-            seen: dict[tuple[str, bool], list[dict[str, float]]] = {variant: [] for variant in variants}
-            for repeat in range(arguments.repeats + 1):
-                for layout, overlap in variants:
-                    job = {**vars(arguments), "length": length, "dtype": dtype, "layout": layout, "overlap": overlap}
-                    ranks = [processes] if layout == SINGLE else range(processes)
-                    for rank in ranks:
-                        queues[rank].put(job)
-                    answers = [results.get(timeout=1800)[1] for _ in ranks]
-                    if repeat:
-                        seen[layout, overlap].append({key: max(a[key] for a in answers) for key in answers[0]})
-                    progress.update()
-            single = seen[SINGLE, True]
-            for (layout, overlap), runs in seen.items():
-                row: dict[str, Any] = {"dtype": dtype, "length": length, "overlap": overlap}
-                row["variant"] = layout if overlap else f"{layout}, no overlap"
-                for key in ("forward", "total", "memory"):
-                    row[key] = statistics.median(run[key] for run in runs)
-                    # Run by run, so that both sides of a ratio saw the same machine.
-                    ratios = [run[key] / max(base[key], 1e-9) for run, base in zip(runs, single, strict=True)]
-                    row[f"{key}_ratio"] = statistics.median(ratios)
-                rows.append(row)
+    for dtype, length in itertools.product(arguments.dtypes, arguments.lengths):
+        shape = {**vars(arguments), "length": length, "dtype": dtype}
+        jobs = [{**shape, "layout": layout, "overlap": overlap} for layout, overlap in variants]
+        runs: list[list[dict[str, float]]] = [[] for _ in jobs]
+        for repeat in range(arguments.repeats + 1):
+            for job, seen in zip(jobs, runs, strict=True):
+                if repeat == 0:  # the warm-up of the timing team is when the other team measures memory
+                    job["peak"] = memory.run(job)["memory"]
+                    timing.run(job)
+                else:
+                    seen.append(timing.run(job))
+                progress.update()
+        for job, seen in zip(jobs, runs, strict=True):
+            row = {key: job[key] for key in ("dtype", "length", "layout", "overlap")}
+            row |= {key: statistics.median(run[key] for run in seen) for key in ("forward", "total")}
+            # Run by run, so that both sides of a ratio saw the same machine.
+            for key in ("forward", "total"):
+                row[f"{key}_ratio"] = statistics.median(a[key] / b[key] for a, b in zip(seen, runs[0], strict=True))
+            row |= {"memory": job["peak"], "memory_ratio": job["peak"] / jobs[0]["peak"]}
+            rows.append(row)
     progress.close()
-    for queue in queues:
-        queue.put(None)
-    for process in workers:
-        process.join(10)
-    Path(store).unlink(missing_ok=True)
+    timing.stop()
+    memory.stop()
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| dtype | tokens | variant | forward s | forward + backward s | ratio | peak growth MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| dtype | tokens | variant | forward s | ratio | forward + backward s | ratio | peak MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['dtype']} | {row['length']:,} | {row['variant']} | {row['forward']:.3f} | {row['total']:.3f} | "
-        f"{row['total_ratio']:.2f} | {row['memory'] / 2**20:.0f} | {row['memory_ratio']:.2f} |"
+        f"| {row['dtype']} | {row['length']:,} | {row['layout']}{'' if row['overlap'] else ', no overlap'} "
+        f"| {row['forward']:.3f} | {row['forward_ratio']:.2f} | {row['total']:.3f} | {row['total_ratio']:.2f} "
+        f"| {row['memory'] / 2**20:.0f} | {row['memory_ratio']:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from . import cpu, reference
-from .merge import State, accumulate_dtype, merge_, windows
+from .merge import State, Sum, accumulate_dtype, merge_, windows
 
 KERNELS: dict[str, ModuleType] = {kernel.NAME: kernel for kernel in (cpu, reference)}
 
@@ -33,4 +33,4 @@ def choose(name: str, q: torch.Tensor, v: torch.Tensor) -> ModuleType:
     return KERNELS[name]
 
 
-__all__ = ["KERNELS", "State", "accumulate_dtype", "choose", "merge_", "windows"]
+__all__ = ["KERNELS", "State", "Sum", "accumulate_dtype", "choose", "merge_", "windows"]

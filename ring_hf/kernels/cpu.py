@@ -9,6 +9,7 @@ Letters: B batch, H query heads, K key/value heads, Q queries, S keys, D head di
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from .merge import windows
 
 NAME = "cpu"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ROWS = 4096
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -38,8 +40,7 @@ def forward(
     """Yields `(piece, out, lse)` with the shapes of `merge.windows` for the piece's queries."""
     for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
         q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSD, True)))
-        out, lse = _forward(q, k, v, 0.0, piece.kind != "full", scale=scale)
-        yield piece, _give(out, piece), _give(lse, piece)
+        yield _with(piece, *_forward(q, k, v, 0.0, piece.kind != "full", scale=scale))
 
 
 def backward(
@@ -53,11 +54,19 @@ def backward(
     scale: float,
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields `(piece, dq, dk, dv)` with the shapes of `merge.windows`, from the global `out` and `lse`."""
-    for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
+    for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
         dout, q, out, lse = (_take(x, piece, keys=False) for x in (dout_BHQD, q_BHQD, out_BHQD, lse_BHQ))
         k, v = (_take(x, piece, keys=True) for x in (k_BKSD, v_BKSD))
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale)
-        yield piece, _give(dq, piece), _give(dk, piece), _give(dv, piece)
+        # Nothing here keeps the gradients: they are gone before the next piece is computed.
+        yield _with(piece, *_backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale))
+
+
+def _bounded(pieces: list[Piece]) -> Iterator[Piece]:
+    """Full rectangles cut to at most `_ROWS` queries: the operator's dq and copy of dout stay a part of the shard."""
+    for piece in pieces:
+        rows = _ROWS if piece.kind == "full" else piece.num_q
+        for first in range(0, piece.num_q, rows):
+            yield replace(piece, q=piece.q + first, num_q=min(rows, piece.num_q - first))
 
 
 def _take(x: torch.Tensor, piece: Piece, keys: bool) -> torch.Tensor:
@@ -69,8 +78,10 @@ def _take(x: torch.Tensor, piece: Piece, keys: bool) -> torch.Tensor:
     return cut.flip(2) if piece.kind == "anticausal" else cut
 
 
-def _give(x: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """Inverse of `_take` on a result."""
+def _with(piece: Piece, *results: torch.Tensor) -> tuple:
+    """`(piece, *results)`, the results turned back by the inverse of `_take`."""
     if piece.kind == "anticausal":
-        x = x.flip(2)
-    return x.unflatten(0, (-1, piece.count)).movedim(1, 2) if piece.count > 1 else x
+        results = tuple(x.flip(2) for x in results)
+    if piece.count > 1:
+        results = tuple(x.unflatten(0, (-1, piece.count)).movedim(1, 2) for x in results)
+    return piece, *results

@@ -1,4 +1,4 @@
-"""Merging partial softmax results, and the fp32 state they are merged into.
+"""Merging partial softmax results, and the sums that partial results go into.
 
 Two partial results over disjoint keys combine as
 
@@ -6,10 +6,12 @@ Two partial results over disjoint keys combine as
     out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
 
 The form below is the stable one (as in ring-flash-attention's discussion 34): with w = sigmoid(lse_b - lse_a),
-`out = out_a + w * (out_b - out_a)` and `lse = logaddexp(lse_a, lse_b)`. A side that saw nothing has lse = -inf.
+`out = (1 - w) * out_a + w * out_b` and `lse = logaddexp(lse_a, lse_b)`. A side that saw nothing has lse = -inf.
 
 Letters: B batch, H query heads, S local tokens, D head dim.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -24,8 +26,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
     """Merges `block_out, block_lse` into `out [..., D], lse [...]` in place; lse -inf on a side: it saw nothing."""
     # -inf on both sides: the difference is NaN, and nothing plus nothing stays nothing.
-    weight = torch.sigmoid(torch.nan_to_num_(block_lse - lse, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
-    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
+    apart = torch.nan_to_num_(block_lse - lse, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).to(out.dtype)
+    # w out_b + (1 - w) out_a in two passes: unlike lerp_, they read a half precision block without a copy in fp32.
+    out.mul_(torch.sigmoid(-apart).unsqueeze(-1)).addcmul_(block_out, torch.sigmoid(apart).unsqueeze(-1))
     torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
 
 
@@ -45,20 +48,50 @@ class State:
 
     def __init__(self, q: torch.Tensor, head_dim: int) -> None:
         batch, heads, length, _ = q.shape
-        dtype = accumulate_dtype(q.dtype)
         # BSHD in memory: the order in which models go on reading the output.
-        self.out = torch.zeros(batch, length, heads, head_dim, dtype=dtype, device=q.device).transpose(1, 2)
-        self.lse = torch.full((batch, heads, length), -torch.inf, dtype=dtype, device=q.device)
-        self._untouched = True
+        self._shape = (batch, length, heads, head_dim)
+        self._dtype, self._device = accumulate_dtype(q.dtype), q.device
+        self._out: torch.Tensor | None = None
+        self.lse = torch.full((batch, heads, length), -torch.inf, dtype=self._dtype, device=q.device)
+
+    @property
+    def out(self) -> torch.Tensor:
+        if self._out is None:
+            self._out = torch.zeros(self._shape, dtype=self._dtype, device=self._device).transpose(1, 2)
+        return self._out
 
     def add(self, tile: Tile, piece: Piece, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merges a kernel's result for the queries of `piece` (shapes of `windows`)."""
+        if self._out is None and out.shape == (*self.lse.shape, self._shape[-1]):
+            self._out, self.lse = out.to(self._dtype), lse.to(self._dtype)
+            return
         rows = slice(tile.row, tile.row + tile.num_rows)
         where = (tile.q + piece.q, piece.num_q, piece.count, piece.stride)
-        mine, mine_lse = windows(self.out[rows], *where), windows(self.lse[rows], *where)
-        if self._untouched:
-            mine.copy_(out)
-            mine_lse.copy_(lse)
-            self._untouched = False
-        else:
-            merge_(mine, mine_lse, out, lse)
+        merge_(windows(self.out[rows], *where), windows(self.lse[rows], *where), out, lse)
+
+
+class Sum:
+    """A gradient like `x [B, H, S, D]`, summed over pieces in `dtype`.
+
+    A first piece that covers all of `x` is kept as the kernel gave it, and becomes `dtype` when a second is added.
+    With `make`, the sum goes into the zeros that `make()` gives, asked for with the first piece.
+    """
+
+    def __init__(self, x: torch.Tensor, dtype: torch.dtype, make: Callable[[], torch.Tensor] | None = None) -> None:
+        self._like, self._dtype, self._make = x, dtype, make
+        self._total: torch.Tensor | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        if self._total is None:
+            self._total = self._make() if self._make else torch.zeros_like(self._like, dtype=self._dtype)
+        return self._total
+
+    def add(self, first_row: int, num_rows: int, start: int, size: int, piece: Piece, grad: torch.Tensor) -> None:
+        """Adds `grad` (shape of `windows`) to `size` tokens from `start`, repeated as the piece is."""
+        if self._total is None and self._make is None and grad.shape == self._like.shape:
+            self._total = grad
+            return
+        self._total = self.total.to(self._dtype)
+        rows = self._total[first_row : first_row + num_rows]
+        windows(rows, start, size, piece.count, piece.stride).add_(grad)

@@ -10,7 +10,7 @@ Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D hea
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -94,6 +94,6 @@ def _documents(
 ) -> tuple[tuple[int, ...], ...] | None:
     if cu_seqlens is None:
         return None
-    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+    bounds: list[Any] = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
     rows = bounds if bounds and isinstance(bounds[0], Sequence) else [bounds] * num_rows
     return tuple(tuple(int(bound) for bound in row) for row in rows)

@@ -87,9 +87,7 @@ def _ring_attention_backward(
     plan, ring = _prepare(q, layout, length, num_ranks, documents, num_tokens, causal, window, group)
     # A query that saw nothing has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    dq, dk, dv = ring_backward(dout, q, k, v, out, lse, plan, ring, choose(kernel, q, v), scale, overlap)
-    # dk and dv share one buffer, which an operator's results must not.
-    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+    return ring_backward(dout, q, k, v, out, lse, plan, ring, choose(kernel, q, v), scale, overlap)
 
 
 @_ring_attention_backward.register_fake

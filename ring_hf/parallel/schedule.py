@@ -1,8 +1,8 @@
 """The ring schedule, forward and backward: post the next exchange, compute the tiles that are here, wait, swap.
 
 Ring Attention (Liu et al. 2023, arXiv 2310.01889) for any layout and mask: what to compute in a step comes from the
-plan alone. Backward sends the keys and values round again; their gradients follow one step behind in fp32, each rank
-adding its share, and go straight home after the last step that anybody needs.
+plan alone. Backward sends the keys and values round again; a block's gradients follow it one step behind in fp32, each
+rank adding its share, and go straight home after the last step that anybody needs.
 
 Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D head dim.
 """
@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from ..geometry import Plan, Step, Tile
-from ..kernels import State, accumulate_dtype, windows
+from ..geometry import Plan, Tile, split
+from ..kernels import State, Sum, accumulate_dtype
 from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Packed, Ring
 
 
@@ -29,11 +29,13 @@ def ring_forward(
     """This rank's `(out [B, H, C, D], lse [B, H, C])` in at least fp32."""
     state = State(q_BHCD, v_BKCD.shape[-1])
     blocks = _Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
+    # Results are as large as the shard: each is dropped before the next one is made.
     for step in plan.steps:
         k, v = blocks.post_next()
         for tile in step.tiles:
             for piece, out, lse in kernel.forward(*_cut(tile, (q_BHCD,), (k, v)), tile, scale):
                 state.add(tile, piece, out, lse)
+                del out, lse
         blocks.wait()
     return state.out, state.lse
 
@@ -51,24 +53,31 @@ def ring_backward(
     scale: float,
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's `(dq, dk, dv)` in at least fp32, from the global `out` and `lse` of its queries."""
-    dq = torch.zeros_like(q_BHCD, dtype=accumulate_dtype(q_BHCD.dtype))
+    """This rank's `(dq, dk, dv)` in the dtypes of q, k and v, from the global `out` and `lse` of its queries."""
+    dq = Sum(q_BHCD, _sum_dtype(plan, q_BHCD.dtype))
     blocks = _Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
     grads = _Gradients(k_BKCD, v_BKCD, plan, ring, overlap)
-    for step in plan.steps:
+    # As in forward, nothing as large as the shard is held by a name longer than it is needed.
+    for hop, step in enumerate(plan.steps):
         k, v = blocks.post_next()
-        dk, dv = grads.fresh()
+        dk, dv = grads.share(hop)
         for tile in step.tiles:
             cut = _cut(tile, (dout_BHCD, q_BHCD), (k, v), (out_BHCD, lse_BHC))
             for piece, piece_dq, piece_dk, piece_dv in kernel.backward(*cut, tile, scale):
-                at_q = (piece.q, piece.num_q, piece.count, piece.stride)
-                at_k = (piece.k, piece.num_k, piece.count, piece.stride)
-                windows(_queries(tile, dq), *at_q).add_(piece_dq)
-                windows(_keys(tile, dk), *at_k).add_(piece_dk)
-                windows(_keys(tile, dv), *at_k).add_(piece_dv)
-        grads.add_and_send(step)
+                dq.add(tile.row, tile.num_rows, tile.q + piece.q, piece.num_q, piece, piece_dq)
+                dk.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dk)
+                dv.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dv)
+                del piece_dq, piece_dk, piece_dv
+        del dk, dv
+        grads.send(hop)
         blocks.wait()
-    return dq, *grads.home()
+    return dq.total.to(q_BHCD.dtype), *grads.home()
+
+
+def _sum_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
+    """fp32, unless no query gets more than two results: their sum is rounded once either way."""
+    pieces = sum(len(split(tile.num_q, tile.num_k, tile.lo, tile.hi)) for step in plan.steps for tile in step.tiles)
+    return accumulate_dtype(dtype) if pieces > 2 else dtype
 
 
 def _queries(tile: Tile, x: torch.Tensor) -> torch.Tensor:
@@ -113,50 +122,62 @@ class _Blocks:
         assert self._here is not None and self._next is not None
         self._exchange.wait()
         self._exchange = None
-        self._here, self._next = self._next, self._here
-        self._k, self._v = self._here.first, self._here.second
         self._left -= 1
+        self._here, self._next = self._next, self._here if self._left else None
+        self._k, self._v = self._here.first, self._here.second
 
 
 class _Gradients:
-    """dK and dV on their way home: the sum for the block at hand arrives while this rank computes its own share."""
+    """dK and dV on their way home.
+
+    A rank's share for its own keys stays. The sum for a visiting block starts at the block's first stop, is passed on
+    with each hop, arrives while this rank computes its own share, and goes home after the last stop.
+    """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring | None, overlap: bool) -> None:
-        self._plan, self._ring, self._overlap = plan, ring, overlap
-        self._like = k.shape, v.shape, accumulate_dtype(k.dtype), k.device
-        self._share: Packed | None = None
-        self._arriving: Packed | None = None
+        self._like, self._hops, self._ring, self._overlap = (k, v), plan.hops, ring, overlap
+        self._dtype = accumulate_dtype(k.dtype)
+        self._own = Sum(k, self._dtype), Sum(v, self._dtype)
+        self._outgoing: Packed | None = None
         self._exchange: Exchange | None = None
 
-    def fresh(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeroed `(dk, dv)` for this rank's share of the block at hand."""
-        self._share = Packed(*self._like)
-        self._share.flat.zero_()
-        return self._share.first, self._share.second
+    def share(self, hop: int) -> tuple[Sum, Sum]:
+        """Empty sums for what this rank adds to the dK and dV of the block at hand."""
+        if hop == 0:
+            return self._own
+        k, v = self._like
+        self._outgoing = None
+        return Sum(k, self._dtype, lambda: self._packed().first), Sum(v, self._dtype, lambda: self._packed().second)
 
-    def add_and_send(self, step: Step) -> None:
-        """Adds what the ranks before summed up, and passes it on: to the next holder, or home after the last step."""
-        assert self._share is not None
-        if self._exchange is not None:
-            self._share.flat.add_(self._exchange.wait())
-            self._exchange = None
-        hops = self._plan.hops
-        if not hops:
+    def _packed(self) -> Packed:
+        if self._outgoing is None:
+            k, v = self._like
+            self._outgoing = Packed(k.shape, v.shape, self._dtype, k.device)
+            self._outgoing.flat.zero_()
+        return self._outgoing
+
+    def send(self, hop: int) -> None:
+        """After the step of `hop`: passes the block's sum on to its next holder, or home after the last one."""
+        if hop == 0:
             return
         assert self._ring is not None
-        is_last = step is self._plan.steps[-1]
-        shift = -hops if is_last else 1
-        if shift % self._ring.size == 0:
-            return
-        self._arriving = self._share.like()
-        self._exchange = self._ring.post(self._share.flat, self._arriving.flat, GRADIENTS, shift)
+        outgoing, self._outgoing = self._packed(), None
+        if self._exchange is not None:
+            outgoing.flat.add_(self._exchange.wait())
+        shift = -self._hops if hop == self._hops else 1
+        self._exchange = self._ring.post(outgoing.flat, torch.empty_like(outgoing.flat), GRADIENTS, shift)
         if not self._overlap:
             self._exchange.wait()
 
     def home(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(dk, dv)` of this rank's own keys, summed over all ranks."""
-        if self._exchange is not None:
-            self._exchange.wait()
-            self._share = self._arriving
-        assert self._share is not None
-        return self._share.first, self._share.second
+        """`(dk, dv)` of this rank's own keys in their dtype, summed over all ranks and rounded once."""
+        arrived = self._exchange.wait() if self._exchange is not None else None
+        grads, place = [], 0
+        for own, x in zip(self._own, self._like, strict=True):
+            total = own.total
+            if arrived is not None:
+                total = total + arrived[place : place + x.numel()].view(x.shape)
+                place += x.numel()
+            grads.append(total.to(x.dtype))
+            del total
+        return grads[0], grads[1]

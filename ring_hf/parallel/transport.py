@@ -35,12 +35,14 @@ class Exchange:
     """One exchange under way. Holds its buffers, so that neither is reused while bytes still move."""
 
     def __init__(self, works: list[Work], send: torch.Tensor, receive: torch.Tensor) -> None:
-        self._works, self._send, self._receive = works, send, receive
+        self._works, self._receive = works, receive
+        self._send: torch.Tensor | None = send
 
     def wait(self) -> torch.Tensor:
         """The received block. May be called again: a second wait on gloo's own work would wait for ever."""
         while self._works:
             self._works.pop().wait()
+        self._send = None
         return self._receive
 
 
