@@ -38,7 +38,7 @@ def forward(
     q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, tile: Tile, scale: float
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
     """Yields `(piece, out, lse)` with the shapes of `merge.windows` for the piece's queries."""
-    for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
+    for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
         q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSD, True)))
         yield _with(piece, *_forward(q, k, v, 0.0, piece.kind != "full", scale=scale))
 
@@ -62,7 +62,7 @@ def backward(
 
 
 def _bounded(pieces: list[Piece]) -> Iterator[Piece]:
-    """Full rectangles cut to at most `_ROWS` queries: the operator's dq and copy of dout stay a part of the shard."""
+    """Full rectangles cut to at most `_ROWS` queries: results, and copies of them in fp32, stay a part of the shard."""
     for piece in pieces:
         rows = _ROWS if piece.kind == "full" else piece.num_q
         for first in range(0, piece.num_q, rows):

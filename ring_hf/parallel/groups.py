@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 _GROUPS: dict[str, ProcessGroup] = {}
 
 
+@torch.compiler.disable  # a compiled caller would replay the registration only after the operator has asked for it
 def register_group(group: ProcessGroup | DeviceMesh) -> str:
     """Makes a process group (or a one-axis device mesh) known and returns the name to pass on. Idempotent."""
     if isinstance(group, DeviceMesh):

@@ -62,15 +62,16 @@ def ring_backward(
         k, v = blocks.post_next()
         dk, dv = grads.share(hop)
         for tile in step.tiles:
-            cut = _cut(tile, (dout_BHCD, q_BHCD), (k, v), (out_BHCD, lse_BHC))
-            for piece, piece_dq, piece_dk, piece_dv in kernel.backward(*cut, tile, scale):
+            pieces = kernel.backward(*_cut(tile, (dout_BHCD, q_BHCD), (k, v), (out_BHCD, lse_BHC)), tile, scale)
+            for piece, piece_dq, piece_dk, piece_dv in pieces:
                 dq.add(tile.row, tile.num_rows, tile.q + piece.q, piece.num_q, piece, piece_dq)
+                del piece_dq
                 dk.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dk)
                 dv.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dv)
-                del piece_dq, piece_dk, piece_dv
-        del dk, dv
-        grads.send(hop)
+                del piece_dk, piece_dv
+        del k, v, dk, dv
         blocks.wait()
+        grads.send(hop)
     return dq.total.to(q_BHCD.dtype), *grads.home()
 
 
@@ -97,34 +98,38 @@ def _cut(tile: Tile, queries: tuple, keys: tuple, more_queries: tuple = ()) -> t
 
 
 class _Blocks:
-    """Keys and values travelling forward; two buffers take turns."""
+    """Keys and values travelling forward; two buffers take turns, and the last block is handed over for good."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring | None, overlap: bool) -> None:
-        self._k, self._v, self._ring, self._overlap = k, v, ring, overlap
-        self._left = plan.hops
+        self._ring, self._overlap, self._left = ring, overlap, plan.hops
+        self._block: tuple[torch.Tensor, torch.Tensor] | None = (k, v)
         self._here = Packed.of(k, v) if plan.hops else None
         self._next = self._here.like() if self._here is not None else None
         self._exchange: Exchange | None = None
 
     def post_next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends the block at hand onwards (if anybody still needs it) and returns it for this step's compute."""
-        here = (self._k, self._v)
-        if self._left and self._here is not None and self._next is not None:
-            assert self._ring is not None
+        assert self._block is not None
+        block = self._block
+        if self._left:
+            assert self._ring is not None and self._here is not None and self._next is not None
             self._exchange = self._ring.post(self._here.flat, self._next.flat, KEYS_AND_VALUES)
             if not self._overlap:
                 self._exchange.wait()
-        return here
+        else:
+            self._block = self._here = None
+        return block
 
     def wait(self) -> None:
+        """The next block is here, and the one sent is gone."""
         if self._exchange is None:
             return
-        assert self._here is not None and self._next is not None
+        assert self._next is not None
         self._exchange.wait()
         self._exchange = None
         self._left -= 1
         self._here, self._next = self._next, self._here if self._left else None
-        self._k, self._v = self._here.first, self._here.second
+        self._block = self._here.first, self._here.second
 
 
 class _Gradients:

@@ -20,7 +20,7 @@ def _stale_block(patch):
         here = self._here
         original(self)
         if here is not None:
-            self._k, self._v = here.first, here.second
+            self._block = here.first, here.second
 
     patch.setattr(schedule._Blocks, "wait", wait)
 
@@ -29,23 +29,32 @@ def _gradients_stay_abroad(patch):
     original = schedule._Gradients.home
 
     def home(self):
-        share = self._share
-        original(self)
-        return share.first, share.second
+        self._exchange.wait().zero_()
+        return original(self)
 
     patch.setattr(schedule._Gradients, "home", home)
 
 
-def _drop_arriving_gradients(patch):
-    original = schedule._Gradients.add_and_send
+def _last_gradient_hop_goes_to_a_neighbour(patch):
+    original = schedule.Ring.post
 
-    def add_and_send(self, step):
+    def post(self, send, receive, tag, shift=1):
+        return original(self, send, receive, tag, 1 if tag == schedule.GRADIENTS else shift)
+
+    # Two hops in a ring of four: home is two ranks back, not one ahead.
+    patch.setattr(schedule.Ring, "post", post)
+
+
+def _arriving_gradients_dropped(patch):
+    original = schedule._Gradients.send
+
+    def send(self, hop):
         if self._exchange is not None:
             self._exchange.wait()
             self._exchange = None
-        original(self, step)
+        original(self, hop)
 
-    patch.setattr(schedule._Gradients, "add_and_send", add_and_send)
+    patch.setattr(schedule._Gradients, "send", send)
 
 
 def _stale_lse(patch):
@@ -79,16 +88,6 @@ def _own_statistics_in_backward(patch):
     patch.setattr(cpu, "backward", backward)
 
 
-def _one_hop_short(patch):
-    original = schedule._Blocks.__init__
-
-    def init(self, *args):
-        original(self, *args)
-        self._left = max(0, self._left - 1)
-
-    patch.setattr(schedule._Blocks, "__init__", init)
-
-
 def _anticausal_not_flipped(patch):
     patch.setattr(
         cpu,
@@ -99,15 +98,16 @@ def _anticausal_not_flipped(patch):
     )
 
 
+# fault -> (how to break it, the case that shows it)
 FAULTS = {
-    "stale-block": _stale_block,
-    "gradients-stay-abroad": _gradients_stay_abroad,
-    "arriving-gradients-dropped": _drop_arriving_gradients,
-    "stale-lse": _stale_lse,
-    "sum-of-softmaxes": _sum_of_softmaxes,
-    "own-statistics-in-backward": _own_statistics_in_backward,
-    "one-hop-short": _one_hop_short,
-    "window-not-flipped": _anticausal_not_flipped,
+    "stale-block": (_stale_block, Case("zigzag", 3)),
+    "last-gradient-hop-dropped": (_gradients_stay_abroad, Case("zigzag", 3)),
+    "last-gradient-hop-misdirected": (_last_gradient_hop_goes_to_a_neighbour, Case("contiguous", 4, window=30)),
+    "arriving-gradients-dropped": (_arriving_gradients_dropped, Case("zigzag", 3)),
+    "stale-lse": (_stale_lse, Case("zigzag", 3)),
+    "sum-of-softmaxes": (_sum_of_softmaxes, Case("zigzag", 3)),
+    "own-statistics-in-backward": (_own_statistics_in_backward, Case("zigzag", 3)),
+    "window-not-flipped": (_anticausal_not_flipped, Case("zigzag", 3, window=30)),
 }
 
 
@@ -115,7 +115,7 @@ def errors_with_fault(rank: int, world_size: int, fault: str, case: Case) -> flo
     """The largest relative error of any tensor on this rank while the fault is in place (NaN counts as infinite)."""
     with pytest.MonkeyPatch.context() as patch:
         if fault:
-            FAULTS[fault](patch)
+            FAULTS[fault][0](patch)
         (row,) = errors(rank, world_size, [case])
     ratios = [ratio for _, ratio, _ in row.values()]
     return max(float("inf") if ratio != ratio else ratio for ratio in ratios)
@@ -123,8 +123,8 @@ def errors_with_fault(rank: int, world_size: int, fault: str, case: Case) -> flo
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_breaks_exactness(fault):
-    case = Case("zigzag", 3, window=30 if fault == "window-not-flipped" else None)
-    assert max(run_distributed(3, errors_with_fault, "", case)) < 1e-12
-    broken = max(run_distributed(3, errors_with_fault, fault, case))
+    case = FAULTS[fault][1]
+    assert max(run_distributed(case.num_ranks, errors_with_fault, "", case)) < 1e-12
+    broken = max(run_distributed(case.num_ranks, errors_with_fault, fault, case))
     print(f"MUTATION {fault}: relative error {broken:.2e}")
     assert broken > 1e-3
