@@ -93,6 +93,11 @@ def attention(
     _refuse_unsupported(query, key, value, softcap, s_aux, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            f"sliding_window={sliding_window} without a causal mask looks both ways in Transformers, which the ring "
+            "backends do not compute. Use a causal model, or one without sliding windows."
+        )
     if context_parallel is None:
         if module.training and context.current() is not None:
             raise ValueError(NOT_FROM_COLLATOR)

@@ -62,7 +62,7 @@ def backward(
 
 
 def _bounded(pieces: list[Piece]) -> Iterator[Piece]:
-    """Full rectangles cut to at most `_ROWS` queries: results, and copies of them in fp32, stay a part of the shard."""
+    """Full rectangles cut to at most `_ROWS` queries: results, and their copies in fp32, stay a part of the shard."""
     for piece in pieces:
         rows = _ROWS if piece.kind == "full" else piece.num_q
         for first in range(0, piece.num_q, rows):

@@ -85,6 +85,7 @@ DESCRIPTION = ContextParallelBatch(WholeSequence("zigzag", 16, 2), "none", 0, "a
 SHARDED = {KEY: DESCRIPTION}
 CALLS = {
     "softcap": ({"softcap": 50.0}, "softcap=50.0"),
+    "two-sided window": ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 without a causal mask"),
     "sinks": ({"s_aux": torch.ones(4)}, "s_aux .attention sinks. is not computed"),
     "attention weights": ({"output_attentions": True}, "output_attentions=True needs the attention matrix"),
     "position bias": ({"position_bias": torch.ones(1)}, "passes 'position_bias', which changes the result"),
