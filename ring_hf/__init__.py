@@ -2,10 +2,10 @@
 
 Importing this package registers the attention backends `ring_contiguous`, `ring_zigzag` and `ring_striped` with
 Transformers. A `Trainer` script needs `ContextParallelConfig` and `ContextParallelCollator`; code without Transformers
-starts at `context_attention`.
+starts at `context_attention`; a training loop without `Trainer` calls `guard_model` on its model.
 """
 
-from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig
+from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model
 from .parallel import context_attention, shard, unshard
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "ContextParallelCollator",
     "ContextParallelConfig",
     "context_attention",
+    "guard_model",
     "shard",
     "unshard",
 ]

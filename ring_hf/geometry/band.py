@@ -15,7 +15,7 @@ from typing import Literal
 Bound = int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """`count` rectangles, the n-th shifted by `n * stride` both ways; `kind` says which pairs see each other."""
 

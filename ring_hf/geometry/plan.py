@@ -17,7 +17,7 @@ from .layout import Segment, owners
 from .sequence import Mask, WholeSequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
     """Local queries `q:q+num_q` of batch rows `row:row+num_rows` against keys `k:k+num_k` of the block at hand.
 
@@ -81,7 +81,7 @@ class Plan:
         return sum(step.work for step in self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
     """The cut of a segment by one document: local tokens `place..place + length - 1`, global `start + step * i`."""
 
@@ -212,7 +212,8 @@ def _num_steps(sequence: WholeSequence, mask: Mask) -> int:
     return farthest + 1
 
 
-@functools.lru_cache(maxsize=128)
+# A step uses one plan per kind of layer; a plan of 10,000 documents holds megabytes.
+@functools.lru_cache(maxsize=16)
 def make_plan(
     sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1, num_queries: int | None = None
 ) -> Plan:

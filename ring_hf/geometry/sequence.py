@@ -99,7 +99,7 @@ class WholeSequence:
         return _from_ints(layout, length, num_ranks, tuple(documents), tuple(num_tokens))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _from_ints(
     layout: str, length: int, num_ranks: int, documents: tuple[int, ...], num_tokens: tuple[int, ...]
 ) -> WholeSequence:

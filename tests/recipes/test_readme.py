@@ -163,7 +163,9 @@ def test_names_in_the_text_exist():
     names = set(re.findall(r"ring_hf\.([A-Za-z_]+)\b", README))
     assert names == {"ContextParallelConfig", "ContextParallelCollator", "context_attention"}
     assert all(hasattr(ring_hf, name) for name in names)
-    paths = set(re.findall(r"\b(?:configs|recipes|scripts)/[A-Za-z0-9_/-]+(?:\.(?:yaml|py|md))?", README)) - {"scripts/"}
+    paths = set(re.findall(r"\b(?:configs|recipes|scripts)/[A-Za-z0-9_/-]+(?:\.(?:yaml|py|md))?", README)) - {
+        "scripts/"
+    }
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
     assert len(paths) >= 6
