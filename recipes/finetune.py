@@ -17,7 +17,7 @@ import torch
 import transformers
 from arguments import DataArguments, ModelArguments, ParallelArguments, parse
 from loading import load_model, load_sequences, load_tokenizer
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import ring_hf
@@ -34,6 +34,13 @@ def main() -> None:
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
+    checkpoint = find_checkpoint(training_args)
+    if checkpoint is not None and is_finished(checkpoint, training_args):
+        if training_args.process_index == 0:
+            print(
+                f"{checkpoint} is the end of this run: nothing left to train. Raise max_steps, or change output_dir."
+            )
+        return
     with training_args.main_process_first(desc="data"):  # the others find it in the cache
         train, heldout = load_sequences(data_args, tokenizer)
     model = load_model(model_args, tokenizer, data_args.max_length)
@@ -52,7 +59,7 @@ def main() -> None:
         eval_dataset=heldout,
         processing_class=tokenizer,
     )
-    result = trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
 
     model.config.use_cache = use_cache
     trainer.save_model()
@@ -76,6 +83,17 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         asked = str(training_args.resume_from_checkpoint)
         return None if asked.lower() in ("none", "false") else asked
     return get_last_checkpoint(training_args.output_dir) if os.path.isdir(str(training_args.output_dir)) else None
+
+
+def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Whether the run that wrote this checkpoint had no step left and saved its model; the Trainer would take one more
+    step each time it is started."""
+    if not os.path.isfile(os.path.join(str(training_args.output_dir), "config.json")):
+        return False
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if training_args.max_steps > 0:
+        return state.global_step >= training_args.max_steps
+    return state.global_step >= state.max_steps and training_args.num_train_epochs <= state.num_train_epochs
 
 
 if __name__ == "__main__":

@@ -96,6 +96,13 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(folder):
     assert compare(history(folder, "again"), history(folder, "two"), loss=1e-7, grad_norm=1e-6) == 8
 
 
+def test_a_finished_run_is_not_trained_further(folder):
+    before = (folder / "one" / "model.safetensors").read_bytes()
+    done = start(folder, [sys.executable], "one")
+    assert "checkpoint-8 is the end of this run: nothing left to train" in done.stdout
+    assert (folder / "one" / "model.safetensors").read_bytes() == before
+
+
 def test_the_result_is_a_plain_transformers_model(folder):
     done = run_command([sys.executable, "-c", RELOAD, str(folder / "two")])
     loss, length = done.stdout.split()
