@@ -21,7 +21,7 @@ def _passes(dtype: str, name: str, apart: float, ratio: float, single: float) ->
     return ratio <= 2 * single
 
 
-def judge(cases: list[Case]) -> dict[str, float]:
+def check_exact(cases: list[Case]) -> dict[str, float]:
     """Runs the cases in one ring; returns per tensor the worst difference (fp64), ratio (fp32) or multiple (bf16)."""
     worst = dict.fromkeys(TENSORS, 0.0)
     for per_case in zip(cases, *run_distributed(cases[0].num_ranks, errors, cases), strict=True):
@@ -46,32 +46,32 @@ def test_ring_matches_dense_attention(layout, num_ranks, dtype):
         for causal, packed, window, (heads, kv_heads) in options
     ]
     assert len(cases) == 24
-    worst = judge(cases)
+    worst = check_exact(cases)
     print(f"EXACT {layout} ranks={num_ranks} {dtype} " + " ".join(f"{name}={worst[name]:.2e}" for name in TENSORS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_does_not_grow_with_the_ring(layout):
     for dtype in ("float32", "bfloat16"):
-        judge([Case(layout, 6, dtype, units=5), Case(layout, 6, dtype, packed=True, units=5)])
+        check_exact([Case(layout, 6, dtype, units=5), Case(layout, 6, dtype, packed=True, units=5)])
 
 
 @pytest.mark.parametrize("settings", [{"overlap": False}, {"kernel": "reference"}], ids=["no-overlap", "reference"])
 def test_overlap_and_kernel_do_not_change_the_result(settings):
     for layout in LAYOUTS:
-        judge([Case(layout, 3, packed=packed, **settings) for packed in (False, True)])
+        check_exact([Case(layout, 3, packed=packed, **settings) for packed in (False, True)])
 
 
 def test_a_ring_of_one_exchanges_nothing_and_is_exact():
-    judge([Case(layout, 1, packed=packed, window=5, units=21) for layout in LAYOUTS for packed in (False, True)])
+    check_exact([Case(layout, 1, packed=packed, window=5, units=21) for layout in LAYOUTS for packed in (False, True)])
 
 
 def test_one_token_per_chunk_is_exact():
-    judge([Case("zigzag", 4, units=1, rows=1), Case("striped", 4, units=1, rows=1)])
+    check_exact([Case("zigzag", 4, units=1, rows=1), Case("striped", 4, units=1, rows=1)])
 
 
 def test_documents_around_the_chunk_size_are_exact():
     # Lengths 1, 2R-1, 2R and 2R+1, one over all ranks, several on one rank: where per-document zigzag codes go wrong.
-    judge(
+    check_exact(
         [Case("zigzag", 4, packed=True, causal=causal, units=units) for units in (3, 4, 5) for causal in (True, False)]
     )
