@@ -71,6 +71,16 @@ class ContextParallelConfig(ParallelismConfig):
                     f"parallelism. Leave it at 1 and set context_parallel_size={size}."
                 )
             setattr(self, name, 1)
+        for name in ("tp_size", "sp_size", "dp_shard_size"):
+            variable = f"PARALLELISM_CONFIG_{name.upper()}"
+            if os.environ.get(variable, "1") != "1":
+                raise ValueError(
+                    f"{variable}={os.environ[variable]} (the parallelism_config of an accelerate file sets it) is not "
+                    "supported together with context parallelism. Set it to 1 or leave it out."
+                )
+        for name in ("tp_handler", "cp_handler", "sp_handler"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} configures Accelerate's own parallelism, which is off here. Leave it out.")
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, _from_environment(name, default))

@@ -144,6 +144,11 @@ def ring_attention(
     check_tensors(q, k, v, sequence)
     Mask(causal, window)
     choose(kernel, q, v)
+    if sequence.num_ranks > 1 and (size := group_of(group).size()) != sequence.num_ranks:
+        raise ValueError(
+            f"The sequence is dealt to {sequence.num_ranks} ranks, but the group has {size}. Describe the sequence "
+            f"with num_ranks={size}, or pass the group of the ranks that hold it."
+        )
     return _ring_attention(
         q,
         k,

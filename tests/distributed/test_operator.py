@@ -10,7 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ring_hf.geometry import LAYOUTS, WholeSequence
-from ring_hf.parallel import agree, context_attention, group_of, local_attention, register_group, shard, unshard
+from ring_hf.parallel import (
+    agree,
+    context_attention,
+    group_of,
+    local_attention,
+    register_group,
+    ring_attention,
+    shard,
+    unshard,
+)
 from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
 from tests.distributed.cases import Case, problem, ring_result
 from tests.harness import assert_close, run_distributed
@@ -189,6 +198,18 @@ def test_unknown_groups_are_refused():
         group_of("nobody")
     with pytest.raises(ValueError, match=r"rank=3 is not one of 2 ranks"):
         shard(torch.zeros(1, 8), "zigzag", 2, 3)
+
+
+def group_of_another_size(rank: int, world_size: int) -> str:
+    q = torch.zeros(1, 2, 4, 4)
+    with pytest.raises(ValueError) as refusal:
+        ring_attention(q, q, q, sequence=WholeSequence("zigzag", 16, 4), group=register_group(dist.group.WORLD))
+    return str(refusal.value)
+
+
+def test_a_group_of_another_size_is_refused():
+    (message,) = set(run_distributed(2, group_of_another_size))
+    assert message.startswith("The sequence is dealt to 4 ranks, but the group has 2.")
 
 
 def names_are_stable(rank: int, world_size: int) -> bool:

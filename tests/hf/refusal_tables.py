@@ -20,6 +20,7 @@ CONFIGS = {
     "cp_size": ({"cp_size": 2}, "cp_size=2 would make the Trainer divide its token count.*context_parallel_size=2"),
     "sp_size": ({"sp_size": 2}, "sp_size=2 would"),
     "tp_size": ({"tp_size": 2}, "tp_size=2 would"),
+    "handler": ({"cp_handler": object()}, "cp_handler configures Accelerate's own parallelism"),
     "ulysses_size": ({"ulysses_size": 2}, "ulysses_size=2 is not supported yet"),
     "inner_ring_size": ({"inner_ring_size": 2}, "inner_ring_size=2 is not supported yet"),
     "transport": ({"transport": "allgather"}, "transport='allgather' is not supported yet"),

@@ -15,11 +15,18 @@ from tests.hf.models import llama, rows
 
 def test_inherited_sizes_stay_one_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "4")
-    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
     config = ContextParallelConfig(context_parallel_size=2)
     assert (config.cp_size, config.sp_size, config.tp_size) == (1, 1, 1)
     assert not (config.cp_enabled or config.sp_enabled or config.tp_enabled)
     assert config.context_parallel_size == 2 and config.active_mesh_dims == ["cp"]
+
+
+@pytest.mark.parametrize("name", ["TP_SIZE", "SP_SIZE", "DP_SHARD_SIZE"])
+def test_other_parallelism_in_the_environment_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", "2")
+    with pytest.raises(ValueError, match=f"PARALLELISM_CONFIG_{name}=2 .* is not supported together"):
+        ContextParallelConfig(context_parallel_size=2)
 
 
 def test_unset_fields_come_from_the_environment(monkeypatch):
