@@ -16,6 +16,7 @@ FLOORS = {
     "hf": {"geometry", "kernels", "parallel"},
     "data": set(),
     "evaluation": set(),
+    "tools": {"geometry"},
 }
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}

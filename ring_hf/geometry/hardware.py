@@ -1,0 +1,64 @@
+"""What the cost model knows of a machine and of an attention layer: rates, links, heads."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer's heads and head dims, the bytes of an element, and the rows of a batch."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    bytes_per_element: int = 2
+    num_rows: int = 1
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of one device and its links; bandwidths are bytes/s in one direction, for one device.
+
+    Attributes:
+        flops, backward_flops: what attention kernels reach in half precision.
+        full_precision: how many times slower they are with elements of 4 bytes or more.
+        memory_bandwidth: at which a partial result is merged into the output.
+        launch: seconds that a step with work costs whatever its size.
+        gather: bandwidth of a collective over that of point-to-point messages.
+        room: bytes that gathered keys, values and their gradients may take before `auto` prefers a ring.
+    """
+
+    name: str
+    flops: float
+    backward_flops: float
+    full_precision: float
+    memory_bandwidth: float
+    launch: float
+    node_bandwidth: float
+    node_latency: float
+    network_bandwidth: float
+    network_latency: float
+    ranks_per_node: int
+    gather: float = 1.0
+    room: float = 4e9
+
+
+# Peaks and links from NVIDIA's data sheets: A100 312 TFLOP/s, 2.0 TB/s HBM, 300 GB/s NVLink, HDR 200 Gb/s; H100 SXM
+# 989, 3.35, 450, NDR 400; one network card per device. 80 % of NVLink and HBM and 90 % of the network are taken as
+# reachable. Kernels: FlashAttention-2 on A100 (Dao 2023, arXiv 2307.08691: up to 73 % of the peak forward and 63 %
+# backward; here 200 and 175), FlashAttention-3 on H100 (Shah et al. 2024, arXiv 2407.08608, causal, head dim 128: 616
+# forward, 561 backward). Latencies and launch: assumed. CPU: measured with PyTorch's operator on one core of an Intel
+# Xeon with AMX, and gloo over loopback between two processes; one machine is one node, whatever its processes.
+HARDWARE = {
+    "cpu": Hardware("cpu", 2.9e11, 1.7e11, 2.7, 6e9, 1e-4, 1.4e9, 3e-4, 1.0e8, 1e-3, 1024, gather=0.5, room=1e9),
+    "a100": Hardware("a100", 2.0e14, 1.75e14, 8.0, 1.6e12, 1e-5, 2.4e11, 1e-5, 2.25e10, 2e-5, 8),
+    "h100": Hardware("h100", 6.0e14, 5.6e14, 8.0, 2.7e12, 1e-5, 3.6e11, 1e-5, 4.5e10, 2e-5, 8),
+}
+
+
+def hardware_of(device_type: str, ranks_per_node: int) -> Hardware:
+    """The preset for a torch device type: "cpu", or H100 for every accelerator, with this many ranks per node.
+
+    Only device type and node size enter: every rank of a job knows them alike, whatever card it happens to have.
+    """
+    return replace(HARDWARE["cpu" if device_type == "cpu" else "h100"], ranks_per_node=max(1, ranks_per_node))
