@@ -3,43 +3,57 @@
 Start at `WholeSequence` (a batch as all ranks see it) and `make_plan` (one rank's work, step by step).
 """
 
+from .balance import balanced_owners
 from .band import Piece, area, split, trim
+from .heads import HeadShare, auto_ulysses, head_split
 from .layout import (
     LAYOUTS,
     Segment,
     check_length,
     multiple,
     num_chunks,
-    owners,
     padded_length,
     segments,
     shard_index,
     unshard_index,
 )
-from .plan import Plan, Step, Tile, make_plan, rank_work, tiles
-from .sequence import Mask, WholeSequence
+from .plan import TRANSPORTS, Move, Plan, Slice, Step, make_plan, sent_tokens
+from .reach import farthest, needed, rank_work, visible
+from .sequence import Mask, Regions, WholeSequence
+from .tiles import Tile, tiles
 
 __all__ = [
     "LAYOUTS",
+    "TRANSPORTS",
+    "HeadShare",
     "Mask",
+    "Move",
     "Piece",
     "Plan",
+    "Regions",
     "Segment",
+    "Slice",
     "Step",
     "Tile",
     "WholeSequence",
     "area",
+    "auto_ulysses",
+    "balanced_owners",
     "check_length",
+    "farthest",
+    "head_split",
     "make_plan",
     "multiple",
+    "needed",
     "num_chunks",
-    "owners",
     "padded_length",
     "rank_work",
     "segments",
+    "sent_tokens",
     "shard_index",
     "split",
     "tiles",
     "trim",
     "unshard_index",
+    "visible",
 ]

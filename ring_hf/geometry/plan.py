@@ -1,269 +1,252 @@
-"""Who computes what in which ring step: the only place where layouts meet masks.
+"""Plans: which blocks of keys a rank holds one after the other, what it computes with each, and how blocks get there.
 
-Two segments with the same step p, `q = a + p i` and `k = b + p j`, under "same document, k <= q, q - k < window" leave
-a band `lo <= j - i <= hi` with `hi = floor((a - b) / p)` and `lo = ceil((a - b - window + 1) / p)`;
-documents only cut segments into shorter ones. So every rank's work in every step is a short list of tiles, and
-neighbouring tiles that form one band over concatenated slices are fused: a zigzag rank's own block is one causal call.
+A *transport* is data too: the blocks of a rank's steps, and for those that hand blocks from rank to rank the moves.
+
+* `ring` and `double_ring`: whole shards, handed on. A ring is a double ring without an outer ring. The inner ring
+  turns inside a node; for the next turn the block that a turn began with goes to the next node, and has that whole
+  turn to get there (the double ring of LoongTrain, Gu et al. 2024, arXiv 2406.18485).
+* `allgather`: one step with everything, in global order, so that a rank runs few large tiles (as Llama 3 does,
+  Grattafiori et al. 2024, arXiv 2407.21783, section 3.3.2).
+* `direct`: per step what the rank sees of one other shard, from that shard's owner; nothing if it sees nothing.
 """
 
-import bisect
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from . import band
-from .layout import Segment, owners
+from .layout import Segment, slice_segments
+from .reach import farthest, needed
 from .sequence import Mask, WholeSequence
+from .tiles import Tile, tiles
+
+TRANSPORTS = ("ring", "double_ring", "allgather", "direct")
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Local queries `q:q+num_q` of batch rows `row:row+num_rows` against keys `k:k+num_k` of the block at hand.
+class Slice:
+    """Local tokens `start..stop - 1` of the shard of ring rank `rank`."""
 
-    Query `q + i` sees key `k + j` iff `lo <= j - i <= hi` (None: no bound).
-    """
-
-    row: int
-    num_rows: int
-    q: int
-    num_q: int
-    k: int
-    num_k: int
-    lo: band.Bound
-    hi: band.Bound
-
-    @property
-    def area(self) -> int:
-        """Visible pairs in one batch row."""
-        return band.area(self.num_q, self.num_k, self.lo, self.hi)
+    rank: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does while it holds the keys and values of rank `source`."""
+    """What a rank computes with one block of keys and values: the concatenation of slices, which the tiles index."""
 
-    source: int
+    block: tuple[Slice, ...]
     tiles: tuple[Tile, ...]
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens of the block."""
+        return sum(part.stop - part.start for part in self.block)
 
     @property
     def work(self) -> int:
         """Visible pairs, summed over batch rows."""
         return sum(tile.area * tile.num_rows for tile in self.tiles)
 
-    @property
-    def kv_ranges(self) -> list[tuple[int, int]]:
-        """The `[start, stop)` ranges of the source's shard that any tile reads, merged and sorted."""
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted((tile.k, tile.k + tile.num_k) for tile in self.tiles):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return merged
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Something that leaves during one step for the rank `outer` nodes and `inner` places ahead; `due` needs it."""
+
+    posted: int
+    due: int
+    outer: int
+    inner: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's steps; step t holds the keys of rank `(rank - t) mod R`. Steps that no rank needs are left out."""
+    """One rank's steps. `rank` and `num_ranks` count places of the ring; step 0 holds the rank's own keys.
+
+    Attributes:
+        inner: ranks of an inner ring; `num_ranks` unless the transport is a double ring.
+        lent: with `direct`, per step what this rank sends of its own shard to the rank so many places ahead.
+    """
 
     rank: int
     num_ranks: int
+    transport: str
+    inner: int
     steps: tuple[Step, ...]
-
-    @property
-    def hops(self) -> int:
-        """Exchanges with the neighbour: the same number on every rank."""
-        return len(self.steps) - 1
+    lent: tuple[tuple[Slice, ...], ...] = ()
 
     @property
     def work(self) -> int:
+        """Visible pairs of all steps, summed over batch rows."""
         return sum(step.work for step in self.steps)
 
+    def ahead(self, outer: int, inner: int) -> int:
+        """The rank that lies so many places ahead on the outer and on the inner ring."""
+        node, place = divmod(self.rank, self.inner)
+        nodes = self.num_ranks // self.inner
+        return (node + outer) % nodes * self.inner + (place + inner) % self.inner
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The cut of a segment by one document: local tokens `place..place + length - 1`, global `start + step * i`."""
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """How keys and values travel: what a rank has in step `posted`, its successor has in step `due`."""
+        return tuple(
+            move
+            for step in range(len(self.steps) - 1)
+            for move in (
+                Move(step, step + self.inner, 1, 0) if step % self.inner == 0 else None,
+                Move(step, step + 1, 0, 1) if (step + 1) % self.inner else None,
+            )
+            if move is not None and move.due < len(self.steps)
+        )
 
-    document: int
-    place: int
-    start: int
-    length: int
-    step: int
+    @property
+    def gradient_moves(self) -> tuple[Move, ...]:
+        """How sums of dK and dV travel, one leaving after each step but the first, whose sum is at home already.
+
+        Within a turn a sum follows its block. At the end of a turn it is handed to the next node, where it is due
+        when that node's own sum is complete; after the last turn it goes home, where `due` is the number of steps.
+        """
+        last = len(self.steps) - 1
+        moves = []
+        for step in range(1, last + 1):
+            if step == last:
+                moves.append(Move(step, step + 1, -(last // self.inner), -(last % self.inner)))
+            elif (step + 1) % self.inner == 0:
+                moves.append(Move(step, step + self.inner, 1, 0))
+            else:
+                moves.append(Move(step, step + 1, 0, 1))
+        return tuple(moves)
 
 
-def _cut(shard: Iterable[Segment], bounds: Sequence[int]) -> Iterator[_Part]:
-    place = 0
-    for segment in shard:
-        first = bisect.bisect_right(bounds, segment.start) - 1
-        begin = 0
-        for document in range(first, len(bounds) - 1):
-            end = min(segment.length, -((segment.start - bounds[document + 1]) // segment.step))
-            if end > begin:
-                start = segment.start + segment.step * begin
-                yield _Part(document, place + begin, start, end - begin, segment.step)
-                begin = end
-            if begin == segment.length:
-                break
-        place += segment.length
+def _relay_blocks(sequence: WholeSequence, mask: Mask, rank: int, inner: int) -> list[tuple[Slice, ...]]:
+    size = sequence.ring_size
+    outer_far, inner_far = farthest(sequence, mask, inner)
+    steps = [(outer, place) for outer in range(outer_far + 1) for place in range(inner)]
+    if not outer_far:
+        steps = steps[: inner_far + 1]
+    node, place = divmod(rank, inner)
+    sources = ((node - outer) % (size // inner) * inner + (place - n) % inner for outer, n in steps)
+    return [(Slice(source, 0, sequence.length // size),) for source in sources]
 
 
-def tiles(
-    q_shard: Iterable[Segment],
-    k_shard: Iterable[Segment],
-    bounds: Sequence[int],
-    mask: Mask,
-    row: int = 0,
-    num_rows: int = 1,
-) -> list[Tile]:
-    """Fused tiles of one shard's queries against one shard's keys for rows with document boundaries `bounds`."""
-    keys: dict[int, list[_Part]] = {}
-    for part in _cut(k_shard, bounds):
-        keys.setdefault(part.document, []).append(part)
-    found: list[Tile] = []
-    for document, queries in itertools.groupby(sorted(_cut(q_shard, bounds), key=_document), key=_document):
-        in_document: list[Tile] = []
-        for q, k in itertools.product(queries, keys.get(document, ())):
-            apart = q.start - k.start
-            hi = apart // q.step if mask.causal else None
-            lo = -((mask.window - 1 - apart) // q.step) if mask.window is not None else None
-            trimmed = band.trim(q.length, k.length, lo, hi)
-            if trimmed is not None:
-                first_q, num_q, first_k, num_k, lo, hi = trimmed
-                in_document.append(Tile(row, num_rows, q.place + first_q, num_q, k.place + first_k, num_k, lo, hi))
-        found += _fuse_all(in_document)
+def _gathered_block(sequence: WholeSequence) -> tuple[Slice, ...]:
+    found = []
+    for rank in range(sequence.ring_size):
+        place = 0
+        for segment in sequence.ring_segments(rank):
+            found.append((segment.start, Slice(rank, place, place + segment.length)))
+            place += segment.length
+    # Interleaved shards stay whole, in the order of their ranks: in global order they would be no band any more.
+    return tuple(part for _, part in sorted(found, key=lambda item: item[0]))
+
+
+def blocks(sequence: WholeSequence, mask: Mask, rank: int, transport: str, inner: int) -> list[tuple[Slice, ...]]:
+    """The blocks of keys that `rank` holds, step by step; the same number of steps on every rank."""
+    size = sequence.ring_size
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport={transport!r} is not known. Choose one of auto, {', '.join(TRANSPORTS)}.")
+    if size % inner or (transport == "double_ring" and inner in (1, size) and size > 1):
+        raise ValueError(
+            f"inner_ring_size={inner} does not cut a ring of {size} into several equal rings of several ranks. Choose "
+            'a divisor in between, or transport="ring".'
+        )
+    if size == 1:
+        return [(Slice(0, 0, sequence.length),)]
+    if transport == "allgather":
+        return [_gathered_block(sequence)]
+    if transport == "direct":
+        own = (Slice(rank, 0, sequence.length // size),)
+        _, hops = farthest(sequence, mask, size)
+        sources = [(rank - hop) % size for hop in range(1, hops + 1)]
+        return [own] + [tuple(Slice(s, a, b) for a, b in needed(sequence, mask, rank, s)) for s in sources]
+    return _relay_blocks(sequence, mask, rank, inner if transport == "double_ring" else size)
+
+
+def _keys(sequence: WholeSequence, block: tuple[Slice, ...]) -> list[Segment]:
+    """The global tokens of a block, in its order, neighbours joined."""
+    found: list[Segment] = []
+    shards = {part.rank: sequence.ring_segments(part.rank) for part in block}
+    for part in block:
+        for segment in slice_segments(shards[part.rank], part.start, part.stop):
+            before = found[-1] if found else None
+            if (
+                before is not None
+                and before.step == segment.step == 1
+                and before.start + before.length == segment.start
+            ):
+                found[-1] = Segment(before.start, before.length + segment.length)
+            else:
+                found.append(segment)
     return found
-
-
-def _document(part: _Part) -> int:
-    return part.document
-
-
-def _fuse_all(parts: list[Tile]) -> list[Tile]:
-    fused = True
-    while fused:
-        fused = False
-        for (m, a), (n, b) in itertools.combinations(enumerate(parts), 2):
-            joined = _fuse(a, b)
-            if joined is not None:
-                parts = [tile for place, tile in enumerate(parts) if place not in (m, n)] + [joined]
-                fused = True
-                break
-    return parts
-
-
-def _fuse(a: Tile, b: Tile) -> Tile | None:
-    """One tile over the common bounding box, if a single band there shows exactly the pairs of `a` and `b`."""
-    bounds = []
-    for of_a, of_b in ((a.lo, b.lo), (a.hi, b.hi)):
-        # Relative to the local origin instead of the tile's corner, so that the two can be compared.
-        known = {x + tile.k - tile.q for x, tile in ((of_a, a), (of_b, b)) if x is not None}
-        if len(known) > 1:
-            return None
-        bounds.append(known.pop() if known else None)
-    q, k = min(a.q, b.q), min(a.k, b.k)
-    num_q = max(a.q + a.num_q, b.q + b.num_q) - q
-    num_k = max(a.k + a.num_k, b.k + b.num_k) - k
-
-    def shown(q: int, num_q: int, k: int, num_k: int) -> int:
-        lo, hi = (None if x is None else x + q - k for x in bounds)
-        return band.area(num_q, num_k, lo, hi)
-
-    if shown(q, num_q, k, num_k) != a.area + b.area or any(
-        shown(t.q, t.num_q, t.k, t.num_k) != t.area for t in (a, b)
-    ):
-        return None
-    lo, hi = (None if x is None else x + q - k for x in bounds)
-    trimmed = band.trim(num_q, num_k, lo, hi)
-    assert trimmed is not None
-    first_q, num_q, first_k, num_k, lo, hi = trimmed
-    return Tile(a.row, a.num_rows, q + first_q, num_q, k + first_k, num_k, lo, hi)
-
-
-def _row_groups(sequence: WholeSequence, mask: Mask, num_rows: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Runs of neighbouring batch rows with equal document boundaries: `(first row, rows, boundaries)`."""
-    if sequence.num_rows is None:
-        yield 0, num_rows, (0, sequence.length)
-        return
-    first = 0
-    all_bounds = (sequence.boundaries(row, mask.causal) for row in range(sequence.num_rows))
-    for bounds, run in itertools.groupby(all_bounds):
-        rows = sum(1 for _ in run)
-        yield first, rows, bounds
-        first += rows
-
-
-def _num_steps(sequence: WholeSequence, mask: Mask) -> int:
-    """1 + the farthest hop at which any rank still sees a key (from visible intervals: a bound for stripes)."""
-    farthest = 0
-    num_ranks = sequence.num_ranks
-    for _, _, bounds in _row_groups(sequence, mask, 1):
-        for rank in range(num_ranks):
-            for part in _cut(sequence.segments(rank), bounds):
-                last_query = part.start + part.step * (part.length - 1)
-                first = bounds[part.document]
-                if mask.window is not None:
-                    first = max(first, part.start - mask.window + 1)
-                last = last_query if mask.causal else bounds[part.document + 1] - 1
-                for source in owners(sequence.layout, sequence.length, num_ranks, first, last):
-                    farthest = max(farthest, (rank - source) % num_ranks)
-            if farthest == num_ranks - 1:
-                return num_ranks
-    return farthest + 1
 
 
 # A step uses one plan per kind of layer; a plan of 10,000 documents holds megabytes.
 @functools.lru_cache(maxsize=16)
 def make_plan(
-    sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1, num_queries: int | None = None
+    sequence: WholeSequence,
+    mask: Mask,
+    rank: int,
+    num_rows: int = 1,
+    num_queries: int | None = None,
+    transport: str = "ring",
+    inner: int = 1,
 ) -> Plan:
-    """The plan of one rank, cached.
+    """The plan of one ring rank, cached.
 
     Args:
+        rank: place on the ring.
         num_rows: batch rows B.
         num_queries: with one rank, the queries are the last `num_queries` tokens (decoding with a cache); default all.
+        transport: one of `TRANSPORTS`.
+        inner: ranks of an inner ring; for `double_ring` only.
 
     Raises:
-        ValueError: if the batch has another number of rows than the sequence describes.
+        ValueError: if the batch has another number of rows than the sequence describes, or the transport is unknown
+            or does not fit the ring.
     """
     if sequence.num_rows not in (None, num_rows):
         raise ValueError(
             f"The batch has {num_rows} rows, its description {sequence.num_rows}. Build both from the same batch."
         )
-    queries = sequence.segments(rank)
-    if num_queries is not None and num_queries != sequence.length // sequence.num_ranks:
-        assert sequence.num_ranks == 1
+    queries = sequence.ring_segments(rank)
+    size = sequence.ring_size
+    if num_queries is not None and num_queries != sequence.length // size:
+        assert size == 1
         queries = (Segment(sequence.length - num_queries, num_queries),)
-    groups = list(_row_groups(sequence, mask, num_rows))
+    groups = list(sequence.row_groups(mask, num_rows))
     steps = []
-    for hop in range(_num_steps(sequence, mask)):
-        source = (rank - hop) % sequence.num_ranks
-        keys = sequence.segments(source)
-        found = [tile for row, rows, bounds in groups for tile in tiles(queries, keys, bounds, mask, row, rows)]
-        steps.append(Step(source, tuple(found)))
-    return Plan(rank, sequence.num_ranks, tuple(steps))
+    for block in blocks(sequence, mask, rank, transport, inner):
+        keys = _keys(sequence, block)
+        found = [tile for row, rows, regions in groups for tile in tiles(queries, keys, regions, mask, row, rows)]
+        steps.append(Step(block, tuple(found)))
+    lent = []
+    if transport == "direct":
+        others = [(rank + step) % size for step in range(1, len(steps))]
+        lent = [(), *(tuple(Slice(rank, a, b) for a, b in needed(sequence, mask, other, rank)) for other in others)]
+    inner = inner if transport == "double_ring" else size
+    return Plan(rank, size, transport, inner, tuple(steps), tuple(lent))
 
 
-def rank_work(sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1) -> int:
-    """Visible pairs of one rank by closed formula, without a plan: what load balance is made of at 1,024 ranks."""
-    total = 0
-    for _, rows, bounds in _row_groups(sequence, mask, num_rows):
-        for part in _cut(sequence.segments(rank), bounds):
-            first, last = bounds[part.document], bounds[part.document + 1] - 1
-            behind = _clamped_sum(part.start - first + 1, part.step, part.length, mask.window)
-            ahead = 0 if mask.causal else sum(last - token for token in _ends(part)) * part.length // 2
-            total += (behind + ahead) * rows
-    return total
+def sent_tokens(sequence: WholeSequence, mask: Mask, transport: str, inner: int = 1) -> list[list[int]]:
+    """Tokens (keys with their values, of one batch row) that each ring rank sends, by step of the forward pass.
 
-
-def _ends(part: _Part) -> tuple[int, int]:
-    return part.start, part.start + part.step * (part.length - 1)
-
-
-def _clamped_sum(first: int, step: int, count: int, ceiling: int | None) -> int:
-    """Sum of `min(first + step * i, ceiling)` over i < count."""
-    below = count
-    if ceiling is not None:
-        below = min(count, max(0, -((first - ceiling) // step)))
-    rest = 0 if ceiling is None else (count - below) * ceiling
-    return below * first + step * below * (below - 1) // 2 + rest
+    An all-gather hands on its own shard and those of the others, as a ring of R - 1 hops in one step.
+    """
+    size, shard = sequence.ring_size, sequence.length // sequence.ring_size
+    if size == 1:
+        return [[0]]
+    if transport == "allgather":
+        return [[(size - 1) * shard] for _ in range(size)]
+    if transport == "direct":
+        _, hops = farthest(sequence, mask, size)
+        sent = [[0] * (hops + 1) for _ in range(size)]
+        for rank in range(size):
+            for hop in range(1, hops + 1):
+                source = (rank - hop) % size
+                # The block of step `hop` travels during the step before.
+                sent[source][hop - 1] = sum(stop - start for start, stop in needed(sequence, mask, rank, source))
+        return sent
+    inner = inner if transport == "double_ring" else size
+    steps = len(_relay_blocks(sequence, mask, 0, inner))
+    plan = Plan(0, size, transport, inner, (Step((), ()),) * steps)
+    per_step = [shard * sum(1 for move in plan.moves if move.posted == step) for step in range(steps)]
+    return [per_step] * size

@@ -3,7 +3,8 @@
 `aten._scaled_dot_product_flash_attention_for_cpu` returns lse, takes fewer key/value than query heads, and runs fp64,
 fp32, bf16 (AMX where there is one) and fp16 without an S x S matrix. Its `is_causal` is aligned at the top left. It
 knows no window, so a tile's band is split into mask-free pieces (`geometry.split`); anticausal pieces run flipped end
-to end.
+to end. It wants one head dim: if that of the values differs (multi-head latent attention), the smaller is padded with
+zeros, which change neither scores nor sums.
 
 Letters: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import pad
 
 from ..geometry import Piece, Tile, split
 from .merge import windows
@@ -23,42 +25,63 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     if q.device.type != "cpu":
         return f"the tensors are on {q.device.type}"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype} is not one of {', '.join(str(dtype) for dtype in _DTYPES)}"
-    if q.shape[-1] != v.shape[-1]:
-        return f"value head dim {v.shape[-1]} differs from query head dim {q.shape[-1]}"
+    if softcap is not None:
+        return f"it has no soft-capping (softcap={softcap})"
     return None
 
 
 def forward(
-    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, tile: Tile, scale: float
+    q_BHQD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None = None,
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
     """Yields `(piece, out, lse)` with the shapes of `merge.windows` for the piece's queries."""
+    assert softcap is None
+    value_dim = v_BKSE.shape[-1]
+    q_BHQD, k_BKSD, v_BKSE = _one_head_dim(q_BHQD, k_BKSD, v_BKSE)
     for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
-        q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSD, True)))
-        yield _with(piece, *_forward(q, k, v, 0.0, piece.kind != "full", scale=scale))
+        q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSE, True)))
+        out, lse = _forward(q, k, v, 0.0, piece.kind != "full", scale=scale)
+        yield _with(piece, out[..., :value_dim], lse)
+        del out, lse
 
 
 def backward(
-    dout_BHQD: torch.Tensor,
+    dout_BHQE: torch.Tensor,
     q_BHQD: torch.Tensor,
     k_BKSD: torch.Tensor,
-    v_BKSD: torch.Tensor,
-    out_BHQD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    out_BHQE: torch.Tensor,
     lse_BHQ: torch.Tensor,
     tile: Tile,
     scale: float,
+    softcap: float | None = None,
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields `(piece, dq, dk, dv)` with the shapes of `merge.windows`, from the global `out` and `lse`."""
+    assert softcap is None
+    dims = q_BHQD.shape[-1], k_BKSD.shape[-1], v_BKSE.shape[-1]
+    tensors = _one_head_dim(dout_BHQE, q_BHQD, k_BKSD, v_BKSE, out_BHQE)
+    dout_BHQE, q_BHQD, k_BKSD, v_BKSE, out_BHQE = tensors
     for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
-        dout, q, out, lse = (_take(x, piece, keys=False) for x in (dout_BHQD, q_BHQD, out_BHQD, lse_BHQ))
-        k, v = (_take(x, piece, keys=True) for x in (k_BKSD, v_BKSD))
-        # Nothing here keeps the gradients: they are gone before the next piece is computed.
-        yield _with(piece, *_backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale))
+        dout, q, out, lse = (_take(x, piece, keys=False) for x in (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
+        k, v = (_take(x, piece, keys=True) for x in (k_BKSD, v_BKSE))
+        grads = _backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale)
+        yield _with(piece, *(grad[..., :dim] for grad, dim in zip(grads, dims, strict=True)))
+        del grads  # they are gone before the next piece is computed
+
+
+def _one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
 
 
 def _bounded(pieces: list[Piece]) -> Iterator[Piece]:

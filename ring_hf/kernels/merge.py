@@ -69,6 +69,12 @@ class State:
         where = (tile.q + piece.q, piece.num_q, piece.count, piece.stride)
         merge_(windows(self.out[rows], *where), windows(self.lse[rows], *where), out, lse)
 
+    def add_sinks(self, sinks_H: torch.Tensor) -> None:
+        """One more key per head with this score and no value: after everything else, once."""
+        with_sink = torch.logaddexp(self.lse, sinks_H.to(self._dtype)[:, None])
+        self.out.mul_(torch.exp(self.lse - with_sink).unsqueeze(-1))
+        self.lse = with_sink
+
 
 class Sum:
     """A gradient like `x [B, H, S, D]`, summed over pieces in `dtype`.
@@ -95,3 +101,8 @@ class Sum:
         self._total = self.total.to(self._dtype)
         rows = self._total[first_row : first_row + num_rows]
         windows(rows, start, size, piece.count, piece.stride).add_(grad)
+
+    def add_tokens(self, start: int, grad: torch.Tensor) -> None:
+        """Adds `grad [B, H, tokens, D]` to the tokens from `start`."""
+        self._total = self.total.to(self._dtype)
+        self._total[:, :, start : start + grad.shape[2]].add_(grad)

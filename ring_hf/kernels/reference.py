@@ -1,8 +1,10 @@
-"""The eager truth: softmax attention on one tile, any dtype and device, fp64 included.
+"""The eager truth: softmax attention on one tile, any dtype, device, head dims and softcap, fp64 included.
 
-Builds the tile's scores in full, so it is for tests, odd dtypes and head dims. Every other kernel is compared with it.
-Backward is FlashAttention-2's (Dao 2023, arXiv 2307.08691, algorithm 2) without blocks: with the *global* lse,
-P = exp(S - lse) are the final probabilities, whatever part of the keys is at hand.
+For tests, and for what no faster kernel computes. Builds the scores of `_ROWS` queries at a time. Every other kernel
+is compared with it. Backward is FlashAttention-2's (Dao 2023, arXiv 2307.08691, algorithm 2) without blocks of keys:
+with the *global* lse, P = exp(S - lse) are the final probabilities, whatever part of the keys is at hand.
+
+Soft-capping (Gemma 2, arXiv 2408.00118) bends scores to `softcap * tanh(scores / softcap)` before the softmax.
 
 Letters: B batch, K key/value heads, G query heads per key/value head (H = K * G), Q queries, S keys, D head dim.
 """
@@ -11,66 +13,105 @@ from collections.abc import Iterator
 
 import torch
 
-from ..geometry import Piece, Tile
+from ..geometry import Piece, Tile, trim
 from .merge import accumulate_dtype
 
 NAME = "reference"
+_ROWS = 1024
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     return None if q.dtype.is_floating_point else f"dtype {q.dtype} is not a floating point type"
 
 
 def forward(
-    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, tile: Tile, scale: float
+    q_BHQD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None = None,
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-    """Yields `(piece, out [B, H, Q, D], lse [B, H, Q])`; tensors are already cut to the tile."""
-    scores_BKGQS = _scores(q_BHQD, k_BKSD, tile, scale)
-    lse_BKGQ = torch.logsumexp(scores_BKGQS, dim=-1)
-    weights = torch.exp(scores_BKGQS - _finite(lse_BKGQ).unsqueeze(-1))
-    out = torch.einsum("bkgqs,bksd->bkgqd", weights, v_BKSD.to(weights.dtype))
-    yield Piece(0, tile.num_q, 0, tile.num_k, "full"), out.flatten(1, 2), lse_BKGQ.flatten(1, 2)
+    """Yields `(piece, out [B, H, Q, E], lse [B, H, Q])`; tensors are already cut to the tile."""
+    for block in _blocks(tile):
+        q, k, v = _queries(block, q_BHQD), _keys(block, k_BKSD), _keys(block, v_BKSE)
+        scores_BKGQS, _ = _scores(q, k, tile, block, scale, softcap)
+        lse_BKGQ = torch.logsumexp(scores_BKGQS, dim=-1)
+        weights = torch.exp(scores_BKGQS - _finite(lse_BKGQ).unsqueeze(-1))
+        out = torch.einsum("bkgqs,bkse->bkgqe", weights, v.to(weights.dtype))
+        yield block, out.flatten(1, 2), lse_BKGQ.flatten(1, 2)
 
 
 def backward(
-    dout_BHQD: torch.Tensor,
+    dout_BHQE: torch.Tensor,
     q_BHQD: torch.Tensor,
     k_BKSD: torch.Tensor,
-    v_BKSD: torch.Tensor,
-    out_BHQD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    out_BHQE: torch.Tensor,
     lse_BHQ: torch.Tensor,
     tile: Tile,
     scale: float,
+    softcap: float | None = None,
 ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields `(piece, dq, dk, dv)` in at least fp32, from the global `out` and `lse`."""
-    scores_BKGQS = _scores(q_BHQD, k_BKSD, tile, scale)
-    dtype, heads = scores_BKGQS.dtype, k_BKSD.shape[1]
+    for block in _blocks(tile):
+        dout, q, out, lse = (_queries(block, x) for x in (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
+        k, v = _keys(block, k_BKSD), _keys(block, v_BKSE)
+        scores_BKGQS, slope = _scores(q, k, tile, block, scale, softcap)
+        dtype, heads = scores_BKGQS.dtype, k.shape[1]
+        dout, q, out, lse = (x.to(dtype).unflatten(1, (heads, -1)) for x in (dout, q, out, lse))
+        weights = torch.exp(scores_BKGQS - _finite(lse).unsqueeze(-1))
+        dv = torch.einsum("bkgqs,bkgqe->bkse", weights, dout)
+        dweights = torch.einsum("bkgqe,bkse->bkgqs", dout, v.to(dtype))
+        delta = (dout * out).sum(-1, keepdim=True)
+        dscores = weights * (dweights - delta) * slope * scale
+        dq = torch.einsum("bkgqs,bksd->bkgqd", dscores, k.to(dtype)).flatten(1, 2)
+        dk = torch.einsum("bkgqs,bkgqd->bksd", dscores, q)
+        yield block, dq, dk, dv
 
-    def grouped(x: torch.Tensor) -> torch.Tensor:
-        return x.to(dtype).unflatten(1, (heads, -1))
 
-    weights = torch.exp(scores_BKGQS - _finite(grouped(lse_BHQ)).unsqueeze(-1))
-    dout, q = grouped(dout_BHQD), grouped(q_BHQD)
-    dv = torch.einsum("bkgqs,bkgqd->bksd", weights, dout)
-    dweights = torch.einsum("bkgqd,bksd->bkgqs", dout, v_BKSD.to(dtype))
-    delta = (dout * grouped(out_BHQD)).sum(-1, keepdim=True)
-    dscores = weights * (dweights - delta) * scale
-    dq = torch.einsum("bkgqs,bksd->bkgqd", dscores, k_BKSD.to(dtype)).flatten(1, 2)
-    dk = torch.einsum("bkgqs,bkgqd->bksd", dscores, q)
-    yield Piece(0, tile.num_q, 0, tile.num_k, "full"), dq, dk, dv
+def _blocks(tile: Tile) -> Iterator[Piece]:
+    """The tile cut to at most `_ROWS` queries, with the keys that any of them sees."""
+    for first in range(0, tile.num_q, _ROWS):
+        rows = min(_ROWS, tile.num_q - first)
+        lo, hi = (None if bound is None else bound + first for bound in (tile.lo, tile.hi))
+        trimmed = trim(rows, tile.num_k, lo, hi)
+        if trimmed is not None:
+            q, num_q, k, num_k, _, _ = trimmed
+            yield Piece(first + q, num_q, k, num_k, "full")
 
 
-def _scores(q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, tile: Tile, scale: float) -> torch.Tensor:
+def _queries(block: Piece, x: torch.Tensor) -> torch.Tensor:
+    return x[:, :, block.q : block.q + block.num_q]
+
+
+def _keys(block: Piece, x: torch.Tensor) -> torch.Tensor:
+    return x[:, :, block.k : block.k + block.num_k]
+
+
+def _scores(
+    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, tile: Tile, block: Piece, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Masked scores, and their slope against those before soft-capping."""
     dtype = accumulate_dtype(q_BHQD.dtype)
     q = q_BHQD.to(dtype).unflatten(1, (k_BKSD.shape[1], -1))
     scores = torch.einsum("bkgqd,bksd->bkgqs", q, k_BKSD.to(dtype)) * scale
-    return scores.masked_fill_(~visible(tile, q.device), -torch.inf)
+    slope: torch.Tensor | float = 1.0
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = bent * softcap, 1 - bent * bent
+    seen = visible(tile, block, q.device)
+    return scores.masked_fill_(~seen, -torch.inf), slope
 
 
-def visible(tile: Tile, device: torch.device) -> torch.Tensor:
-    """The tile's band as a boolean `[num_q, num_k]`."""
-    apart = torch.arange(tile.num_k, device=device) - torch.arange(tile.num_q, device=device).unsqueeze(1)
+def visible(tile: Tile, block: Piece, device: torch.device) -> torch.Tensor:
+    """The tile's band in a block of it, as a boolean `[num_q, num_k]`."""
+    q, k = (
+        torch.arange(start, start + size, device=device)
+        for start, size in ((block.q, block.num_q), (block.k, block.num_k))
+    )
+    apart = k - q.unsqueeze(1)
     seen = torch.ones_like(apart, dtype=torch.bool)
     if tile.lo is not None:
         seen &= apart >= tile.lo

@@ -1,20 +1,22 @@
-"""Everything that talks to other processes: groups, transport, the ring schedule, and the operator on top.
+"""Everything that talks to other processes: groups, transports, the schedule, Ulysses, and the operator on top.
 
 Start at `ring_attention`; `agree` is how ranks refuse together.
 """
 
 from .agreement import agree
+from .attention import check_tensors, local_attention, ring_attention
 from .functional import context_attention
 from .groups import all_gather, group_of, rank_in, register_group
-from .op import check_tensors, local_attention, ring_attention
-from .sharding import shard, unshard
+from .sharding import cut, join, shard, unshard
 
 __all__ = [
     "agree",
     "all_gather",
     "check_tensors",
     "context_attention",
+    "cut",
     "group_of",
+    "join",
     "local_attention",
     "rank_in",
     "register_group",

@@ -10,7 +10,7 @@ Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D hea
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..geometry import WholeSequence
+from .attention import ring_attention
 from .groups import group_of, register_group
-from .op import ring_attention
+from .sharding import Boundaries, documents_of
 
 
 def context_attention(
@@ -31,9 +32,16 @@ def context_attention(
     layout: str = "zigzag",
     causal: bool = True,
     window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
-    cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens: Boundaries | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
     input_layout: Literal["BHSD", "BSHD"] = "BHSD",
+    ulysses_size: int = 1,
+    inner_ring_size: int = 1,
+    transport: str = "auto",
     kernel: str = "auto",
     overlap: bool = True,
     return_lse: bool = False,
@@ -44,11 +52,19 @@ def context_attention(
         q: this rank's queries, `[B, H, C, D]` or, with `input_layout="BSHD"`, `[B, C, H, D]`.
         k, v: this rank's keys and values with K heads; K divides H.
         group: a process group or a one-axis device mesh; by default all processes, or none if there is only this one.
-        layout: how the global sequence was dealt: "contiguous", "zigzag" or "striped" (see `ring_hf.shard`).
+        layout: how the global sequence was dealt: "contiguous", "zigzag", "striped" or "balanced" (see
+            `ring_hf.shard`; a balanced one depends on `cu_seqlens`).
         causal: key position <= query position; False for full attention.
         window: visible keys per query including its own (Transformers' `sliding_window`); looks back only.
+        chunk: keys must lie in the same run of this many tokens of the row (Llama 4's chunked attention).
         scale: factor on the scores, `D ** -0.5` by default.
+        softcap: bends the scores to `softcap * tanh(scores / softcap)`.
+        sinks: `[H]`, per head the score of one more key without a value (gpt-oss); differentiable.
         cu_seqlens: *global* cumulative document boundaries `(0, ..., s)` for all rows, or one such list per row.
+        prefixes: per batch row and document, how many tokens at its start all see each other (prefix language model).
+        ulysses_size: neighbouring ranks that exchange heads instead of keys and values; a divisor of the group's size.
+        inner_ring_size: ranks of the inner ring of a double ring.
+        transport: "auto" or how keys and values travel: "ring", "double_ring", "allgather" or "direct".
         kernel: "auto" or a name in `ring_hf.kernels.KERNELS`.
         overlap: compute while the next block travels; False only to measure what that is worth.
         return_lse: also return the log-sum-exp of the scores, `[B, H, C]`, natural log, without gradient.
@@ -65,7 +81,10 @@ def context_attention(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     name = register_group(group) if group is not None else _everybody()
     num_ranks = dist.get_world_size(group_of(name)) if name else 1
-    sequence = WholeSequence(layout, k.shape[2] * num_ranks, num_ranks, _documents(cu_seqlens, k.shape[0]))
+    documents = documents_of(cu_seqlens, k.shape[0])
+    rows = None if prefixes is None else tuple(tuple(row) for row in prefixes)
+    length = k.shape[2] * num_ranks
+    sequence = WholeSequence(layout, length, num_ranks, documents, None, rows, ulysses_size)
     out, lse = ring_attention(
         q,
         k,
@@ -74,8 +93,13 @@ def context_attention(
         group=name,
         causal=causal,
         window=window,
+        chunk=chunk,
         scale=scale,
+        softcap=softcap,
+        sinks=sinks,
         kernel=kernel,
+        transport=transport,
+        inner_ring_size=inner_ring_size,
         overlap=overlap,
     )
     out = out.transpose(1, 2) if input_layout == "BSHD" else out
@@ -87,13 +111,3 @@ def _everybody() -> str:
         return ""
     assert dist.group.WORLD is not None
     return register_group(dist.group.WORLD)
-
-
-def _documents(
-    cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None, num_rows: int
-) -> tuple[tuple[int, ...], ...] | None:
-    if cu_seqlens is None:
-        return None
-    bounds: list[Any] = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
-    rows = bounds if bounds and isinstance(bounds[0], Sequence) else [bounds] * num_rows
-    return tuple(tuple(int(bound) for bound in row) for row in rows)

@@ -1,11 +1,14 @@
 """Process groups by name, so that an operator (whose arguments are plain values) can find its ring again."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 _GROUPS: dict[str, ProcessGroup] = {}
+_SUBGROUPS: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
 
 
 @torch.compiler.disable  # a compiled caller would replay the registration only after the operator has asked for it
@@ -33,6 +36,22 @@ def group_of(name: str) -> ProcessGroup:
 def rank_in(name: str) -> int:
     """This process's rank inside a registered group."""
     return dist.get_rank(group_of(name))
+
+
+def subgroup(group: ProcessGroup, ranks: Sequence[int]) -> ProcessGroup:
+    """The group of some ranks of a group, for collectives; made when they first need it, by them alone.
+
+    Its members must come here in the same order, which they do: they run the same layers.
+    """
+    if len(ranks) == dist.get_world_size(group):
+        return group
+    key = group.group_name, tuple(ranks)
+    if key not in _SUBGROUPS:
+        members = [dist.get_global_rank(group, rank) for rank in ranks]
+        made = dist.new_group(members, use_local_synchronization=True)
+        assert isinstance(made, ProcessGroup)
+        _SUBGROUPS[key] = made
+    return _SUBGROUPS[key]
 
 
 def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:

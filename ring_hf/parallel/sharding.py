@@ -1,27 +1,79 @@
 """Cutting tensors into shards and putting them together again, by the segments of the geometry."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from ..geometry import segments
+from ..geometry import Segment, WholeSequence
+
+Shard = Sequence[Segment]
+Boundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
-def shard(x: torch.Tensor, layout: str, num_ranks: int, rank: int, dim: int = 1) -> torch.Tensor:
-    """The part of a global tensor that `rank` holds: `[..., s, ...]` to `[..., s / num_ranks, ...]` along `dim`."""
+def cut(x: torch.Tensor, shard: Shard, dim: int = 1) -> torch.Tensor:
+    """The part of a global tensor that one rank holds, as `WholeSequence.segments(rank)` says."""
     before = (slice(None),) * (dim % x.ndim)
-    parts = [x[(*before, segment.slice)] for segment in segments(layout, x.shape[dim], num_ranks, rank)]
+    parts = [x[(*before, segment.slice)] for segment in shard]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
-def unshard(shards: list[torch.Tensor], layout: str, dim: int = 1) -> torch.Tensor:
-    """The global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
-    dim %= shards[0].ndim
-    shape = list(shards[0].shape)
-    shape[dim] *= len(shards)
-    whole = shards[0].new_empty(shape)
+def join(parts: Sequence[torch.Tensor], shards: Sequence[Shard], dim: int = 1) -> torch.Tensor:
+    """The global tensor from the shards of all ranks, in rank order: the inverse of `cut`."""
+    dim %= parts[0].ndim
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    whole = parts[0].new_empty(shape)
     before = (slice(None),) * dim
-    for rank, part in enumerate(shards):
+    for part, shard in zip(parts, shards, strict=True):
         place = 0
-        for segment in segments(layout, shape[dim], len(shards), rank):
+        for segment in shard:
             whole[(*before, segment.slice)] = part.narrow(dim, place, segment.length)
             place += segment.length
     return whole
+
+
+def shard(
+    x: torch.Tensor,
+    layout: str,
+    num_ranks: int,
+    rank: int,
+    dim: int = 1,
+    *,
+    cu_seqlens: Boundaries | None = None,
+    ulysses_size: int = 1,
+) -> torch.Tensor:
+    """The part of a global tensor that `rank` holds: `[..., s, ...]` to `[..., s / num_ranks, ...]` along `dim`.
+
+    Args:
+        cu_seqlens: document boundaries, as in `context_attention`; the balanced layout deals by them.
+        ulysses_size: ranks at each place of the ring, as in `context_attention`.
+
+    Raises:
+        ValueError: if the length cannot be dealt so.
+    """
+    documents = documents_of(cu_seqlens, 1)
+    return cut(x, WholeSequence(layout, x.shape[dim], num_ranks, documents, ulysses=ulysses_size).segments(rank), dim)
+
+
+def unshard(
+    shards: Sequence[torch.Tensor],
+    layout: str,
+    dim: int = 1,
+    *,
+    cu_seqlens: Boundaries | None = None,
+    ulysses_size: int = 1,
+) -> torch.Tensor:
+    """The global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
+    length = sum(part.shape[dim] for part in shards)
+    whole = WholeSequence(layout, length, len(shards), documents_of(cu_seqlens, 1), ulysses=ulysses_size)
+    return join(shards, [whole.segments(rank) for rank in range(len(shards))], dim)
+
+
+def documents_of(cu_seqlens: Boundaries | None, num_rows: int) -> tuple[tuple[int, ...], ...] | None:
+    """Boundaries per batch row, from one list for all rows or one list per row."""
+    if cu_seqlens is None:
+        return None
+    bounds: list[Any] = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+    rows = bounds if bounds and isinstance(bounds[0], Sequence) else [bounds] * num_rows
+    return tuple(tuple(int(bound) for bound in row) for row in rows)

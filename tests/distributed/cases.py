@@ -1,16 +1,17 @@
 """One attention problem, run by a ring and judged against dense attention in fp64. Runs inside worker processes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ring_hf.geometry import Mask, WholeSequence, multiple
-from ring_hf.parallel import register_group, ring_attention, shard
+from ring_hf.parallel import cut, register_group, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import rms_ratio
 
-TENSORS = ("out", "lse", "dq", "dk", "dv")
+TENSORS = ("out", "lse", "dq", "dk", "dv")  # and dsinks, where there are sinks
 
 
 @dataclass(frozen=True)
@@ -27,39 +28,66 @@ class Case:
     rows: int = 2
     kernel: str = "auto"
     overlap: bool = True
+    transport: str = "ring"
+    inner: int = 1
+    ulysses: int = 1
+    chunk: int | None = None
+    prefix: bool = False
+    softcap: float | None = None
+    with_sinks: bool = False
+    v_dim: int = 8
 
     @property
     def length(self) -> int:
         # About the same number of tokens for every layout, and per chunk an odd one.
-        return self.units * multiple(self.layout, self.num_ranks) * (1 if self.layout == "zigzag" else 3)
+        chunks = 1 if self.layout in ("zigzag", "balanced") else 3
+        return self.units * multiple(self.layout, self.num_ranks, self.ulysses) * chunks
 
     @property
     def sequence(self) -> WholeSequence:
         s = self.length
         # Boundaries at odd places, one-token documents, one longer than a shard; another cut in each row.
         bounds = ((0, 1, 6, s // 2 + 3, s - 1, s), (0, s // 3, s // 3 + 1, s))
-        return WholeSequence(self.layout, s, self.num_ranks, bounds[: self.rows] if self.packed else None)
+        documents = bounds[: self.rows] if self.packed else None
+        # The whole of a document, nothing of one, more than a shard.
+        of_documents = ((1, 2, s // 2 - 5, 0, 0), (5, 1, s // 3))
+        prefixes = of_documents if self.packed else ((s // 2 + 1,), (3,))
+        described = documents, None, prefixes[: self.rows] if self.prefix else None
+        return WholeSequence(self.layout, s, self.num_ranks, *described, self.ulysses)
 
     @property
     def mask(self) -> Mask:
-        return Mask(self.causal, self.window)
+        return Mask(self.causal, self.window, self.chunk)
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        return torch.linspace(-1, 2, self.heads, dtype=torch.float64) if self.with_sinks else None
 
 
 def problem(case: Case, head_dim: int = 8) -> list[torch.Tensor]:
     """Global `q, k, v, dout` in the case's dtype, BHSD views of BSHD memory; the same on every rank."""
     generator = torch.Generator().manual_seed(17)
-    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    shapes = ((case.rows, case.length, number, head_dim) for number in heads)
+    sizes = (
+        (case.heads, head_dim),
+        (case.kv_heads, head_dim),
+        (case.kv_heads, case.v_dim),
+        (case.heads, case.v_dim),
+    )
+    shapes = ((case.rows, case.length, *size) for size in sizes)
     dtype = getattr(torch, case.dtype)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2) for shape in shapes]
 
 
-def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
-    """This rank's `(out, lse, dq, dk, dv)`."""
-    name = register_group(dist.group.WORLD)
-    mine = [shard(x, case.layout, case.num_ranks, rank, dim=2) for x in problem(case)]
+def shards(case: Case, rank: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """This rank's part of global tensors `[B, H, s, ...]`."""
+    return [cut(x, case.sequence.segments(rank), dim=2) for x in tensors]
 
-    def attend(q, k, v):
+
+def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
+    """This rank's `(out, lse, dq, dk, dv)`, and `dsinks` if the case has sinks."""
+    name = register_group(dist.group.WORLD)
+
+    def attend(q, k, v, *sinks):
         return ring_attention(
             q,
             k,
@@ -68,11 +96,18 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
             group=name,
             causal=case.causal,
             window=case.window,
+            chunk=case.chunk,
+            softcap=case.softcap,
+            sinks=sinks[0] if sinks else None,
             kernel=case.kernel,
+            transport=case.transport,
+            inner_ring_size=case.inner,
             overlap=case.overlap,
         )
 
-    return with_gradients(attend, *mine)
+    q, k, v, dout = shards(case, rank, *problem(case))
+    sinks = () if case.sinks is None else (case.sinks.to(q.dtype),)
+    return with_gradients(attend, q, k, v, *sinks, dout=dout)
 
 
 def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tuple[float, float, float]]]:
@@ -82,15 +117,23 @@ def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tupl
         assert case.num_ranks == world_size
         q, k, v, dout = problem(case)
         seen = dense_mask(case.sequence, case.mask, case.rows)
-        exact = with_gradients(
-            lambda *x, m=seen: dense_attention(*x, m, x[0].shape[-1] ** -0.5), *_double(q, k, v, dout)
-        )
-        alone = with_gradients(lambda *x, m=seen: _one_process(*x, m), q, k, v, dout)
+        sinks = () if case.sinks is None else (case.sinks.to(q.dtype),)
+        maths = {"seen_BSS": seen, "scale": q.shape[-1] ** -0.5, "softcap": case.softcap}
+        exact = with_gradients(partial(dense_attention, **maths), *_double(q, k, v, *sinks), dout=dout.double())
+        got = ring_result(rank, case)
+        alone = exact
+        if case.dtype == "bfloat16":
+            alone = with_gradients(partial(_one_process, seen=seen), q, k, v, dout=dout)
         row = {}
-        for name, got, want, single in zip(TENSORS, ring_result(rank, case), exact, alone, strict=True):
-            want, single = (shard(x, case.layout, world_size, rank, dim=2) for x in (want, single))
-            apart = (got.double() - want.double()).abs().max().item()
-            row[name] = (apart, rms_ratio(got, want), rms_ratio(single, want))
+        for name, mine, want, single in zip(TENSORS, got, exact, alone, strict=False):
+            (want,), (single,) = shards(case, rank, want), shards(case, rank, single)
+            apart = (mine.double() - want.double()).abs().max().item() if mine.numel() else 0.0
+            row[name] = (apart, rms_ratio(mine, want), rms_ratio(single, want))
+        if sinks:
+            # A parameter: its gradients of all ranks add up to that of the whole sequence.
+            total = got[-1].double()
+            dist.all_reduce(total)
+            row["dsinks"] = ((total - exact[-1]).abs().max().item(), rms_ratio(total, exact[-1]), 0.0)
         found.append(row)
     return found
 

@@ -1,4 +1,5 @@
-"""Ring attention equals dense attention in fp64: every layout x mask x packing x heads x ring size x dtype.
+"""Shared attention equals dense attention in fp64: every layout x mask x packing x heads x ring size x dtype, every
+transport, Ulysses split and double ring, and the maths of model families.
 
 Tolerances: fp64 largest difference 1e-10; fp32 relative RMS 2e-6 forward and 1e-5 for gradients; bf16 at most twice
 the error of one process running PyTorch's attention in bf16.
@@ -23,7 +24,7 @@ def _passes(dtype: str, name: str, apart: float, ratio: float, single: float) ->
 
 def check_exact(cases: list[Case]) -> dict[str, float]:
     """Runs the cases in one ring; returns per tensor the worst difference (fp64), ratio (fp32) or multiple (bf16)."""
-    worst = dict.fromkeys(TENSORS, 0.0)
+    worst: dict[str, float] = dict.fromkeys(TENSORS, 0.0)
     for per_case in zip(cases, *run_distributed(cases[0].num_ranks, errors, cases), strict=True):
         case, ranks = per_case[0], per_case[1:]
         for rank, (name, row) in ((r, item) for r, found in enumerate(ranks) for item in found.items()):
@@ -32,8 +33,12 @@ def check_exact(cases: list[Case]) -> dict[str, float]:
             )
             apart, ratio, single = row
             figure = ratio / single if case.dtype == "bfloat16" else apart if case.dtype == "float64" else ratio
-            worst[name] = max(worst[name], figure)
+            worst[name] = max(worst.get(name, 0.0), figure)
     return worst
+
+
+def _print(what: str, dtype: str, worst: dict[str, float]) -> None:
+    print(f"EXACT {what} {dtype} " + " ".join(f"{name}={figure:.2e}" for name, figure in worst.items()))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -47,7 +52,7 @@ def test_ring_matches_dense_attention(layout, num_ranks, dtype):
     ]
     assert len(cases) == 24
     worst = check_exact(cases)
-    print(f"EXACT {layout} ranks={num_ranks} {dtype} " + " ".join(f"{name}={worst[name]:.2e}" for name in TENSORS))
+    _print(f"{layout} ranks={num_ranks}", dtype, worst)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,4 +79,96 @@ def test_documents_around_the_chunk_size_are_exact():
     # Lengths 1, 2R-1, 2R and 2R+1, one over all ranks, several on one rank: where per-document zigzag codes go wrong.
     check_exact(
         [Case("zigzag", 4, packed=True, causal=causal, units=units) for units in (3, 4, 5) for causal in (True, False)]
+    )
+
+
+# Everything a mask can be: causal or full, dense or packed, windows smaller and larger than a shard, prefixes, chunks.
+MASKS = (
+    {},
+    {"causal": False},
+    {"packed": True},
+    {"packed": True, "causal": False},
+    {"window": 9},
+    {"window": 30, "packed": True},
+    {"prefix": True},
+    {"prefix": True, "packed": True, "window": 20},
+    {"chunk": 11, "window": 7, "packed": True},
+)
+WAYS = [
+    (4, {"transport": "ring"}),
+    (4, {"transport": "allgather"}),
+    (4, {"transport": "direct"}),
+    (3, {"transport": "allgather"}),
+    (3, {"transport": "direct"}),
+    (4, {"transport": "double_ring", "inner": 2}),
+    (6, {"transport": "double_ring", "inner": 3}),
+    (6, {"transport": "double_ring", "inner": 2}),
+    (4, {"ulysses": 2}),
+    (4, {"ulysses": 4}),
+    (2, {"ulysses": 2}),
+    (4, {"ulysses": 2, "transport": "allgather"}),
+    (6, {"ulysses": 2, "transport": "direct"}),
+]
+
+
+def _named(way: dict) -> str:
+    return "-".join(f"{key}={value}" for key, value in way.items())
+
+
+@pytest.mark.parametrize("num_ranks, way", WAYS, ids=[f"{ranks}-{_named(way)}" for ranks, way in WAYS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_way_to_exchange_is_exact_in_every_layout(layout, num_ranks, way):
+    heads = {"heads": 8, "kv_heads": 4} if way.get("ulysses") == 4 else {}
+    for dtype, units in (("float64", 7), ("float32", 7), ("bfloat16", 5)):
+        cases = [Case(layout, num_ranks, dtype, units=units, **mask, **way, **heads) for mask in MASKS]
+        _print(f"{_named(way)} {layout} ranks={num_ranks}", dtype, check_exact(cases))
+
+
+@pytest.mark.parametrize("ulysses", [2, 4])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 4), (8, 2), (9, 3), (8, 1), (8, 8)])
+def test_ulysses_is_exact_for_any_number_of_heads(heads, kv_heads, ulysses):
+    for dtype in ("float64", "bfloat16"):
+        cases = [
+            Case("zigzag", 4, dtype, heads=heads, kv_heads=kv_heads, ulysses=ulysses, packed=packed)
+            for packed in (False, True)
+        ]
+        _print(f"ulysses={ulysses} of 4, heads={heads}/{kv_heads}", dtype, check_exact(cases))
+
+
+MATHS = {
+    "softcap": {"softcap": 0.5},
+    "sinks": {"with_sinks": True},
+    "mla": {"v_dim": 4},
+    "wide-values": {"v_dim": 12},
+    "softcap-sinks-mla": {"softcap": 0.5, "with_sinks": True, "v_dim": 4},
+    "reference-mla": {"kernel": "reference", "v_dim": 4},
+}
+
+
+@pytest.mark.parametrize("name", MATHS)
+def test_maths_of_model_families_is_exact(name):
+    ways: tuple[dict, ...] = (
+        {"transport": "ring"},
+        {"transport": "allgather"},
+        {"transport": "direct"},
+        {"ulysses": 2, "heads": 6, "kv_heads": 3},
+    )
+    for dtype in ("float64", "float32"):
+        cases = [
+            Case(layout, 4, dtype, **way, **MATHS[name], **mask)
+            for layout in ("zigzag", "striped")
+            for way in ways
+            for mask in ({}, {"packed": True, "window": 9})
+        ]
+        _print(name, dtype, check_exact(cases))
+
+
+@pytest.mark.parametrize("transport, inner", [("allgather", 1), ("direct", 1), ("double_ring", 2), ("auto", 1)])
+def test_without_overlap_every_transport_gives_the_same(transport, inner):
+    check_exact(
+        [
+            Case("zigzag", 4, packed=packed, transport=transport, inner=inner, overlap=False, causal=causal)
+            for packed in (False, True)
+            for causal in (False, True)
+        ]
     )

@@ -5,56 +5,100 @@ that goes on with an old lse, per-block instead of global statistics in backward
 """
 
 import pytest
+import torch
 
 import ring_hf.kernels.merge
-import ring_hf.parallel.schedule as schedule
+from ring_hf.geometry import Move, Plan
 from ring_hf.kernels import cpu
+from ring_hf.parallel import attention, direct, relay, transport
+from ring_hf.parallel import gather as gather_transport
 from tests.distributed.cases import Case, errors
 from tests.harness import run_distributed
 
 
 def _stale_block(patch):
-    original = schedule._Blocks.wait
+    original = relay.Blocks.wait
 
-    def wait(self):
-        here = self._here
-        original(self)
-        if here is not None:
-            self._block = here.first, here.second
+    def wait(self, step):
+        before = self._held.get(step)
+        original(self, step)
+        if before is not None and step + 1 in self._held:
+            self._held[step + 1] = before
 
-    patch.setattr(schedule._Blocks, "wait", wait)
+    patch.setattr(relay.Blocks, "wait", wait)
 
 
 def _gradients_stay_abroad(patch):
-    original = schedule._Gradients.home
+    original = relay.Gradients.home
 
     def home(self):
-        self._exchange.wait().zero_()
+        for exchange in self._coming[len(self._plan.steps)]:
+            exchange.wait().zero_()
         return original(self)
 
-    patch.setattr(schedule._Gradients, "home", home)
+    patch.setattr(relay.Gradients, "home", home)
 
 
 def _last_gradient_hop_goes_to_a_neighbour(patch):
-    original = schedule.Ring.post
+    original = transport.Ring.post
 
-    def post(self, send, receive, tag, shift=1):
-        return original(self, send, receive, tag, 1 if tag == schedule.GRADIENTS else shift)
+    def post(self, send, to, receive, source, tag):
+        if tag == transport.GRADIENTS:
+            to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return original(self, send, to, receive, source, tag)
 
     # Two hops in a ring of four: home is two ranks back, not one ahead.
-    patch.setattr(schedule.Ring, "post", post)
+    patch.setattr(transport.Ring, "post", post)
 
 
 def _arriving_gradients_dropped(patch):
-    original = schedule._Gradients.send
+    original = relay.Gradients.send
 
-    def send(self, hop):
-        if self._exchange is not None:
-            self._exchange.wait()
-            self._exchange = None
-        original(self, hop)
+    def send(self, step):
+        for exchange in self._coming.pop(step, ()):
+            exchange.wait()
+        original(self, step)
 
-    patch.setattr(schedule._Gradients, "send", send)
+    patch.setattr(relay.Gradients, "send", send)
+
+
+def _outer_block_is_the_last_of_the_turn(patch):
+    original = Plan.moves.fget
+
+    def moves(self):
+        return tuple(
+            Move(min(move.due - 1, move.posted + 1), move.due, move.outer, move.inner) if move.outer else move
+            for move in original(self)
+        )
+
+    patch.setattr(Plan, "moves", property(moves))
+
+
+def _fetched_gradients_land_at_the_start(patch):
+    original = direct.Sum.add_tokens
+    patch.setattr(direct.Sum, "add_tokens", lambda self, start, grad: original(self, 0, grad))
+
+
+def _gathered_in_rank_order(patch):
+    def gather(self, x):
+        return self._ring.all_gather(x).movedim(0, 2).flatten(2, 3)
+
+    patch.setattr(gather_transport.Blocks, "_gather", gather)
+
+
+def _heads_of_a_neighbour(patch):
+    original = attention.to_tokens
+    patch.setattr(attention, "to_tokens", lambda x, shares, group: original(x.flip(1), shares, group))
+
+
+def _sinks_join_every_step(patch):
+    original = ring_hf.kernels.merge.State.add
+
+    def add(self, tile, piece, out, lse):
+        original(self, tile, piece, out, lse)
+        self.lse = torch.logaddexp(self.lse, torch.zeros_like(self.lse))
+
+    patch.setattr(ring_hf.kernels.merge.State, "add", add)
 
 
 def _stale_lse(patch):
@@ -77,7 +121,7 @@ def _sum_of_softmaxes(patch):
 def _own_statistics_in_backward(patch):
     original = cpu.backward
 
-    def backward(dout, q, k, v, out, lse, tile, scale):
+    def backward(dout, q, k, v, out, lse, tile, scale, softcap):
         out, lse = out.clone(), lse.clone()
         for piece, piece_out, piece_lse in cpu.forward(q, k, v, tile, scale):
             if piece.count == 1:
@@ -108,6 +152,17 @@ FAULTS = {
     "sum-of-softmaxes": (_sum_of_softmaxes, Case("zigzag", 3)),
     "own-statistics-in-backward": (_own_statistics_in_backward, Case("zigzag", 3)),
     "window-not-flipped": (_anticausal_not_flipped, Case("zigzag", 3, window=30)),
+    "double-ring-sends-on-a-later-block": (
+        _outer_block_is_the_last_of_the_turn,
+        Case("zigzag", 4, transport="double_ring", inner=2),
+    ),
+    "fetched-gradients-misplaced": (
+        _fetched_gradients_land_at_the_start,
+        Case("contiguous", 3, window=9, transport="direct"),
+    ),
+    "gathered-in-rank-order": (_gathered_in_rank_order, Case("zigzag", 3, transport="allgather")),
+    "heads-out-of-order": (_heads_of_a_neighbour, Case("zigzag", 2, ulysses=2)),
+    "sinks-in-every-step": (_sinks_join_every_step, Case("zigzag", 3, with_sinks=True)),
 }
 
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ring_hf.geometry import LAYOUTS, WholeSequence
+from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, sent_tokens
 from ring_hf.parallel import (
     agree,
     context_attention,
@@ -20,6 +20,7 @@ from ring_hf.parallel import (
     shard,
     unshard,
 )
+from ring_hf.parallel.call import Call, decode, encode
 from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
 from tests.distributed.cases import Case, problem, ring_result
 from tests.harness import assert_close, run_distributed
@@ -32,10 +33,11 @@ def count_exchanges(rank: int, world_size: int, case: Case) -> tuple[int, int, i
     tags, sent = [], []
     original = Ring.post
 
-    def post(self, send, receive, tag, shift=1):
-        tags.append(tag)
-        sent.append(send.nbytes)
-        return original(self, send, receive, tag, shift)
+    def post(self, send, to, receive, source, tag):
+        if send is not None:
+            tags.append(tag)
+            sent.append(send.nbytes)
+        return original(self, send, to, receive, source, tag)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ring, "post", post)
@@ -56,6 +58,28 @@ def test_window_stops_the_ring_and_gradients_go_straight_home():
 
 def test_a_ring_of_one_posts_nothing():
     assert run_distributed(1, count_exchanges, Case("zigzag", 1)) == [(0, 0, 0)]
+
+
+def test_double_ring_sends_to_the_next_node_once_per_turn():
+    case = Case("zigzag", 6, transport="double_ring", inner=3)
+    # Two turns of two hops and one move between nodes, each way; every visiting sum moves after each of five steps.
+    assert [row[:2] for row in run_distributed(6, count_exchanges, case)] == [(10, 5)] * 6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_direct_sends_what_the_geometry_says(layout):
+    for mask in ({}, {"window": 5}, {"packed": True}, {"causal": False}):
+        case = Case(layout, 4, transport="direct", **mask)
+        tokens = [sum(row) for row in sent_tokens(case.sequence, case.mask, "direct")]
+        fetched = [
+            sum(step.num_keys for step in make_plan(case.sequence, case.mask, rank, 2, None, "direct").steps[1:])
+            for rank in range(4)
+        ]
+        # Per token keys and values of all rows and heads, 8 bytes each: sent forward and backward, and as many
+        # gradients (fp64 here) as keys were fetched.
+        each = 2 * case.rows * case.kv_heads * 8 * 8
+        want = [each * (2 * mine + theirs) for mine, theirs in zip(tokens, fetched, strict=True)]
+        assert [row[2] for row in run_distributed(4, count_exchanges, case)] == want
 
 
 class CountOperator(TorchDispatchMode):
@@ -96,9 +120,19 @@ def test_selective_checkpointing_can_save_the_operator(save, calls):
 def test_operator_passes_pytorchs_own_checks():
     q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2))
     sequence = WholeSequence("contiguous", 8, 1, ((0, 3, 8),))
-    arguments = (q, k, v, "contiguous", 8, 1, *sequence.to_ints(), True, 0, 0.5, "", "auto", True)
-    result = torch.library.opcheck(OPERATOR, arguments, raise_exception=True)
-    assert set(result.values()) == {"SUCCESS"}
+    call = encode(Call(sequence, Mask(), 0.5, None, "", "auto", "ring", 1, True))
+    for sinks in (None, torch.randn(4, requires_grad=True)):
+        result = torch.library.opcheck(OPERATOR, (q, k, v, sinks, call), raise_exception=True)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_calls_survive_their_text_form():
+    sequence = WholeSequence("balanced", 24, 6, ((0, 3, 24), (0, 24)), (20, 24), ((2, 1), (0,)), ulysses=3)
+    for call in (
+        Call(sequence, Mask(window=4), 1 / 3, 50.0, "7", "cpu", "double_ring", 2, False),
+        Call(WholeSequence("zigzag", 8, 2), Mask(False, chunk=3), 0.5, None, "", "auto", "direct", 1, True),
+    ):
+        assert decode(encode(call)) == call
 
 
 def compiled_matches_eager(rank: int, world_size: int) -> float:
@@ -131,7 +165,7 @@ def functional_form(rank: int, world_size: int, layout: str, input_layout: str) 
     q, k, v, _ = problem(case)
     (bounds,) = case.sequence.documents
     want, want_lse = local_attention(q, k, v, documents=(bounds,))
-    mine = [shard(x, layout, world_size, rank, dim=2) for x in (q, k, v)]
+    mine = [shard(x, layout, world_size, rank, dim=2, cu_seqlens=bounds) for x in (q, k, v)]
     if input_layout == "BSHD":
         mine = [x.transpose(1, 2) for x in mine]
     for cu_seqlens in (bounds, [bounds], torch.tensor(bounds, dtype=torch.int32)):
@@ -141,8 +175,8 @@ def functional_form(rank: int, world_size: int, layout: str, input_layout: str) 
         out = out.transpose(1, 2) if input_layout == "BSHD" else out
         gathered = [torch.empty_like(out.contiguous()) for _ in range(world_size)]
         dist.all_gather(gathered, out.contiguous())
-        assert_close("out", unshard(gathered, layout, dim=2), want, max_abs=1e-12)
-        assert_close("lse", lse, shard(want_lse, layout, world_size, rank, dim=2), max_abs=1e-12)
+        assert_close("out", unshard(gathered, layout, dim=2, cu_seqlens=bounds), want, max_abs=1e-12)
+        assert_close("lse", lse, shard(want_lse, layout, world_size, rank, dim=2, cu_seqlens=bounds), max_abs=1e-12)
     with pytest.raises(ValueError, match=r"axes \('dp', 'cp'\) is no ring"):
         context_attention(*mine, group=init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "cp")))
     with pytest.raises(ValueError, match="input_layout='SBHD' is not known"):
@@ -153,6 +187,31 @@ def functional_form(rank: int, world_size: int, layout: str, input_layout: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_functional_form_takes_both_input_layouts(layout, input_layout):
     run_distributed(3, functional_form, layout, input_layout)
+
+
+def functional_hybrid(rank: int, world_size: int) -> None:
+    case = Case("zigzag", world_size, ulysses=2, with_sinks=True)
+    q, k, v, _ = problem(case)
+    maths = {"softcap": 2.0, "sinks": case.sinks, "chunk": 20}
+    want, _ = local_attention(q, k, v, **maths)
+    mine = [shard(x, "zigzag", world_size, rank, dim=2, ulysses_size=2) for x in (q, k, v)]
+    out = context_attention(*mine, ulysses_size=2, transport="direct", **maths)
+    assert_close("out", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
+    want, _ = local_attention(q, k, v, prefixes=((20,), (4,)))
+    out = context_attention(*mine, ulysses_size=2, transport="auto", prefixes=((20,), (4,)))
+    assert_close("prefix", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
+    for settings, message in (
+        ({"transport": "pigeon"}, "transport='pigeon' is not known"),
+        ({"transport": "direct", "inner_ring_size": 2}, "inner_ring_size=2 means a double ring"),
+        ({"ulysses_size": 3}, "ulysses_size=3 does not divide the 4 ranks"),
+        ({"transport": "double_ring", "inner_ring_size": 3}, "inner_ring_size=3 does not cut a ring of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            context_attention(*mine, **settings)
+
+
+def test_functional_form_takes_every_algorithm_and_refuses_contradictions():
+    run_distributed(4, functional_hybrid)
 
 
 def subgroups(rank: int, world_size: int) -> None:

@@ -34,9 +34,9 @@ def tensors(rows=2, heads=4, kv_heads=2, length=37, dim=8, dtype=torch.float64, 
 def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads):
     q, k, v, dout = tensors(kv_heads=kv_heads)
     seen = dense_mask(WholeSequence("contiguous", 37, 1, documents), mask, 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen, 0.2), q, k, v, dout)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "documents": documents, "scale": 0.2, "kernel": kernel}
-    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout)
+    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
     for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, mine, right, max_abs=1e-12)
 
@@ -46,7 +46,7 @@ def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads
 def test_fewer_queries_than_keys_are_the_last_ones(queries, window):
     q, k, v, _ = tensors()
     seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want, lse = dense_attention(q, k, v, seen, 8**-0.5)
+    want, lse = dense_attention(q, k, v, seen_BSS=seen, scale=8**-0.5)
     got, got_lse = local_attention(q[:, :, -queries:], k, v, window=window)
     assert_close("out", got, want[:, :, -queries:], max_abs=1e-12)
     assert_close("lse", got_lse, lse[:, :, -queries:], max_abs=1e-12)
@@ -60,16 +60,54 @@ def test_the_cpu_kernel_never_builds_a_mask():
     assert len(pieces) < 12
 
 
-def test_value_heads_of_another_size_take_the_reference_kernel():
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("v_dim", [5, 8, 12])
+@pytest.mark.parametrize("window", [None, 6])
+def test_values_may_have_a_head_dim_of_their_own(kernel, v_dim, window):
     q, k, _, _ = tensors()
-    v = torch.randn(2, 2, 37, 5, dtype=torch.float64)
-    assert choose("auto", q, v) is KERNELS["reference"]
-    want, _ = dense_attention(q, k, v, dense_mask(WholeSequence("contiguous", 37, 1), Mask(), 2), 8**-0.5)
-    assert_close("out", local_attention(q, k, v)[0], want, max_abs=1e-12)
-    with pytest.raises(
-        ValueError, match="kernel='cpu' cannot serve this model: value head dim 5 differs from query head dim 8"
-    ):
-        choose("cpu", q, v)
+    v, dout = torch.randn(2, 2, 37, v_dim, dtype=torch.float64), torch.randn(2, 4, 37, v_dim, dtype=torch.float64)
+    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3), q, k, v, dout=dout)
+    got = with_gradients(lambda *x: local_attention(*x, window=window, scale=0.3, kernel=kernel), q, k, v, dout=dout)
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, mine, right, max_abs=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_softcap_and_sinks_match_dense_attention(window):
+    q, k, v, dout = tensors()
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 5.0], dtype=torch.float64)
+    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    want = with_gradients(
+        lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
+    )
+
+    def attend(q, k, v, sinks):
+        return local_attention(q, k, v, sinks=sinks, window=window, scale=0.3, softcap=0.7)
+
+    got = with_gradients(attend, q, k, v, sinks, dout=dout)
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, strict=True):
+        assert_close(name, mine, right, max_abs=1e-12)
+
+
+def test_the_reference_kernel_builds_scores_of_few_queries(monkeypatch):
+    monkeypatch.setattr(KERNELS["reference"], "_ROWS", 5)
+    test_softcap_and_sinks_match_dense_attention(6)
+    test_values_may_have_a_head_dim_of_their_own("reference", 5, None)
+
+
+MATHS_REFUSALS = {
+    "softcap on cpu": ({"softcap": 2.0, "kernel": "cpu"}, r"kernel='cpu' cannot serve this model: it has no soft-cap"),
+    "negative softcap": ({"softcap": -1.0}, r"softcap=-1.0 must be positive"),
+    "sinks": ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\), but there are 4 query heads"),
+}
+
+
+@pytest.mark.parametrize("name", MATHS_REFUSALS)
+def test_attention_refuses_maths_it_cannot_do(name):
+    settings, message = MATHS_REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        local_attention(*tensors()[:3], **settings)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +116,10 @@ def test_value_heads_of_another_size_take_the_reference_kernel():
 def test_cpu_kernel_keeps_the_accuracy_of_its_dtype(dtype, forward, backward):
     q, k, v, dout = tensors(length=201, dim=16, dtype=dtype)
     seen = dense_mask(WholeSequence("contiguous", 201, 1), Mask(window=33), 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen, 0.25), *(x.double() for x in (q, k, v, dout)))
-    got = with_gradients(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout)
+    want = with_gradients(
+        lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.25), *(x.double() for x in (q, k, v)), dout=dout.double()
+    )
+    got = with_gradients(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout=dout)
     assert [x.dtype for x in got] == [dtype, torch.float32, dtype, dtype, dtype]
     for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, mine, right, rms=forward if name in ("out", "lse") else backward)
@@ -125,14 +165,14 @@ def test_rows_that_saw_nothing_are_zero_with_lse_minus_infinity():
 
 def test_results_are_bitwise_repeatable():
     q, k, v, dout = tensors(length=130, dtype=torch.float32)
-    first, second = (with_gradients(lambda *x: local_attention(*x, window=40), q, k, v, dout) for _ in range(2))
+    first, second = (with_gradients(lambda *x: local_attention(*x, window=40), q, k, v, dout=dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_bf16_errors_are_those_of_one_process():
     q, k, v, _ = tensors(length=257, dim=16, dtype=torch.bfloat16)
     seen = dense_mask(WholeSequence("contiguous", 257, 1), Mask(), 2)
-    want, _ = dense_attention(q, k, v, seen, 0.25)
+    want, _ = dense_attention(q, k, v, seen_BSS=seen, scale=0.25)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(theirs, want)
 
