@@ -207,7 +207,7 @@ def functional_hybrid(rank: int, world_size: int) -> None:
         ({"transport": "double_ring", "inner_ring_size": 3}, "inner_ring_size=3 does not cut a ring of 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            context_attention(*mine, **settings)
+            context_attention(*mine, layout="contiguous", **settings)
 
 
 def test_functional_form_takes_every_algorithm_and_refuses_contradictions():
