@@ -1,8 +1,9 @@
 """Exact context parallelism for Hugging Face models: the losses and gradients of one process, each sequence over many.
 
-Importing this package registers the attention backends `ring_contiguous`, `ring_zigzag` and `ring_striped` with
-Transformers. A `Trainer` script needs `ContextParallelConfig` and `ContextParallelCollator`; code without Transformers
-starts at `context_attention`; a training loop without `Trainer` calls `guard_model` on its model.
+Importing this package registers the attention backends `ring_contiguous`, `ring_zigzag`, `ring_striped`,
+`ring_balanced` and `ulysses` with Transformers. A `Trainer` script needs `ContextParallelConfig` and
+`ContextParallelCollator`; code without Transformers starts at `context_attention`; a training loop without `Trainer`
+calls `guard_model` on its model.
 """
 
 from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model

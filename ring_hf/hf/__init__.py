@@ -1,7 +1,7 @@
 """The Hugging Face side: attention backends, parallelism config, collator and callback for an unmodified `Trainer`.
 
-Importing this package registers the attention implementations `ring_contiguous`, `ring_zigzag` and `ring_striped`. It
-is the only part of the project that imports transformers and accelerate.
+Importing this package registers the attention implementations `ring_contiguous`, `ring_zigzag`, `ring_striped`,
+`ring_balanced` and `ulysses`. It is the only part of the project that imports transformers and accelerate.
 """
 
 from .backend import register_backends

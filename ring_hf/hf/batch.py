@@ -8,7 +8,7 @@ neither a `to` nor a `pin_memory` method, so data loaders, Accelerate and DDP pa
 
 from dataclasses import dataclass
 
-from ring_hf.geometry import WholeSequence, segments
+from ring_hf.geometry import WholeSequence
 
 KEY = "context_parallel"
 IGNORE_INDEX = -100
@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class ContextParallelBatch:
-    """One sharded batch.
+    """One sharded batch (or a whole one, `sequence.num_ranks == 1`, whose prefixes one process must know).
 
     `unpadded_length` is the row length that the inner collator produced: predictions are trimmed to it. `examples`
     are the boundaries of the examples inside one flattened row (`None`: every row is one example; empty: unknown).
@@ -31,13 +31,12 @@ class ContextParallelBatch:
     unpadded_length: int
     examples: tuple[int, ...] | None
     fingerprint: str
+    transport: str = "auto"
+    inner_ring_size: int = 1
 
     @property
     def shard_length(self) -> int:
-        return sum(
-            segment.length
-            for segment in segments(self.sequence.layout, self.sequence.length, self.sequence.num_ranks, self.rank)
-        )
+        return self.sequence.shard_length
 
 
 @dataclass(frozen=True)

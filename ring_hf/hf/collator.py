@@ -3,7 +3,7 @@
 An inner collator makes the plain batch. Here the labels are shifted (globally, before anything is cut), documents and
 padding are found, everything is padded to the layout's multiple, and this rank's segments are taken. What the shard
 cannot tell travels beside it as a `ContextParallelBatch`. Without context parallelism the inner batch is returned as
-it is, so one script serves both.
+it is, so one script serves both (with prefixes, which no plain batch can carry, it is one shard of one).
 
 To the Trainer a shard is a batch of its own with distinct target tokens, so its token-weighted mean of the loss over
 ranks is exact with no change. (That is why the config keeps Accelerate's `cp_size` at 1: the Trainer would divide the
@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import pad
 
 from ring_hf.geometry import WholeSequence, num_chunks, padded_length
-from ring_hf.parallel import shard
+from ring_hf.parallel import cut
 
 from . import context as process
 from .batch import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
@@ -34,9 +34,14 @@ from .documents import (
     shift_right,
 )
 from .inner import PadOrPack
-from .names import layout_of
+from .names import BACKENDS, attention_name
+from .prefixes import prefixes_of_documents, refuse_column, take_prefixes, targets_inside
+from .split import resolve
 
 logger = logging.getLogger(__name__)
+
+# One process that holds whole sequences, for what only the description of a batch can carry.
+ALONE = process.ProcessContext(size=1, rank=0, num_replicas=1, replica=0, group="", replica_group=None)
 
 PER_TOKEN = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx")
 DESCRIPTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -58,6 +63,8 @@ class ContextParallelCollator:
         inner: any collator that returns right-padded or packed tensors; default: pad on the right, or pack.
         packing: with the default inner collator, flatten the examples into one row with document boundaries.
         pad_token_id: for padding; default: the config's, or 0 (padding is never attended to, nor predicted).
+        prefix_lm: take the column `prefix_length` of every example: its first tokens see each other both ways (set
+            remove_unused_columns=False, or the Trainer drops the column).
 
     Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
     attention mask comes with them.
@@ -69,6 +76,7 @@ class ContextParallelCollator:
         inner: Callable[[list], Mapping[str, Any]] | None = None,
         packing: bool = False,
         pad_token_id: int | None = None,
+        prefix_lm: bool = False,
     ):
         if inner is not None and packing:
             raise ValueError(
@@ -81,6 +89,8 @@ class ContextParallelCollator:
             pad_token_id = getattr(self._config, "pad_token_id", None)
         self._pad_token_id = pad_token_id if isinstance(pad_token_id, int) else 0
         self.inner = inner if inner is not None else PadOrPack(packing, self._pad_token_id)
+        self.prefix_lm = prefix_lm
+        self._warned = False
         self._sent_context: process.ProcessContext | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,41 +107,68 @@ class ContextParallelCollator:
             raise ValueError(f"return_tensors={return_tensors!r}: only PyTorch tensors ('pt') can be sharded.")
         context = self._context()
         if context is None or context.size == 1:
-            return dict(self.inner(list(features)))
+            return self._whole(features)
         try:
-            return self._shard(dict(self.inner(list(features))), features, context)
+            return self._shard(features, context)
         except ValueError as error:
             logger.warning("batch refused: %s", error)
             nothing = torch.full((max(len(features), 1), 1), IGNORE_INDEX)
             empty = {"labels": nothing, "shift_labels": nothing.clone()}
             return {"input_ids": torch.zeros_like(nothing), **empty, KEY: RefusedBatch(str(error))}
 
-    def _shard(
-        self, batch: dict[str, Any], features: Sequence[Any], context: process.ProcessContext
-    ) -> dict[str, Any]:
-        layout = layout_of(self._config)
+    def _whole(self, features: Sequence[Any]) -> dict[str, Any]:
+        """The batch of a process that holds whole sequences."""
+        if not self.prefix_lm:
+            refuse_column(features)
+            return dict(self.inner(list(features)))
+        if attention_name(self._config) not in BACKENDS:
+            raise ValueError(
+                f"prefix_lm=True with attn_implementation={attention_name(self._config)!r}, which would not look at "
+                f"the prefixes. Set attn_implementation to one of {', '.join(BACKENDS)}, also for one process."
+            )
+        return self._shard(features, ALONE)
+
+    def _shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:
+        split = resolve(self._config, context)
+        taken: tuple[int, ...] | None = None
+        if self.prefix_lm:
+            features, taken = take_prefixes(features)
+        else:
+            refuse_column(features)
+        batch = dict(self.inner(list(features)))
         _check_keys(batch)
         num_rows, length = batch["input_ids"].shape
-        num_pieces = num_chunks(layout, context.size)
+        num_pieces = num_chunks(split.layout, split.size, split.ulysses_size)
         if length < num_pieces:
             raise ValueError(
-                f"{length} tokens cannot be dealt to {num_pieces} chunks (layout {layout!r}, "
-                f"context_parallel_size={context.size}). Use longer sequences or a smaller context_parallel_size."
+                f"{length} tokens cannot be dealt to {num_pieces} chunks (layout {split.layout!r}, "
+                f"context_parallel_size={split.size}, ulysses_size={split.ulysses_size}). Use longer sequences or a "
+                "smaller context_parallel_size."
             )
         mask = batch.get("attention_mask")
         num_tokens = None if mask is None else num_real_tokens(mask)
         documents = _documents(batch, num_tokens)
         whole = _prepare(batch, num_tokens)
-        fingerprint = _fingerprint(whole, documents)
         examples = _examples(features, num_rows, length)
+        prefixes = None
+        if taken is not None:
+            prefixes = prefixes_of_documents(taken, num_rows, length, documents, num_tokens, examples)
+            self._warn_of_visible_targets(whole, documents, prefixes)
+            prefixes = prefixes if max(taken) > 1 else None  # one token sees itself anyway
+        fingerprint = _fingerprint(whole, (documents, prefixes))
 
-        padded = padded_length(layout, length, context.size)
+        padded = padded_length(split.layout, length, split.size, split.ulysses_size)
         whole = {key: _pad_to(value, padded, self._fill(key)) for key, value in whole.items()}
         if padded > length:
             num_tokens = num_tokens or (length,) * num_rows
-            documents = documents and tuple((*row, padded) for row in documents)
+            if documents is not None:
+                documents = tuple((*row, padded) for row in documents)
+                prefixes = prefixes and tuple((*row, 0) for row in prefixes)
+        sequence = WholeSequence(
+            split.layout, padded, split.size, documents, num_tokens, prefixes=prefixes, ulysses=split.ulysses_size
+        )
         description = ContextParallelBatch(
-            sequence=WholeSequence(layout, padded, context.size, documents, num_tokens),
+            sequence=sequence,
             group=context.group,
             rank=context.rank,
             kernel=context.kernel,
@@ -139,9 +176,26 @@ class ContextParallelCollator:
             unpadded_length=length,
             examples=examples,
             fingerprint=fingerprint,
+            transport=split.transport,
+            inner_ring_size=split.inner_ring_size,
         )
-        shards = {key: shard(value, layout, context.size, context.rank, dim=1) for key, value in whole.items()}
-        return {**shards, KEY: description}
+        segments = sequence.segments(context.rank)
+        return {**{key: cut(value, segments, 1) for key, value in whole.items()}, KEY: description}
+
+    def _warn_of_visible_targets(
+        self, whole: Mapping[str, torch.Tensor], documents: Documents | None, prefixes: Documents
+    ) -> None:
+        if self._warned or "shift_labels" not in whole:
+            return
+        count = targets_inside(whole["shift_labels"], documents, prefixes)
+        if count:
+            self._warned = True
+            logger.warning(
+                "%d targets lie inside prefixes, where their own prediction sees them. Set the labels of prefix "
+                "tokens to %d.",
+                count,
+                IGNORE_INDEX,
+            )
 
     def _fill(self, key: str) -> int | None:
         return {"input_ids": self._pad_token_id, "position_ids": None}.get(key, IGNORE_INDEX)
@@ -219,9 +273,9 @@ def _prepare(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> di
     return whole
 
 
-def _fingerprint(whole: Mapping[str, torch.Tensor], documents: Documents | None) -> str:
+def _fingerprint(whole: Mapping[str, torch.Tensor], described: Any) -> str:
     """Hash of the unsharded batch: ranks that share a sequence must have been given the same one."""
-    digest = hashlib.blake2b(repr(documents).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
     for key in sorted(whole):
         digest.update(f"{key}{tuple(whole[key].shape)}".encode())
         digest.update(whole[key].contiguous().cpu().numpy().tobytes())

@@ -22,13 +22,14 @@ from ring_hf.parallel import register_group
 from . import context
 from .callback import ContextParallelCallback
 from .evaluation import Evaluator
+from .split import check_sizes
 
 ENGINES = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 DEFAULTS: dict[str, Any] = {
     "context_parallel_size": 1,
-    "ulysses_size": 1,
+    "ulysses_size": None,
     "inner_ring_size": 1,
-    "transport": "ring",
+    "transport": "auto",
     "kernel": "auto",
     "overlap": True,
     "dp_shard_size": 1,
@@ -42,9 +43,11 @@ class ContextParallelConfig(ParallelismConfig):
 
     Args:
         context_parallel_size: ranks that share each sequence.
-        ulysses_size: how many of them exchange heads instead of keys and values (not in this version: 1).
-        inner_ring_size: ranks of the inner ring of a double ring (not in this version: 1).
-        transport: how keys and values travel: "ring" ("auto" chooses it).
+        ulysses_size: how many of them exchange heads for tokens, neighbours first; the rest is a ring of such groups.
+            "auto" takes the most that the heads of the model allow inside a node. Default: 1, or all of them if the
+            model attends with "ulysses".
+        inner_ring_size: ranks of the inner rings (inside a node) of a double ring; must divide the ring.
+        transport: how keys and values travel: a name from `ring_hf.geometry.TRANSPORTS`; "auto" chooses by cost.
         kernel: attention kernel: "auto" or a name from `ring_hf.kernels.KERNELS`.
         overlap: exchange the next keys and values while computing with the present ones.
         dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
@@ -53,7 +56,7 @@ class ContextParallelConfig(ParallelismConfig):
 
     dp_replicate_size: int | None = None
     context_parallel_size: int | None = None
-    ulysses_size: int | None = None
+    ulysses_size: int | str | None = None
     inner_ring_size: int | None = None
     transport: str | None = None
     kernel: str | None = None
@@ -96,13 +99,10 @@ class ContextParallelConfig(ParallelismConfig):
     def _refuse_unsupported(self) -> None:
         for name in ("context_parallel_size", "ulysses_size", "inner_ring_size", "dp_replicate_size", "dp_shard_size"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if name == "ulysses_size" and (size is None or isinstance(size, str)):
+                continue
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
-        for name in ("ulysses_size", "inner_ring_size"):
-            if getattr(self, name) > 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported yet; only a plain ring is. Set it to 1."
-                )
         if self.dp_shard_size != 1:
             raise ValueError(
                 f"dp_shard_size={self.dp_shard_size}: sharded weights (FSDP) are not proven yet with context "
@@ -110,10 +110,7 @@ class ContextParallelConfig(ParallelismConfig):
             )
         if self.kernel not in ("auto", *KERNELS):
             raise ValueError(f"kernel={self.kernel!r} is not known. Choose one of auto, {', '.join(KERNELS)}.")
-        if self.transport == "auto":
-            self.transport = "ring"
-        if self.transport != "ring":
-            raise ValueError(f'transport={self.transport!r} is not supported yet. Use "ring" or "auto".')
+        check_sizes(self._size, self.ulysses_size, self.inner_ring_size or 1, self.transport or "auto")
 
     # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.
     @property
@@ -204,6 +201,10 @@ class ContextParallelConfig(ParallelismConfig):
             replica_group=None if replicas is None else register_group(replicas.get_group()),
             kernel=self.kernel or "auto",
             overlap=bool(self.overlap),
+            ulysses_size=self.ulysses_size,
+            inner_ring_size=self.inner_ring_size or 1,
+            transport=self.transport or "auto",
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
         )
         self._evaluator = Evaluator(self._process)
         self._evaluator.install(accelerator)
@@ -221,14 +222,15 @@ def _from_environment(name: str, default: Any) -> Any:
     if name == "context_parallel_size" and variable not in os.environ:
         variable = "PARALLELISM_CONFIG_CP_SIZE"
     text = os.environ.get(variable)
-    if text is None:
-        return default
+    if text is None or (name == "ulysses_size" and text == "auto"):
+        return default if text is None else text
     if isinstance(default, bool):
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"{variable}={text!r} must be true or false.")
         return text.lower() in ("true", "1")
     if default is None or isinstance(default, int):
         if not text.isdigit():
-            raise ValueError(f"{variable}={text!r} must be a whole number.")
+            way_out = ' or "auto"' if name == "ulysses_size" else ""
+            raise ValueError(f"{variable}={text!r} must be a whole number{way_out}.")
         return int(text)
     return text

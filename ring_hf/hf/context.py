@@ -24,6 +24,10 @@ class ProcessContext:
     replica_group: str | None  # the same shard of every replica; None when there is one replica
     kernel: str = "auto"
     overlap: bool = True
+    ulysses_size: int | str | None = None  # as in the config: "auto" and None are resolved with the model
+    inner_ring_size: int = 1
+    transport: str = "auto"
+    ranks_per_node: int = 1
 
 
 _active: ProcessContext | None = None

@@ -20,8 +20,7 @@ from accelerate.state import GradientState
 from accelerate.utils import recursively_apply
 from torch.utils.data import IterableDataset
 
-from ring_hf.geometry import shard_index
-from ring_hf.parallel import all_gather, unshard
+from ring_hf.parallel import all_gather, join
 
 from .batch import IGNORE_INDEX, ContextParallelBatch
 from .context import ProcessContext
@@ -105,8 +104,7 @@ class Evaluator:
         if batch.examples is None:
             shift_labels_BC[num_real:] = IGNORE_INDEX
             return shift_labels_BC
-        sequence = batch.sequence
-        index = shard_index(sequence.layout, sequence.length, sequence.num_ranks, batch.rank)
+        index = [token for segment in batch.sequence.segments(batch.rank) for token in segment.range]
         first = batch.examples[num_real] - 1  # the token before it would predict its first one
         repeated_C = torch.tensor(index, device=shift_labels_BC.device) >= first
         return shift_labels_BC.masked_fill(repeated_C, IGNORE_INDEX)
@@ -130,7 +128,8 @@ class Evaluator:
                 "replicas. Set prediction_loss_only=True without include_for_metrics, use dp_replicate_size=1, or "
                 "pad instead of packing."
             )
-        whole = unshard(all_gather(shard.contiguous(), self.context.group), batch.sequence.layout, dim=1)
+        segments = [batch.sequence.segments(rank) for rank in range(batch.sequence.num_ranks)]
+        whole = join(all_gather(shard.contiguous(), self.context.group), segments, 1)
         return whole[:, : batch.unpadded_length]
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:

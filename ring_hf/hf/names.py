@@ -1,14 +1,16 @@
 """The attention implementation names and the layout each of them stands for.
 
-A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers resolves such names differently
-(checks of those backends run, or a hub kernel is looked up).
+`ring_<layout>` deals the sequence to a ring in that layout; `ulysses` exchanges heads among all ranks that share it,
+which then hold contiguous parts. A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers
+resolves such names differently (checks of those backends run, or a hub kernel is looked up).
 """
 
 from typing import Any
 
 from ring_hf.geometry import LAYOUTS
 
-BACKENDS = {f"ring_{layout}": layout for layout in LAYOUTS}
+ULYSSES = "ulysses"
+BACKENDS = {**{f"ring_{layout}": layout for layout in LAYOUTS}, ULYSSES: "contiguous"}
 
 
 def attention_name(config: Any) -> str | None:

@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 
 def llama(attention: str = "ring_zigzag", **more: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **more, attn_implementation=attention))
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **more}, attn_implementation=attention))
 
 
 def mistral(attention: str = "ring_zigzag", window: int = 8) -> MistralForCausalLM:
@@ -41,10 +41,17 @@ def rows(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
     return examples
 
 
+def context_of(size: int, rank: int, **more: Any) -> context.ProcessContext:
+    """`rank` of `size` processes that share sequences."""
+    return context.ProcessContext(
+        size, rank, num_replicas=1, replica=0, group="none", replica_group=None, ranks_per_node=size, **more
+    )
+
+
 @contextmanager
-def rank_of(size: int, rank: int) -> Iterator[None]:
-    """This process as `rank` of `size` that share sequences, without starting any."""
-    context.activate(context.ProcessContext(size, rank, num_replicas=1, replica=0, group="none", replica_group=None))
+def rank_of(size: int, rank: int, **more: Any) -> Iterator[None]:
+    """This process as one of several that share sequences, without starting any."""
+    context.activate(context_of(size, rank, **more))
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
 from ring_hf.hf.batch import KEY
 from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
-from ring_hf.parallel import unshard
+from ring_hf.parallel import join
 from tests.hf.models import SIZES, rank_of, rows
 
 TOKENIZER = PreTrainedTokenizerFast(
@@ -31,25 +31,26 @@ def config(layout="zigzag"):
     return LlamaConfig(**SIZES, attn_implementation=f"ring_{layout}")
 
 
-def shards(layout, num_ranks, features, **settings):
+def shards(layout, num_ranks, features, ulysses=None, **settings):
     """The batches of all ranks."""
     batches = []
     for rank in range(num_ranks):
-        with rank_of(num_ranks, rank):
+        with rank_of(num_ranks, rank, ulysses_size=ulysses):
             batches.append(ContextParallelCollator(config(layout), **settings)(features))
     return batches
 
 
 def whole(batches, key):
-    return unshard([batch[key] for batch in batches], batches[0][KEY].sequence.layout, dim=1)
+    sequence = batches[0][KEY].sequence
+    return join([batch[key] for batch in batches], [sequence.segments(rank) for rank in range(len(batches))], 1)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(("num_ranks", "ulysses"), [(2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (6, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_ranks):
+def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_ranks, ulysses):
     features = rows(17, 23, 20)
-    batches = shards(layout, num_ranks, features)
-    length = padded_length(layout, 23, num_ranks)
+    batches = shards(layout, num_ranks, features, ulysses)
+    length = padded_length(layout, 23, num_ranks, ulysses)
     labels, shifted, tokens = (whole(batches, key) for key in ("labels", "shift_labels", "input_ids"))
     assert tokens.shape == labels.shape == shifted.shape == (3, length)
     for row, feature in enumerate(features):
@@ -60,6 +61,7 @@ def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_r
         assert (labels[row, num:] == -100).all() and (shifted[row, num - 1 :] == -100).all()
     sequence = batches[0][KEY].sequence
     assert sequence.num_tokens == (17, 23, 20) and sequence.documents is None and sequence.length == length
+    assert (sequence.num_ranks, sequence.ulysses) == (num_ranks, ulysses)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,6 +96,25 @@ def test_packing_flattens_examples_into_documents(layout):
     labels = whole(batches, "labels")
     assert [index for index in range(22) if labels[0, index] == -100] == [0, 5, 14]
     assert whole(batches, "position_ids")[0, :22].tolist() == [*range(5), *range(9), *range(8)]
+
+
+@pytest.mark.parametrize(("num_ranks", "ulysses"), [(2, 1), (4, 1), (4, 2)])
+def test_balanced_shards_follow_the_documents_and_lose_nothing(num_ranks, ulysses):
+    features = rows(40, 3, 70, 9, 128, 6)
+    batches = shards("balanced", num_ranks, features, ulysses, packing=True)
+    tokens = [token for feature in features for token in feature["input_ids"]]
+    assert whole(batches, "input_ids")[0, :256].tolist() == tokens
+    assert whole(batches, "position_ids")[0, :43].tolist() == [*range(40), *range(3)]
+    assert all(batch["input_ids"].shape[1] == batch[KEY].shard_length == 256 // num_ranks for batch in batches)
+    sequence = batches[0][KEY].sequence
+    alone = shards("balanced", num_ranks, rows(256), ulysses)[0][KEY].sequence
+    assert [sequence.segments(rank) for rank in range(num_ranks)] != [alone.segments(r) for r in range(num_ranks)]
+
+
+def test_transport_and_inner_ring_travel_with_the_batch():
+    with rank_of(4, 1, transport="double_ring", inner_ring_size=2):
+        batch = ContextParallelCollator(config("zigzag"))(rows(16))
+    assert (batch[KEY].transport, batch[KEY].inner_ring_size, batch[KEY].rank) == ("double_ring", 2, 1)
 
 
 def test_flattening_with_and_without_boundaries_equals_our_packing():

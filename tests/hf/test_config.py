@@ -34,12 +34,23 @@ def test_unset_fields_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("RING_HF_DP_REPLICATE_SIZE", "3")
     monkeypatch.setenv("RING_HF_OVERLAP", "false")
     monkeypatch.setenv("RING_HF_KERNEL", "reference")
-    monkeypatch.setenv("RING_HF_TRANSPORT", "auto")
+    monkeypatch.setenv("RING_HF_TRANSPORT", "direct")
+    monkeypatch.setenv("RING_HF_ULYSSES_SIZE", "auto")
     config = ContextParallelConfig()
     assert (config.context_parallel_size, config.dp_replicate_size, config.total_size) == (2, 3, 6)
-    assert config.overlap is False and config.kernel == "reference" and config.transport == "ring"
+    assert config.overlap is False and config.kernel == "reference" and config.transport == "direct"
+    assert config.ulysses_size == "auto" and config.inner_ring_size == 1
     assert config.active_mesh_dims == ["dp_replicate", "cp"]
     assert ContextParallelConfig(context_parallel_size=4, overlap=True).context_parallel_size == 4
+    for name, text in {"TRANSPORT": "double_ring", "ULYSSES_SIZE": "2", "INNER_RING_SIZE": "2"}.items():
+        monkeypatch.setenv(f"RING_HF_{name}", text)
+    config = ContextParallelConfig(context_parallel_size=8)
+    assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("double_ring", 2, 2)
+
+
+def test_what_is_left_out_is_chosen_later():
+    config = ContextParallelConfig(context_parallel_size=4)
+    assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("auto", None, 1)
 
 
 def test_size_may_come_from_the_parallelism_config_of_an_accelerate_yaml(monkeypatch):

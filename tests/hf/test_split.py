@@ -1,0 +1,106 @@
+"""What a model and a config come to: one pure function that every rank, the collator and the guard ask."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig
+
+from ring_hf.geometry import LAYOUTS
+from ring_hf.hf.names import BACKENDS
+from ring_hf.hf.split import resolve, split_error
+from tests.hf.models import SIZES, context_of
+
+# name: (attention, heads, settings of the context, (layout, ring, ulysses, inner ring, transport))
+RESOLVED = {
+    "plain": ("ring_zigzag", (4, 2), {}, ("zigzag", 4, 1, 1, "auto")),
+    "hybrid": ("ring_striped", (4, 2), {"ulysses_size": 2}, ("striped", 2, 2, 1, "auto")),
+    "all ranks by number": ("ring_balanced", (4, 2), {"ulysses_size": 4}, ("balanced", 1, 4, 1, "auto")),
+    "all ranks by name": ("ulysses", (4, 2), {}, ("contiguous", 1, 4, 1, "auto")),
+    "all ranks by both": ("ulysses", (4, 2), {"ulysses_size": 4}, ("contiguous", 1, 4, 1, "auto")),
+    "auto": ("ring_zigzag", (4, 4), {"ulysses_size": "auto"}, ("zigzag", 1, 4, 1, "auto")),
+    "auto, heads": ("ring_zigzag", (6, 2), {"ulysses_size": "auto"}, ("zigzag", 2, 2, 1, "auto")),
+    "auto, odd heads": ("ring_zigzag", (3, 3), {"ulysses_size": "auto"}, ("zigzag", 4, 1, 1, "auto")),
+    "auto, node": (
+        "ring_zigzag",
+        (4, 4),
+        {"ulysses_size": "auto", "ranks_per_node": 2},
+        ("zigzag", 2, 2, 1, "auto"),
+    ),
+    "double ring": (
+        "ring_zigzag",
+        (4, 2),
+        {"transport": "double_ring", "inner_ring_size": 2},
+        ("zigzag", 4, 1, 2, "double_ring"),
+    ),
+    "inner ring if auto likes it": ("ring_zigzag", (4, 2), {"inner_ring_size": 2}, ("zigzag", 4, 1, 2, "auto")),
+    "inner ring of the node": (
+        "ring_zigzag",
+        (4, 2),
+        {"transport": "double_ring", "ranks_per_node": 2},
+        ("zigzag", 4, 1, 2, "double_ring"),
+    ),
+    "direct": ("ring_contiguous", (4, 2), {"transport": "direct"}, ("contiguous", 4, 1, 1, "direct")),
+}
+
+REFUSED = {
+    "no backend of ours": ("sdpa", (4, 2), {}, "attn_implementation='sdpa' attends inside one shard only"),
+    "ulysses of some ranks": (
+        "ulysses",
+        (4, 2),
+        {"ulysses_size": 2},
+        "exchanges heads among all context_parallel_size=4 ranks, but ulysses_size=2. Leave ulysses_size out",
+    ),
+    "ulysses of unknown size": ("ulysses", (4, 2), {"ulysses_size": "auto"}, "but ulysses_size='auto'"),
+    "fewer heads than ranks": ("ulysses", (2, 2), {}, "ulysses_size=4 deals 2 query heads to 4 ranks"),
+    "fewer heads than ranks of a hybrid": ("ring_zigzag", (1, 1), {"ulysses_size": 2}, "deals 1 query heads to 2"),
+    "inner ring that auto left no room for": (
+        "ring_zigzag",
+        (4, 4),
+        {"ulysses_size": "auto", "inner_ring_size": 2},
+        "inner_ring_size=2 needs a ring that is made of smaller rings, but .* ulysses_size=4 leaves a ring of 1",
+    ),
+    "double ring in one node": (
+        "ring_zigzag",
+        (4, 2),
+        {"transport": "double_ring"},
+        "LOCAL_WORLD_SIZE is 4 with ulysses_size=1, and the ring has 4 ranks. Set inner_ring_size to a divisor of 4",
+    ),
+}
+
+
+def config(attention, heads, **more):
+    sizes = {**SIZES, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 48}
+    return LlamaConfig(**sizes, **more, attn_implementation=attention)
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_sizes_are_resolved_with_the_model(name):
+    attention, heads, settings, want = RESOLVED[name]
+    splits = {resolve(config(attention, heads), replace(context_of(4, rank), **settings)) for rank in range(4)}
+    assert len(splits) == 1
+    split = splits.pop()
+    assert (split.layout, split.ring_size, split.ulysses_size, split.inner_ring_size, split.transport) == want
+    assert f"ring {want[1]} x ulysses {want[2]}, inner ring {want[3]}, transport {want[4]}" in str(split)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_the_model_is_refused(name):
+    attention, heads, settings, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        resolve(config(attention, heads), replace(context_of(4, 0), **settings))
+    assert split_error(config(attention, heads), replace(context_of(4, 0), **settings)) is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_rank_needs_no_split(backend):
+    for transport in ("auto", "double_ring", "direct"):
+        split = resolve(config(backend, (4, 2)), replace(context_of(1, 0), transport=transport))
+        assert (split.ring_size, split.ulysses_size, split.inner_ring_size) == (1, 1, 1)
+    assert split.layout in LAYOUTS
+
+
+def test_auto_needs_one_number_of_heads():
+    per_layer = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
+    assert "does not give as one number" in split_error(per_layer, replace(context_of(4, 0), ulysses_size="auto"))
+    assert resolve(per_layer, replace(context_of(4, 0), ulysses_size=2)).ulysses_size == 2
