@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from ring_hf.geometry import LAYOUTS, shard_index
+from ring_hf.geometry import shard_index
+from ring_hf.hf.inner import PadOrPack
 
+STATIC = ("contiguous", "zigzag", "striped")  # layouts that do not look at the documents
 VOCABULARY = 64
 LENGTH = 48  # a multiple of every layout's unit for 2 and 4 ranks
 STEPS = 20
@@ -22,9 +24,12 @@ class Case:
     """One run of the Trainer. `batch` is the number of rows per optimizer step over all replicas."""
 
     name: str
-    layout: str | None = None  # None: one process with sdpa
+    layout: str | None = None  # also "ulysses"; None: one process with sdpa
     cp: int = 1
     dp: int = 1
+    ulysses: int | str | None = None
+    transport: str = "ring"
+    inner: int = 1
     model: str = "llama"
     window: int | None = None
     data: str = "uneven"
@@ -46,6 +51,7 @@ class Case:
     def reference(self) -> "Case":
         """The same run in one process with the whole batch and `sdpa`; its name lists what it depends on."""
         plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False, workers=0)
+        plain = replace(plain, ulysses=None, transport="ring", inner=1)
         fields = {key: value for key, value in asdict(plain).items() if key != "name"}
         defaults = asdict(Case(""))
         return replace(plain, name="one:" + ",".join(f"{k}={v}" for k, v in fields.items() if v != defaults[k]))
@@ -58,16 +64,16 @@ def world_cases(world_size: int) -> list[Case]:
     for cp, dp in meshes:
         mesh = f"dp{dp}xcp{cp}"
         common = {"cp": cp, "dp": dp}
-        for layout in LAYOUTS:
+        for layout in STATIC:
             cases.append(Case(f"{mesh}-{layout}", layout, **common))
             hole = {"data": "hole", "hole_layout": layout, "hole_cp": cp}
             cases.append(Case(f"{mesh}-{layout}-hole", layout, **common, **hole, checkpointing="non-reentrant"))
         reentrant = {"checkpointing": "reentrant"}
         cases.append(Case(f"{mesh}-zigzag-packed", "zigzag", **common, packing=True, **reentrant))
     if world_size == 4:
-        return cases
+        return cases + ALGORITHMS_OF_FOUR
     two: dict[str, Any] = {"cp": 2}
-    for layout in LAYOUTS:
+    for layout in STATIC:
         for checkpointing in ("reentrant", "non-reentrant"):
             cases.append(Case(f"cp2-{layout}-{checkpointing}", layout, **two, checkpointing=checkpointing))
         cases.append(Case(f"cp2-{layout}-packed", layout, **two, packing=True))
@@ -83,7 +89,32 @@ def world_cases(world_size: int) -> list[Case]:
         Case("cp2-zigzag-local-positions", "zigzag", **two, broken="local-positions"),
         Case("cp2-zigzag-no-documents", "zigzag", **two, packing=True, broken="no-documents"),
     ]
-    return cases
+    return cases + ALGORITHMS_OF_TWO
+
+
+# Every algorithm once or twice, crossed with packing, windows and checkpointing.
+_WINDOW: dict[str, Any] = {"model": "mistral", "window": 7, "packing": True}
+_AUTO: dict[str, Any] = {"transport": "auto"}
+ALGORITHMS_OF_TWO = [
+    Case("cp2-ulysses", "ulysses", 2, **_AUTO, checkpointing="non-reentrant"),
+    Case("cp2-striped-allgather", "striped", 2, transport="allgather", checkpointing="reentrant"),
+    Case("cp2-zigzag-direct-window", "zigzag", 2, transport="direct", model="mistral", window=5),
+    Case("cp2-zigzag-auto", "zigzag", 2, **_AUTO),
+    Case("cp2-balanced-packed", "balanced", 2, **_AUTO, packing=True, checkpointing="non-reentrant"),
+    Case("cp2-balanced-packed-window", "balanced", 2, **_AUTO, **_WINDOW),
+    Case("cp2-zigzag-prefix", "zigzag", 2, **_AUTO, data="prefix"),
+]
+ALGORITHMS_OF_FOUR = [
+    Case("cp4-zigzag-hybrid", "zigzag", 4, ulysses=2, checkpointing="non-reentrant"),
+    Case("cp4-striped-hybrid-packed", "striped", 4, ulysses=2, packing=True),
+    Case("cp4-zigzag-ulysses-auto", "zigzag", 4, ulysses="auto", **_AUTO),
+    Case("cp4-ulysses", "ulysses", 4, **_AUTO),
+    Case("cp4-zigzag-allgather", "zigzag", 4, transport="allgather"),
+    Case("cp4-contiguous-direct-packed", "contiguous", 4, transport="direct", packing=True),
+    Case("cp4-zigzag-double-ring", "zigzag", 4, transport="double_ring", inner=2, checkpointing="reentrant"),
+    Case("cp4-balanced-packed", "balanced", 4, **_AUTO, packing=True),
+    Case("cp4-balanced-hybrid-window", "balanced", 4, ulysses=2, transport="direct", **_WINDOW),
+]
 
 
 def reference_cases() -> list[Case]:
@@ -104,6 +135,10 @@ SELF_AGREEMENT = [
 FP32_AT_THE_RATE_OF_BF16 = replace(Case("", learning_rate=1e-4).reference(), name="one:fp32 at the rate of bf16")
 
 
+def attention_of(layout: str | None) -> str:
+    return "sdpa" if layout is None else layout if layout == "ulysses" else f"ring_{layout}"
+
+
 def build_model(case: Case) -> torch.nn.Module:
     """A random two-layer model, the same for every case of its kind."""
     torch.manual_seed(0)
@@ -116,7 +151,7 @@ def build_model(case: Case) -> torch.nn.Module:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "initializer_range": 0.2,  # large enough for attention to be far from uniform from the first step on
-        "attn_implementation": "sdpa" if case.layout is None else f"ring_{case.layout}",
+        "attn_implementation": attention_of(case.layout),
     }
     if case.model == "mistral":
         return MistralForCausalLM(MistralConfig(**sizes, sliding_window=case.window))
@@ -149,9 +184,23 @@ class Rows(torch.utils.data.Dataset):
                 keep[predicted_by_rank_0] = True
                 labels[~keep[:length]] = -100
             self.rows.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+            if data == "prefix":
+                prefix = (row * 7) % 20
+                labels[:prefix] = -100
+                self.rows[-1] |= {"labels": labels.tolist(), "prefix_length": prefix}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.rows[index]
+
+
+def pad_with_dense_prefixes(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The batch of one process with `sdpa`: what may be seen as a mask of [rows, 1, tokens, tokens]."""
+    batch = PadOrPack()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
+    index = torch.arange(batch["input_ids"].shape[1])
+    later = torch.maximum(index[:, None], index)
+    prefixes = torch.tensor([row["prefix_length"] for row in features])
+    visible = (index <= index[:, None]) | (later < prefixes[:, None, None])
+    return {**batch, "attention_mask": visible[:, None]}

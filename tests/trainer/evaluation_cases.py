@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from ring_hf.geometry import LAYOUTS
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from tests.trainer.cases import Case, Rows, build_model
+from tests.trainer.cases import STATIC, Case, Rows, build_model
 
 LENGTHS = range(1, 8)
 BATCHES = (1, 2)
 LABELS = ("all", "uneven", "hole")
 CP = 2
 MESHES = {2: (1,), 4: (2,)}  # world size: numbers of replicas
+MORE = {2: ("balanced", None), 4: ("zigzag", 2)}  # layout and ulysses_size
 METRICS = ("accuracy", "rows", "tokens", "labels", "logits", "inputs", "loss")
 PREDICTED = 5  # rows for predict(): ragged for a batch of 2 and for 2 replicas
 
@@ -54,17 +54,34 @@ def run_evaluations(world_size: int, folder: Path) -> dict[str, Any]:
     for num_replicas in MESHES.get(world_size, (1, 2)):
         for batch in BATCHES:
             for labels in LABELS:
-                layouts = LAYOUTS if labels == "hole" else ("zigzag",)
+                layouts = STATIC if labels == "hole" else ("zigzag",)
                 for layout in layouts:
                     key = f"dp{num_replicas}-batch{batch}-{labels}-{layout}"
-                    results |= _evaluate(key, num_replicas, batch, labels, layout, world_size, folder)
+                    config = ContextParallelConfig(context_parallel_size=CP) if world_size > 1 else None
+                    results |= _evaluate(key, num_replicas, batch, labels, layout, config, folder)
     return results
 
 
+def run_more_evaluations(world_size: int, folder: Path) -> dict[str, Any]:
+    """One replica of all processes with other algorithms, under the key of the one-process evaluation to compare
+    with."""
+    if world_size == 1:
+        return {}
+    layout, ulysses_size = MORE[world_size]
+    config = ContextParallelConfig(context_parallel_size=world_size, ulysses_size=ulysses_size)
+    return _evaluate("dp1-batch2-uneven-zigzag", 1, 2, "uneven", layout, config, folder)
+
+
 def _evaluate(
-    key: str, num_replicas: int, batch: int, labels: str, layout: str, world_size: int, folder: Path
+    key: str,
+    num_replicas: int,
+    batch: int,
+    labels: str,
+    layout: str,
+    config: ContextParallelConfig | None,
+    folder: Path,
 ) -> dict[str, Any]:
-    alone = world_size == 1
+    alone = config is None
     model = build_model(Case("evaluation", None if alone else layout))
     args = TrainingArguments(
         output_dir=str(folder / "evaluation"),
@@ -73,7 +90,7 @@ def _evaluate(
         report_to=[],
         disable_tqdm=True,
         include_for_metrics=["inputs"],
-        parallelism_config=None if alone else ContextParallelConfig(context_parallel_size=CP),
+        parallelism_config=config,
     )
     collator = ContextParallelCollator(model)
     trainer = Trainer(model, args, data_collator=collator)

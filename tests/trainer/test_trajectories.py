@@ -23,13 +23,21 @@ def names(cases):
 
 def test_the_cases_cover_what_is_claimed():
     exact = [case for _, case in EXACT]
-    assert len(exact) == len({case.name for case in exact}) >= 35 and STEPS >= 20
+    assert len(exact) == len({case.name for case in exact}) >= 50 and STEPS >= 20
     for cp, dp in ((2, 1), (4, 1), (2, 2)):
         here = [case for case in exact if (case.cp, case.dp) == (cp, dp)]
         for layout in ("contiguous", "zigzag", "striped"):
-            assert {case.data for case in here if case.layout == layout} == {"uneven", "hole"}
+            assert {case.data for case in here if case.layout == layout} >= {"uneven", "hole"}
         assert {case.checkpointing for case in here} == {None, "reentrant", "non-reentrant"}
     assert all(case.accumulation == 2 for case in exact)
+    for cp in (2, 4):
+        here = [case for case in exact if case.cp == cp]
+        assert {"ulysses", "balanced"} <= {case.layout for case in here}
+        assert {case.transport for case in here} >= {"ring", "allgather", "direct", "auto"}
+    assert {case.data for case in exact} == {"uneven", "hole", "prefix"}
+    four = [case for case in exact if case.cp == 4]
+    assert {case.ulysses for case in four} == {None, 2, "auto"}
+    assert any(case.transport == "double_ring" and case.inner == 2 for case in four)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

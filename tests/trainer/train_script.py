@@ -18,8 +18,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 import ring_hf  # noqa: F401 (registers the backends, as a user's script does)
 from ring_hf.hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig
 from tests.trainer.broken import BROKEN
-from tests.trainer.cases import Case, Rows, build_model, reference_cases, world_cases
-from tests.trainer.evaluation_cases import run_evaluations
+from tests.trainer.cases import Case, Rows, build_model, pad_with_dense_prefixes, reference_cases, world_cases
+from tests.trainer.evaluation_cases import run_evaluations, run_more_evaluations
 
 
 def arguments(case: Case, folder: Path, **more: Any) -> TrainingArguments:
@@ -41,7 +41,15 @@ def arguments(case: Case, folder: Path, **more: Any) -> TrainingArguments:
         save_strategy="steps" if case.resume else "no",
         save_steps=case.steps // 2,
         ddp_find_unused_parameters=False,
-        parallelism_config=ContextParallelConfig(context_parallel_size=case.cp) if case.layout else None,
+        remove_unused_columns=case.data != "prefix",
+        parallelism_config=ContextParallelConfig(
+            context_parallel_size=case.cp,
+            ulysses_size=case.ulysses,
+            inner_ring_size=case.inner,
+            transport=case.transport,
+        )
+        if case.layout
+        else None,
         **more,
     )
 
@@ -51,7 +59,9 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     set_seed(0)
     model = build_model(case)
-    collator = ContextParallelCollator(model, packing=case.packing)
+    collator: Any = ContextParallelCollator(model, packing=case.packing, prefix_lm=case.data == "prefix")
+    if case.data == "prefix" and case.layout is None:
+        collator = pad_with_dense_prefixes
     if case.broken is not None:
         collator = BROKEN[case.broken](collator)
     rows = Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp)
@@ -91,11 +101,12 @@ def main() -> None:
     chosen = os.environ.get("CASES")
     results: dict[str, Any] = {}
     for case in cases:
-        if chosen is None or chosen in case.name:
+        if chosen is None or any(name in case.name for name in chosen.split(",")):
             began = time.perf_counter()
             results[case.name] = {**train(case, folder), "seconds": time.perf_counter() - began}
     if chosen is None or chosen == "evaluation":
         results["evaluation"] = run_evaluations(world_size, folder)
+        results["more evaluation"] = run_more_evaluations(world_size, folder)
     processes: list[int] = [os.getpid()]
     if is_initialized():
         processes = [0] * world_size
