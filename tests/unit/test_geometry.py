@@ -44,20 +44,21 @@ def test_bands_match_brute_force(num_q, num_k, lo, hi):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("ulysses", [1, 2, 3])
 @pytest.mark.parametrize("units", [1, 3, 4])
-def test_unshard_inverts_shard(layout, num_ranks, units):
-    length = units * multiple(layout, num_ranks)
-    dealt = [token for rank in range(num_ranks) for token in shard_index(layout, length, num_ranks, rank)]
+def test_unshard_inverts_shard(layout, ring_size, ulysses, units):
+    num_ranks = ring_size * ulysses
+    length = units * multiple(layout, num_ranks, ulysses)
+    whole = WholeSequence(layout, length, num_ranks, ulysses=ulysses)
+    dealt = [token for rank in range(num_ranks) for token in shard_index(layout, length, num_ranks, rank, ulysses)]
     assert sorted(dealt) == list(range(length))
-    assert [dealt[place] for place in unshard_index(layout, length, num_ranks)] == list(range(length))
+    assert [dealt[place] for place in unshard_index(layout, length, num_ranks, ulysses)] == list(range(length))
     for rank in range(num_ranks):
-        mine = shard_index(layout, length, num_ranks, rank)
-        assert len(mine) == length // num_ranks
-        assert all(WholeSequence(layout, length, num_ranks).owners(token, token) == {rank} for token in mine)
-        picked = [
-            token for segment in segments(layout, length, num_ranks, rank) for token in range(length)[segment.slice]
-        ]
+        mine = shard_index(layout, length, num_ranks, rank, ulysses)
+        assert len(mine) == whole.shard_length
+        assert all(whole.owners(token, token) == {rank // ulysses} for token in mine)
+        picked = [token for segment in whole.segments(rank) for token in range(length)[segment.slice]]
         assert picked == mine
 
 
