@@ -34,20 +34,23 @@ def local_positions(collate: Collate) -> Collate:
 
 def no_documents(collate: Collate) -> Collate:
     """Packed documents that see each other."""
+    return lambda features: _described(collate(features), documents=None)
 
-    def broken(features: list) -> dict[str, Any]:
-        batch = collate(features)
-        description = batch["context_parallel"]
-        return {
-            **batch,
-            "context_parallel": replace(description, sequence=replace(description.sequence, documents=None)),
-        }
 
-    return broken
+def no_prefixes(collate: Collate) -> Collate:
+    """Prefixes that see only what came before."""
+    return lambda features: _described(collate(features), prefixes=None)
+
+
+def _described(batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    description = batch["context_parallel"]
+    sequence = replace(description.sequence, **changes)
+    return {**batch, "context_parallel": replace(description, sequence=sequence)}
 
 
 BROKEN: dict[str, Callable[[Collate], Collate]] = {
     "shift-per-shard": shift_per_shard,
     "local-positions": local_positions,
     "no-documents": no_documents,
+    "no-prefixes": no_prefixes,
 }

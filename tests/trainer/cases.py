@@ -103,6 +103,7 @@ ALGORITHMS_OF_TWO = [
     Case("cp2-balanced-packed", "balanced", 2, **_AUTO, packing=True, checkpointing="non-reentrant"),
     Case("cp2-balanced-packed-window", "balanced", 2, **_AUTO, **_WINDOW),
     Case("cp2-zigzag-prefix", "zigzag", 2, **_AUTO, data="prefix"),
+    Case("cp2-zigzag-no-prefixes", "zigzag", 2, data="prefix", broken="no-prefixes"),
 ]
 ALGORITHMS_OF_FOUR = [
     Case("cp4-zigzag-hybrid", "zigzag", 4, ulysses=2, checkpointing="non-reentrant"),
