@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from . import context as process
 from .guard import base_model, guard_model, refuse_together
-from .names import attention_name
+from .split import resolve, split_error
 from .supported import ARGUMENT_RULES, MODEL_RULES, check_loader, first_error
 
 logger = logging.getLogger("ring_hf")
@@ -69,14 +69,15 @@ class ContextParallelCallback(TrainerCallback):
             return
         inner = base_model(model)
         error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
-        refuse_together(error, {}, context)
+        error = error or split_error(inner.config, context)
+        split = None if error is not None else resolve(inner.config, context)
+        refuse_together(error, {"the way sequences are split": str(split)}, context)
         guard_model(model).prove_again()
         if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
             logger.info(
-                "context parallelism: %s, %d ranks per sequence (ring), %d data-parallel replicas, kernel %s, "
-                "overlap %s; sequences per optimizer step: %d",
-                attention_name(inner.config),
-                context.size,
+                "context parallelism: %s, %d data-parallel replicas, kernel %s, overlap %s; sequences per optimizer "
+                "step: %d",
+                split,
                 context.num_replicas,
                 context.kernel,
                 "on" if context.overlap else "off",

@@ -17,7 +17,8 @@ from ring_hf.parallel import agree, group_of
 from . import context as process
 from .backend import NOT_FROM_COLLATOR, call_count
 from .batch import KEY, ContextParallelBatch, RefusedBatch
-from .names import BACKENDS, attention_name
+from .names import attention_name
+from .split import resolve
 from .supported import MODEL_RULES, check_loader, first_error, text_config
 
 _guards: "weakref.WeakKeyDictionary[PreTrainedModel, Guard]" = weakref.WeakKeyDictionary()
@@ -85,7 +86,8 @@ class Guard:
             return None  # a whole sequence, for example inside generate()
         mode = _mode(model)
         error = first_error(MODEL_RULES, model) if mode not in self._proven else None
-        error = error or _batch_error(model, args, kwargs) or (None if model.training else evaluator.error(batch))
+        error = error or _batch_error(model, args, kwargs, context)
+        error = error or (None if model.training else evaluator.error(batch))
         if mode not in self._proven:
             refuse_together(error, _facts(model, batch), context)
             call_count.start()
@@ -138,12 +140,16 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         "the model": f"{type(model).__name__} with {attention_name(model.config)} in {model.dtype}",
     }
     if isinstance(batch, ContextParallelBatch):
-        facts["the layout"] = batch.sequence.layout
+        sequence = batch.sequence
+        facts["the layout"] = f"{sequence.layout}, {sequence.num_ranks} ranks, ulysses_size {sequence.ulysses}"
+        facts["the transport"] = f"{batch.transport}, inner_ring_size {batch.inner_ring_size}"
         facts["the batch (hash of its tokens, labels and documents)"] = batch.fingerprint
     return facts
 
 
-def _batch_error(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> str | None:
+def _batch_error(
+    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], context: process.ProcessContext
+) -> str | None:
     batch = kwargs.get(KEY)
     if isinstance(batch, RefusedBatch):
         return batch.message
@@ -169,21 +175,36 @@ def _batch_error(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
             return f"{name} was passed beside a sharded batch, but {why}. Leave it out."
     if kwargs.get("output_attentions"):
         return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
-    backend, layout = attention_name(model.config), batch.sequence.layout
-    if BACKENDS.get(backend or "") != layout:
-        return (
-            f"The model attends with {backend!r}, but the batch was sharded for layout {layout!r}. Build the collator "
-            "from the model that is trained, after its last set_attn_implementation call."
-        )
-    num_tokens = kwargs["input_ids"].shape[1]
+    error = _split_differs(model, batch, context)
+    if error is not None:
+        return error
+    num_tokens, sequence = kwargs["input_ids"].shape[1], batch.sequence
     if num_tokens != batch.shard_length:
         return (
-            f"This rank got {num_tokens} tokens, but its {layout} shard of {batch.sequence.length} tokens has "
+            f"This rank got {num_tokens} tokens, but its {sequence.layout} shard of {sequence.length} tokens has "
             f"{batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
         )
     if kwargs["input_ids"].device.type not in ("cpu", "cuda"):
         return f"Device {kwargs['input_ids'].device} is not supported by ring attention. Use a CPU or CUDA device."
     return None
+
+
+def _split_differs(model: PreTrainedModel, batch: ContextParallelBatch, context: process.ProcessContext) -> str | None:
+    """The collator resolved the split from the model it was given: is it still that of the model that runs?"""
+    try:
+        split = resolve(model.config, context)
+    except ValueError as error:
+        return str(error)
+    sequence = batch.sequence
+    wanted = (split.layout, split.size, split.ulysses_size, split.transport, split.inner_ring_size)
+    found = (sequence.layout, sequence.num_ranks, sequence.ulysses, batch.transport, batch.inner_ring_size)
+    if wanted == found:
+        return None
+    more = "" if wanted[0] != found[0] else f", {found[1]} ranks with ulysses_size={found[2]}, not for {split}"
+    return (
+        f"The model attends with {split.backend!r}, but the batch was sharded for layout {sequence.layout!r}{more}. "
+        "Build the collator from the model that is trained, after its last set_attn_implementation call."
+    )
 
 
 def _check_calls(model: PreTrainedModel, calls: int) -> None:

@@ -48,6 +48,13 @@ class LeftPadding:
         return {key: value.flip(1) for key, value in batch.items()}
 
 
+class TwoRows:
+    """An inner collator whose rows do not show which examples they hold."""
+
+    def __call__(self, features: list) -> dict[str, torch.Tensor]:
+        return PadOrPack()(features[:2])
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter(rows(*[16] * 8))
@@ -123,6 +130,30 @@ def stream_is_fine_when_not_dispatched(rank: int, world_size: int) -> None:
     raise ValueError("no error")
 
 
+def more_ranks_than_heads(rank: int, world_size: int) -> None:
+    model = llama("ulysses", num_attention_heads=1, num_key_value_heads=1)
+    train(model, ContextParallelCollator(model))
+
+
+def ulysses_of_another_size(rank: int, world_size: int) -> None:
+    config = ContextParallelConfig(context_parallel_size=2, ulysses_size=1)
+    train(llama("ulysses"), args=arguments(config))
+
+
+def other_transport_on_rank_1(rank: int, world_size: int) -> None:
+    config = ContextParallelConfig(context_parallel_size=2, transport="direct" if rank == 1 else "ring")
+    train(args=arguments(config))
+
+
+def double_ring_in_one_node(rank: int, world_size: int) -> None:
+    train(args=arguments(ContextParallelConfig(context_parallel_size=4, transport="double_ring")))
+
+
+def ulysses_collator_on_rank_1(rank: int, world_size: int) -> None:
+    model = llama("ring_contiguous")
+    train(model, ContextParallelCollator(llama("ulysses") if rank == 1 else model))
+
+
 def wrong_world_size(rank: int, world_size: int) -> None:
     arguments(ContextParallelConfig(context_parallel_size=3))
     train(args=arguments(ContextParallelConfig(context_parallel_size=3)))
@@ -169,6 +200,11 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
         own_loss,
         dispatched_stream,
         stream_is_fine_when_not_dispatched,
+        more_ranks_than_heads,
+        ulysses_of_another_size,
+        other_transport_on_rank_1,
+        double_ring_in_one_node,
+        ulysses_collator_on_rank_1,
         wrong_world_size,
         wrong_product,
         evaluated_stream,

@@ -13,7 +13,7 @@ from transformers import (
 
 from ring_hf.geometry import WholeSequence
 from ring_hf.hf.batch import KEY, ContextParallelBatch, RefusedBatch
-from tests.hf.faults import LeftPadding
+from tests.hf.faults import LeftPadding, TwoRows
 from tests.hf.models import SIZES, llama, rows
 
 CONFIGS = {
@@ -21,9 +21,34 @@ CONFIGS = {
     "sp_size": ({"sp_size": 2}, "sp_size=2 would"),
     "tp_size": ({"tp_size": 2}, "tp_size=2 would"),
     "handler": ({"cp_handler": object()}, "cp_handler configures Accelerate's own parallelism"),
-    "ulysses_size": ({"ulysses_size": 2}, "ulysses_size=2 is not supported yet"),
-    "inner_ring_size": ({"inner_ring_size": 2}, "inner_ring_size=2 is not supported yet"),
-    "transport": ({"transport": "allgather"}, "transport='allgather' is not supported yet"),
+    "ulysses of zero ranks": ({"ulysses_size": 0}, "ulysses_size=0 must be a whole number of at least 1"),
+    "ulysses in words": ({"ulysses_size": "all"}, "ulysses_size='all' must be a whole number of at least 1, or"),
+    "ulysses that does not divide": (
+        {"context_parallel_size": 4, "ulysses_size": 3},
+        "ulysses_size=3 does not divide context_parallel_size=4.* Set it to 1, 2 or 4, or to 'auto'",
+    ),
+    "transport": ({"transport": "pigeon"}, "transport='pigeon' is not known. Choose one of auto, ring, double_ring"),
+    "inner ring of zero ranks": ({"inner_ring_size": 0}, "inner_ring_size=0 must be a whole number of at least 1"),
+    "inner ring of another transport": (
+        {"context_parallel_size": 4, "inner_ring_size": 2, "transport": "direct"},
+        "inner_ring_size=2 belongs to the double ring, but transport='direct'. Set transport=\"double_ring\"",
+    ),
+    "inner ring that does not divide": (
+        {"context_parallel_size": 8, "inner_ring_size": 3},
+        "inner_ring_size=3 does not cut the ring of 8 ranks .context_parallel_size=8 / ulysses_size=1.*to 2 or 4",
+    ),
+    "inner ring of a hybrid": (
+        {"context_parallel_size": 8, "ulysses_size": 2, "inner_ring_size": 4, "transport": "double_ring"},
+        "inner_ring_size=4 does not cut the ring of 4 ranks .context_parallel_size=8 / ulysses_size=2.*Set it to 2",
+    ),
+    "inner ring of a ring of three": (
+        {"context_parallel_size": 3, "inner_ring_size": 3},
+        "inner_ring_size=3 needs a ring that is made of smaller rings, but .*leaves a ring of 3",
+    ),
+    "double ring of two": (
+        {"context_parallel_size": 2, "transport": "double_ring"},
+        "transport='double_ring' needs a ring that is made of smaller rings, but .* leaves a ring of 2",
+    ),
     "kernel": ({"kernel": "warp"}, "kernel='warp' is not known. Choose one of auto"),
     "dp_shard_size": ({"dp_shard_size": 2}, "dp_shard_size=2: sharded weights .FSDP. are not proven yet"),
     "size zero": ({"context_parallel_size": 0}, "context_parallel_size=0 must be a whole number of at least 1"),
@@ -68,6 +93,7 @@ BATCHES = {
     ),
 }
 
+PREFIXED = [{**row, "prefix_length": 5} for row in rows(16, 12)]
 COLLATORS = {
     "left padding": ({"inner": LeftPadding()}, rows(16, 12), "left padding.*tokenizer.padding_side = 'right'"),
     "unknown column": ({}, [{**row, "text": "a"} for row in rows(16)], "default collator does not know text"),
@@ -77,6 +103,43 @@ COLLATORS = {
         {"packing": True},
         [{"input_ids": [1] * 16, "attention_mask": [1] * 9 + [0] * 7}],
         "carries padding",
+    ),
+    "column that would be overlooked": ({}, PREFIXED, "column prefix_length, which only counts with .*prefix_lm=True"),
+    "no prefix": (
+        {"prefix_lm": True},
+        [PREFIXED[0], rows(12)[0]],
+        "Example 1 of the batch has no prefix_length, but prefix_lm=True.*remove_unused_columns=False",
+    ),
+    "prefix that is no number": (
+        {"prefix_lm": True},
+        [{**rows(16)[0], "prefix_length": 2.5}],
+        "prefix_length=2.5 of example 0 must be a whole number",
+    ),
+    "negative prefix": ({"prefix_lm": True}, [{**rows(16)[0], "prefix_length": -1}], "prefix_length=-1 of example 0"),
+    "prefix longer than its row": (
+        {"prefix_lm": True},
+        [PREFIXED[0], {**rows(12)[0], "prefix_length": 13}],
+        "prefix_length=13 of example 1 is more than its 12 tokens",
+    ),
+    "prefix longer than its document": (
+        {"prefix_lm": True, "packing": True},
+        [PREFIXED[0], {**rows(12)[0], "prefix_length": 13}],
+        "prefix_length=13 of example 1 is more than its 12 tokens",
+    ),
+    "prefix of a row of documents": (
+        {"prefix_lm": True},
+        [{**rows(16)[0], "prefix_length": 5, "position_ids": [*range(6), *range(10)]}],
+        "1 examples became 2 documents at other places",
+    ),
+    "prefixes of documents that are not the examples": (
+        {"prefix_lm": True, "packing": True},
+        [{**rows(8)[0], "prefix_length": 5, "position_ids": [*range(4), *range(4)]}] * 2,
+        "2 examples became 4 documents at other places",
+    ),
+    "prefixes of rows that do not show their examples": (
+        {"prefix_lm": True, "inner": TwoRows()},
+        [*PREFIXED, *PREFIXED],
+        "4 examples became 2 documents at other places",
     ),
     "different keys": ({}, [rows(16)[0], {"input_ids": [1] * 16, "shift_labels": [1] * 16}], "different keys"),
 }
@@ -212,11 +275,17 @@ DISTRIBUTED = {
     "own_loss": "labels were taken out before the forward pass",
     "dispatched_stream": 'accelerator_config={"dispatch_batches": False}',
     "stream_is_fine_when_not_dispatched": "no error",
+    "more_ranks_than_heads": "ulysses_size=2 deals 1 query heads to 2 ranks, but every rank needs at least one",
+    "ulysses_of_another_size": "exchanges heads among all context_parallel_size=2 ranks, but ulysses_size=1",
+    "other_transport_on_rank_1": "The ranks disagree about the way sequences are split",
+    "ulysses_collator_on_rank_1": "rank 1: The model attends with 'ring_contiguous', but the batch was sharded for "
+    "layout 'contiguous', 2 ranks with ulysses_size=2",
     "wrong_world_size": "context_parallel_size=3 does not divide 2 processes",
     "wrong_product": "context_parallel_size=2 * dp_replicate_size=2 = 4, but 2 processes were started",
     "shard_made_metric": "differs between ranks that share a sequence",
 }
 FOUR = {
+    "double_ring_in_one_node": "takes the ranks of a node as inner ring, but LOCAL_WORLD_SIZE is",
     "evaluated_stream": "An evaluation dataset without a length cannot be split exactly over 2 replicas",
     "packed_predictions": "Predictions of packed rows cannot be put in order over 2 data-parallel replicas",
     "left_padding_on_rank_1": "rank 1: attention_mask has left padding",

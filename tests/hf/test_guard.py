@@ -1,5 +1,7 @@
 """The guard outside of the Trainer, after the first step, and when several Trainers share a process."""
 
+import logging
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -92,3 +94,30 @@ def test_a_later_trainer_works_without_context_and_the_earlier_one_is_refused_ra
     for active, message in run_distributed(2, two_trainers):
         assert active == [True, False]
         assert message.startswith("The ranks disagree about the batch")
+
+
+def logged(rank, world_size):
+    """What the Trainer's callback logs about the split; only the first process speaks."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("ring_hf")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        config = ContextParallelConfig(context_parallel_size=world_size, ulysses_size=2, transport="direct")
+        model = llama("ring_balanced")
+        Trainer(model, arguments(config), train_dataset=rows(16), data_collator=ContextParallelCollator(model))
+    finally:
+        logger.removeHandler(handler)
+        context.activate(None)
+    return messages
+
+
+def test_the_resolved_split_is_logged_once():
+    first, *others = run_distributed(4, logged)
+    assert len(first) == 1 and others == [[], [], []]
+    assert first[0].startswith(
+        "context parallelism: ring_balanced (layout balanced), 4 ranks per sequence = ring 2 x ulysses 2, "
+        "inner ring 1, transport direct, 1 data-parallel replicas, kernel auto, overlap on"
+    )

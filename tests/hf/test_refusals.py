@@ -14,7 +14,7 @@ from ring_hf.hf.guard import _batch_error, base_model
 from ring_hf.hf.supported import ARGUMENT_RULES, MODEL_RULES, first_error
 from tests.harness import run_distributed
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
-from tests.hf.models import llama, rank_of, rows
+from tests.hf.models import context_of, llama, rank_of, rows
 from tests.hf.refusal_tables import (
     ARGUMENTS,
     BATCHES,
@@ -27,6 +27,7 @@ from tests.hf.refusal_tables import (
     MODELS,
     ONES,
     PASSED,
+    PREFIXED,
     SHARD,
 )
 
@@ -47,6 +48,10 @@ def test_environment_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "2")
     monkeypatch.setenv("RING_HF_OVERLAP", "perhaps")
     with pytest.raises(ValueError, match="RING_HF_OVERLAP='perhaps' must be true or false"):
+        ContextParallelConfig()
+    monkeypatch.setenv("RING_HF_OVERLAP", "true")
+    monkeypatch.setenv("RING_HF_ULYSSES_SIZE", "all")
+    with pytest.raises(ValueError, match="RING_HF_ULYSSES_SIZE='all' must be a whole number or \"auto\""):
         ContextParallelConfig()
 
 
@@ -116,6 +121,13 @@ def test_backend_that_is_not_ours_is_refused_by_the_collator():
 def test_inner_collator_and_packing_exclude_each_other():
     with pytest.raises(ValueError, match="packing=True belongs to the default collator"):
         ContextParallelCollator(llama(), inner=LeftPadding(), packing=True)
+
+
+def test_prefixes_that_a_backend_would_not_look_at_are_refused_in_one_process():
+    with pytest.raises(ValueError, match=r"prefix_lm=True with attn_implementation='sdpa'.*ring_zigzag"):
+        ContextParallelCollator(llama("sdpa"), prefix_lm=True)(PREFIXED)
+    with pytest.raises(ValueError, match="column prefix_length, which only counts with"):
+        ContextParallelCollator(llama("sdpa"))(PREFIXED)
 
 
 def test_numpy_batches_are_refused():
@@ -202,13 +214,13 @@ def test_plain_arguments_are_accepted():
 @pytest.mark.parametrize("name", PASSED)
 def test_model_arguments_are_refused(name):
     changes, message = PASSED[name]
-    found = _batch_error(llama(), (), {**SHARD, **changes})
+    found = _batch_error(llama(), (), {**SHARD, **changes}, context_of(2, 0))
     assert found is not None and message in found
-    assert _batch_error(llama(), (), SHARD) is None
+    assert _batch_error(llama(), (), SHARD, context_of(2, 0)) is None
 
 
 def test_tokens_by_position_are_refused():
-    assert "Tokens were passed by position" in _batch_error(llama(), (ONES,), {KEY: DESCRIPTION})
+    assert "Tokens were passed by position" in _batch_error(llama(), (ONES,), {KEY: DESCRIPTION}, context_of(2, 0))
 
 
 # Two processes: every rank gets the message, whoever is at fault, and none hangs
