@@ -64,6 +64,7 @@ class Problem:
     need: Matrix
     interleaved: bool = False
     cache: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = field(default_factory=dict, compare=False)
+    far: dict[int, int] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> "Problem":
@@ -93,13 +94,14 @@ class Problem:
         if transport == "allgather" or size == 1:
             return 1
         inner = inner if transport == "double_ring" else size
-        far = [0, 0]
-        for place, row in enumerate(self.need):
-            for source, tokens in enumerate(row):
-                if tokens:
-                    far[0] = max(far[0], (place // inner - source // inner) % (size // inner))
-                    far[1] = max(far[1], (place - source) % inner)
-        return (far[0] + 1) * inner if far[0] else far[1] + 1
+        if inner not in self.far:
+            seen = [[source for source, tokens in enumerate(row) if tokens] for row in self.need]
+            nodes = size // inner
+            pairs = [(place, source) for place, row in enumerate(seen) for source in (*row, place)]
+            outer = max((place // inner - source // inner) % nodes for place, source in pairs)
+            places = max((place - source) % inner for place, source in pairs)
+            self.far[inner] = (outer + 1) * inner if outer else places + 1
+        return self.far[inner]
 
     def by_step(self, steps: int, inner: int) -> list[tuple[list[int], list[float]]]:
         """Per step and place: visible pairs, and queries that see any of the step's block."""

@@ -4,6 +4,7 @@ A step begins when the step before is done and its block has arrived; a message 
 and the sender's link is free, and takes latency + bytes / bandwidth. Links inside a node and between nodes are apart.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -72,22 +73,21 @@ class Layer:
 class Clock:
     """When every rank is done with the step at hand, and when every rank's links are free again."""
 
-    def __init__(self, layer: Layer, size: int) -> None:
-        self.layer, self.size = layer, size
+    def __init__(self, size: int) -> None:
         self.now = [0.0] * size
-        self.free = {True: [0.0] * size, False: [0.0] * size}
+        self.free = [0.0] * (2 * size)  # links inside the node, then links to other nodes
         self.due: dict[int, list[float]] = {}
 
     def post(self, seconds: Sequence[float], way: "Way", due: int) -> None:
         """Every place sends for so many seconds to its target, which needs it for step `due`; 0: it sends nothing."""
         now, free = self.now, self.free
-        done = [
-            max(now[place], now[target], free[link][place]) + long if long else 0.0
-            for place, (long, target, link) in enumerate(zip(seconds, way.targets, way.crosses, strict=True))
-        ]
-        for place, (end, link) in enumerate(zip(done, way.crosses, strict=True)):
+        both = map(max, now, [now[target] for target in way.targets])
+        done = list(map(operator.add, map(max, both, [free[link] for link in way.links]), seconds))
+        if not all(seconds):
+            done = [end if long else 0.0 for end, long in zip(done, seconds, strict=True)]
+        for link, end in zip(way.links, done, strict=True):
             if end:
-                free[link][place] = end
+                free[link] = end
         # Both sides wait: the sender for its buffer, the receiver for its block.
         received = [done[source] for source in way.sources]
         before = self.due.get(due, received)
@@ -95,10 +95,10 @@ class Clock:
 
     def wait(self, due: int) -> None:
         if due in self.due:
-            self.now = [max(pair) for pair in zip(self.now, self.due.pop(due), strict=True)]
+            self.now = list(map(max, self.now, self.due.pop(due)))
 
     def compute(self, seconds: Sequence[float]) -> None:
-        self.now = [a + b for a, b in zip(self.now, seconds, strict=True)]
+        self.now = list(map(operator.add, self.now, seconds))
 
 
 class Way:
@@ -108,6 +108,7 @@ class Way:
         nodes = layer.nodes(len(targets))
         self.targets = targets
         self.crosses = [nodes[target] != here for here, target in zip(nodes, targets, strict=True)]
+        self.links = [place + len(nodes) * crosses for place, crosses in enumerate(self.crosses)]
         self.sources = sorted(range(len(targets)), key=targets.__getitem__)
 
     def seconds(self, layer: Layer, num_bytes: Sequence[float]) -> list[float]:
@@ -121,7 +122,7 @@ Passed = tuple[float, tuple[float, ...], tuple[float, ...]]  # seconds, and per 
 def relay(layer: Layer, tokens: int, plan: Plan, compute: list[list[float]], backward: bool) -> Passed:
     """Blocks handed from rank to rank."""
     size, steps = plan.num_ranks, len(plan.steps)
-    kv, grads = Clock(layer, size), Clock(layer, size)
+    kv, grads = Clock(size), Clock(size)
     grads.free = kv.free
     sent = [0.0] * steps
 
@@ -161,7 +162,7 @@ def relay(layer: Layer, tokens: int, plan: Plan, compute: list[list[float]], bac
 def fetch(layer: Layer, need: Matrix, sources: list[list[int]], compute: list[list[float]], backward: bool) -> Passed:
     """Every rank fetches what it sees of the next step's source; gradients go straight home."""
     size, last = len(need), len(compute) - 1
-    clock, grads = Clock(layer, size), Clock(layer, size)
+    clock, grads = Clock(size), Clock(size)
     grads.free = clock.free
     most, mean = [], []
     for step, seconds in enumerate(compute):
