@@ -83,7 +83,9 @@ def split_error(model_config: Any, context: ProcessContext) -> str | None:
 
 def _ulysses_size(backend: str, model_config: Any, context: ProcessContext) -> int:
     size, wanted = context.size, context.ulysses_size
-    num_heads, num_kv_heads = _head_counts(model_config)
+    if backend != ULYSSES and wanted in (None, 1):
+        return 1
+    heads = _head_counts(model_config)
     if backend == ULYSSES:
         if wanted not in (None, size):
             raise ValueError(
@@ -92,34 +94,39 @@ def _ulysses_size(backend: str, model_config: Any, context: ProcessContext) -> i
                 f"attn_implementation={next(iter(BACKENDS))!r} (or another ring_* name)."
             )
         ulysses_size = size
-    elif wanted == "auto":
-        if num_heads is None or num_kv_heads is None:
-            raise ValueError(
-                f"ulysses_size='auto' needs the number of heads, which {type(model_config).__name__} does not give "
-                "as one number. Set ulysses_size to a number."
-            )
-        ulysses_size = auto_ulysses(num_heads, num_kv_heads, size, context.ranks_per_node)
-    else:
-        ulysses_size = wanted if isinstance(wanted, int) else 1
-    if num_heads is not None and num_heads < ulysses_size:
+    elif isinstance(wanted, int):
+        ulysses_size = wanted
+    elif heads is None:
         raise ValueError(
-            f"ulysses_size={ulysses_size} deals {num_heads} query heads to {ulysses_size} ranks, but every rank needs "
+            f"ulysses_size={wanted!r} needs the numbers of heads, which {type(model_config).__name__} does not give "
+            "under their usual names. Set ulysses_size to a number."
+        )
+    else:
+        fitting = [
+            n for n in _divisors(size) if all(auto_ulysses(*pair, n, context.ranks_per_node) == n for pair in heads)
+        ]
+        ulysses_size = max(fitting)
+    fewest = ulysses_size if heads is None else min(num_heads for num_heads, _ in heads)
+    if fewest < ulysses_size:
+        raise ValueError(
+            f"ulysses_size={ulysses_size} deals {fewest} query heads to {ulysses_size} ranks, but every rank needs "
             f"at least one. Set ulysses_size to a divisor of context_parallel_size={size} that is at most "
-            f"{num_heads} with a ring_* backend, or to 'auto'."
+            f"{fewest} with a ring_* backend, or to 'auto'."
         )
     return ulysses_size
 
 
-def _head_counts(model_config: Any) -> tuple[int | None, int | None]:
-    """Query and key/value heads; None where the config does not hold one number (other models call it otherwise, or
-    count per layer)."""
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    num_heads = getattr(text_config, "num_attention_heads", None)
-    num_kv_heads = getattr(text_config, "num_key_value_heads", None)
-    if num_kv_heads is None:
-        num_kv_heads = num_heads
-    whole = [number if isinstance(number, int) else None for number in (num_heads, num_kv_heads)]
-    return whole[0], whole[1]
+def _head_counts(model_config: Any) -> set[tuple[int, int]] | None:
+    """`(query heads, key/value heads)` of all layers; None where the config calls them otherwise."""
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    found = set()
+    for layer in config.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,):
+        num_heads = getattr(layer, "num_attention_heads", None)
+        num_kv_heads = getattr(layer, "num_key_value_heads", None) or num_heads
+        if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
+            return None
+        found.add((num_heads, num_kv_heads))
+    return found
 
 
 def _check_rings(size: int, ulysses_size: int, inner: int, transport: str) -> None:

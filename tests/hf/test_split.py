@@ -69,9 +69,9 @@ REFUSED = {
 }
 
 
-def config(attention, heads, **more):
+def config(attention, heads):
     sizes = {**SIZES, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 48}
-    return LlamaConfig(**sizes, **more, attn_implementation=attention)
+    return LlamaConfig(**sizes, attn_implementation=attention)
 
 
 @pytest.mark.parametrize("name", RESOLVED)
@@ -100,7 +100,18 @@ def test_one_rank_needs_no_split(backend):
     assert split.layout in LAYOUTS
 
 
-def test_auto_needs_one_number_of_heads():
-    per_layer = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
-    assert "does not give as one number" in split_error(per_layer, replace(context_of(4, 0), ulysses_size="auto"))
-    assert resolve(per_layer, replace(context_of(4, 0), ulysses_size=2)).ulysses_size == 2
+def test_auto_needs_to_know_the_heads():
+    listed = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
+    assert "does not give under their usual names" in split_error(
+        listed, replace(context_of(4, 0), ulysses_size="auto")
+    )
+    assert resolve(listed, replace(context_of(4, 0), ulysses_size=2)).ulysses_size == 2
+
+
+def test_every_layer_of_a_model_with_unequal_layers_must_fit():
+    unequal = config("ring_zigzag", (4, 4))
+    unequal.per_layer_config = {0: {"num_attention_heads": 2, "num_key_value_heads": 2}}  # as in Gemma 4
+    assert resolve(unequal, context_of(4, 0)).ulysses_size == 1
+    assert resolve(unequal, replace(context_of(4, 0), ulysses_size="auto")).ulysses_size == 2
+    with pytest.raises(ValueError, match="ulysses_size=4 deals 2 query heads to 4 ranks"):
+        resolve(unequal, replace(context_of(4, 0), ulysses_size=4))
