@@ -68,7 +68,7 @@ def words(number, **replaced):
 
 
 def test_all_commands_and_blocks_are_found():
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 10
     assert len(blocks("diff")) == 1
     assert README.count("```") == 2 * (len(COMMANDS) + len(blocks("diff")) + 1)  # and the file tree
 
@@ -127,6 +127,30 @@ def test_perplexity_command_writes_table_and_plot(model, corpus, tmp_path):
     assert "| after " in (tmp_path / "perplexity.md").read_text()
 
 
+def test_pictures_are_drawn_by_the_commands_beside_them(tmp_path):
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    commands = {words(n)[-1]: words(n, output=str(tmp_path / f"{n}.png")) for n in (5, 6, 7, 8)}
+    assert set(shown) == set(commands) and len(shown) == 4
+    for path, command in commands.items():
+        assert command[:2] == ["ring-hf", "show"]
+        run_command([sys.executable, "-m", "ring_hf.cli", *command[1:]])
+        old, new = (ROOT / path).read_bytes(), (tmp_path / command[-1]).read_bytes()
+        assert old.startswith(b"\x89PNG") and new.startswith(b"\x89PNG") and len(old) < 60_000
+
+
+def test_the_simulated_table_is_what_its_command_prints():
+    command = words(9)
+    assert command[:2] == ["ring-hf", "simulate"]
+    done = run_command([sys.executable, "-m", "ring_hf.cli", *command[1:]])
+    excerpt = re.search(r"<!-- simulated: (.*?) -->\n(.*?)<!-- end simulated -->", README, re.DOTALL)
+    assert excerpt is not None and excerpt[1] == " ".join(command[2:])
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in excerpt[2].splitlines())
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    table = [line for line in lines if len(line) == 11]
+    columns = [table[0].index(name) for name in names]
+    assert rows == [[line[column] for column in columns] for line in table[2:]]
+
+
 def test_the_diff_trains_with_two_processes(model, tmp_path):
     body = "\n".join(line[1:] for line in blocks("diff")[0].splitlines())
     assert body.count("context_parallel_size=8") == 1
@@ -163,7 +187,7 @@ def test_names_in_the_text_exist():
     names = set(re.findall(r"ring_hf\.([A-Za-z_]+)\b", README))
     assert names == {"ContextParallelConfig", "ContextParallelCollator", "context_attention"}
     assert all(hasattr(ring_hf, name) for name in names)
-    paths = set(re.findall(r"\b(?:configs|recipes|scripts)/[A-Za-z0-9_/-]+(?:\.(?:yaml|py|md))?", README)) - {
+    paths = set(re.findall(r"\b(?:configs|recipes|scripts)/[A-Za-z0-9_/-]+(?:\.(?:yaml|py|md|png))?", README)) - {
         "scripts/"
     }
     missing = [path for path in paths if not (ROOT / path).exists()]
