@@ -61,8 +61,8 @@ def peak_bytes(reset: bool = False) -> int:
 
 def run_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) -> dict[str, float]:
     """One forward and backward of this process's share; inputs and their gradients count as memory, too."""
-    layout, dtype = job["layout"], getattr(torch, job["dtype"])
-    tokens = job["length"] // (1 if layout == SINGLE else job["processes"])
+    settings, dtype = job["settings"], getattr(torch, job["dtype"])
+    tokens = job["length"] // (1 if settings is None else job["processes"])
     torch.manual_seed(rank)
     before = peak_bytes(reset=True)
     q, k, v = (
@@ -73,10 +73,13 @@ def run_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) ->
     if group is not None:
         dist.barrier(group)
     begin = time.perf_counter()
-    if layout == SINGLE:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if settings is None:
+        sizes = [b - a for a, b in itertools.pairwise(job.get("documents") or (0, tokens))]
+        parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+        alone = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        out = torch.cat(alone, dim=2) if len(alone) > 1 else alone[0]
     else:
-        out = context_attention(q, k, v, group=group, layout=layout, overlap=job["overlap"])
+        out = context_attention(q, k, v, group=group, cu_seqlens=job.get("documents"), **settings)
     forward = time.perf_counter() - begin
     out.backward(dout)
     if group is not None:
@@ -105,7 +108,7 @@ class Team:
 
     def run(self, job: dict[str, Any]) -> dict[str, float]:
         """The slowest (or largest) figure of the processes that take part."""
-        ranks = [self.processes] if job["layout"] == SINGLE else range(self.processes)
+        ranks = [self.processes] if job["settings"] is None else range(self.processes)
         for rank in ranks:
             self.queues[rank].put(job)
         answers = [self.results.get(timeout=1800) for _ in ranks]
@@ -128,30 +131,38 @@ def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> No
         results.put(run_once(job, rank, group))
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    arguments: argparse.Namespace,
+    variants: dict[str, dict[str, Any] | None],
+    documents: tuple[int, ...] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per dtype, length and variant: medians, and ratios to the first variant.
+
+    Args:
+        variants: by name the settings of `context_attention`, or None for one process.
+        documents: cumulative boundaries of packed documents.
+    """
     timing = Team(arguments.processes, "timing", {})
     # Large blocks straight from the system and back: peak memory is then what is alive, not what malloc keeps.
     memory = Team(arguments.processes, "memory", {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    variants = [(SINGLE, True)] + [(layout, True) for layout in arguments.layouts]
-    variants += [(layout, False) for layout in arguments.layouts if arguments.no_overlap]
     rows = []
     total = len(arguments.dtypes) * len(arguments.lengths) * (arguments.repeats + 1) * len(variants)
     progress = tqdm(total=total, desc="attention", disable=None)
     for dtype, length in itertools.product(arguments.dtypes, arguments.lengths):
-        shape = {**vars(arguments), "length": length, "dtype": dtype}
-        jobs = [{**shape, "layout": layout, "overlap": overlap} for layout, overlap in variants]
+        shape = {**vars(arguments), "length": length, "dtype": dtype, "documents": documents}
+        jobs = [{**shape, "variant": name, "settings": settings} for name, settings in variants.items()]
         runs: list[list[dict[str, float]]] = [[] for _ in jobs]
         for repeat in range(arguments.repeats + 1):
             for job, seen in zip(jobs, runs, strict=True):
                 if repeat == 0:  # the warm-up of the timing team is when the other team measures memory
-                    memory.run({**job, "length": 256})  # code and buffers that the first call of a kind brings in
+                    memory.run({**job, "length": 256, "documents": None})  # what a first call of its kind brings in
                     job["peak"] = memory.run(job)["memory"]
                     timing.run(job)
                 else:
                     seen.append(timing.run(job))
                 progress.update()
         for job, seen in zip(jobs, runs, strict=True):
-            row = {key: job[key] for key in ("dtype", "length", "layout", "overlap")}
+            row = {key: job[key] for key in ("dtype", "length", "variant")}
             row |= {key: statistics.median(run[key] for run in seen) for key in ("forward", "total")}
             # Run by run, so that both sides of a ratio saw the same machine.
             for key in ("forward", "total"):
@@ -170,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['dtype']} | {row['length']:,} | {row['layout']}{'' if row['overlap'] else ', no overlap'} "
+        f"| {row['dtype']} | {row['length']:,} | {row['variant']} "
         f"| {row['forward']:.3f} | {row['forward_ratio']:.2f} | {row['total']:.3f} | {row['total_ratio']:.2f} "
         f"| {row['memory'] / 2**20:.0f} | {row['memory_ratio']:.2f} |"
         for row in rows
@@ -180,7 +191,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    rows = measure(arguments)
+    ring = {layout: {"layout": layout, "transport": "ring"} for layout in arguments.layouts}
+    no_overlap = {f"{name}, no overlap": {**way, "overlap": False} for name, way in ring.items()}
+    rows = measure(arguments, {SINGLE: None, **ring, **(no_overlap if arguments.no_overlap else {})})
+    report(arguments.output, "attention", f"{table(rows)}\n", rows)
+
+
+def report(folder: Path | None, name: str, text: str, rows: Any) -> None:
+    """Prints the setting and the text; with a folder also writes `name.md` and `name.json` there."""
     setting = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -188,12 +206,12 @@ def main() -> None:
         "cores": os.cpu_count(),
         "command": " ".join(sys.argv),
     }
-    text = f"{setting}\n\n{table(rows)}\n"
+    text = f"{setting}\n\n{text}"
     print(text)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "attention.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=1))
-        (arguments.output / "attention.md").write_text(text)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=1))
+        (folder / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":
