@@ -1,0 +1,102 @@
+"""Every way to exchange, side by side in one run: time and peak memory, forward + backward, causal, dense and packed.
+
+Dense: ratios to the zigzag ring. Packed documents of mixed length: ratios to one process, with as many threads, that
+runs each document alone and so knows of no padding, no mask and no exchange. `auto` is what a user gets by default; it
+must not lose to the ring.
+
+    python scripts/bench_algorithms.py                              # 16K tokens, 2 and 4 processes, about 20 minutes
+    python scripts/bench_algorithms.py --processes 2 --lengths 4096 --repeats 3
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ring_hf.geometry import Mask, WholeSequence, rank_work
+from scripts.bench_attention import measure, report, table
+
+Variants = dict[str, dict[str, Any] | None]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="ranks that share a sequence")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="global sequence lengths")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="torch dtypes")
+    parser.add_argument("--heads", type=int, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=50, help="packed documents of mixed length per sequence")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each variant, after one warm-up")
+    parser.add_argument("--output", type=Path, help="folder for algorithms.json and algorithms.md")
+    return parser.parse_args()
+
+
+def dense_variants(processes: int) -> Variants:
+    zigzag: dict[str, Any] = {"layout": "zigzag"}
+    found: Variants = {
+        "ring": {**zigzag, "transport": "ring"},
+        "auto": {**zigzag, "transport": "auto"},
+        "ring, no overlap": {**zigzag, "transport": "ring", "overlap": False},
+        "allgather": {**zigzag, "transport": "allgather"},
+        "direct": {**zigzag, "transport": "direct"},
+        "ulysses": {**zigzag, "ulysses_size": processes},
+    }
+    if processes == 4:
+        found["double_ring 2x2"] = {**zigzag, "transport": "double_ring", "inner_ring_size": 2}
+        found["ulysses 2 x ring 2"] = {**zigzag, "ulysses_size": 2, "transport": "ring"}
+    return found
+
+
+def packed_variants() -> Variants:
+    found: Variants = {"each document alone, 1 process": None}
+    for layout in ("zigzag", "balanced"):
+        for transport in ("ring", "direct", "allgather", "auto"):
+            found[f"{layout}, {transport}"] = {"layout": layout, "transport": transport}
+    return found
+
+
+def mixed_documents(length: int, count: int) -> tuple[int, ...]:
+    """Boundaries of documents whose lengths are log-normal: many short ones and a few long ones."""
+    generator = random.Random(0)
+    sizes = [generator.lognormvariate(0.0, 1.2) for _ in range(count)]
+    bounds = {0, length}
+    filled = 0.0
+    for size in sizes:
+        filled += size
+        bounds.add(round(filled / sum(sizes) * length))
+    return tuple(sorted(bounds))
+
+
+def imbalance(layout: str, length: int, processes: int, documents: tuple[int, ...]) -> float:
+    sequence = WholeSequence(layout, length, processes, (documents,))
+    work = [rank_work(sequence, Mask(), rank) for rank in range(processes)]
+    return max(work) * processes / sum(work)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    parts, rows = [], []
+    for processes in arguments.processes:
+        setting = argparse.Namespace(**{**vars(arguments), "processes": processes})
+        dense = measure(setting, dense_variants(processes))
+        parts.append(f"{processes} processes, one document\n\n{table(dense)}\n")
+        rows += [{**row, "processes": processes, "packed": False} for row in dense]
+        for length in arguments.lengths:
+            documents = mixed_documents(length, arguments.documents)
+            each = {layout: imbalance(layout, length, processes, documents) for layout in ("zigzag", "balanced")}
+            said = ", ".join(f"{layout} {figure:.3f}" for layout, figure in each.items())
+            only = argparse.Namespace(**{**vars(setting), "lengths": [length]})
+            packed = measure(only, packed_variants(), documents)
+            head = f"{processes} processes, {len(documents) - 1} documents; busiest rank over mean: {said}"
+            parts.append(f"{head}\n\n{table(packed)}\n")
+            rows += [{**row, "processes": processes, "packed": True} for row in packed]
+    report(arguments.output, "algorithms", "\n".join(parts), rows)
+
+
+if __name__ == "__main__":
+    main()
