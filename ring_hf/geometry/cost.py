@@ -184,8 +184,15 @@ def choose_transport(
     A relay is the default: `ring`, or `double_ring` where `inner` cuts the ring into several. `direct` replaces it
     where it sends less and is not slower; `allgather` where it is predicted faster and the gathered keys, values and
     gradients fit into `hardware.room`.
+
+    Raises:
+        ValueError: if `inner` does not divide the ring.
     """
     size = sequence.ring_size
+    if size % inner:
+        raise ValueError(
+            f"inner_ring_size={inner} does not divide the ring of {size}. Choose a divisor, or 1 for a plain ring."
+        )
     if size == 1:
         return Choice("ring", "one place on the ring: no keys or values travel")
     relay_name = "double_ring" if 1 < inner < size else "ring"

@@ -113,6 +113,15 @@ def test_bytes_are_those_of_the_formulas(shape, num_ranks):
     assert pass_cost(ring, shape, IDEAL).mean_sent / exchanged == pytest.approx(n * d_kv / (d_q + d_kv))
 
 
+def test_buffers_are_those_of_the_formulas():
+    n, c, d_kv = 8, 512, 8 * 128
+    problem = Problem.of(WholeSequence("zigzag", n * c, n), Mask())
+    assert pass_cost(problem, GQA4, IDEAL, "ring").buffers == 8 * c * d_kv  # two blocks in turn
+    assert pass_cost(problem, GQA4, IDEAL, "allgather").buffers == 4 * n * c * d_kv
+    near = Problem.of(WholeSequence("contiguous", n * c, n), Mask(window=17))
+    assert pass_cost(near, GQA4, IDEAL, "direct").buffers == 4 * 16 * d_kv
+
+
 def threshold(shape, hardware, backward, causal):
     """Fewest tokens per rank at which all steps but the last message home are hidden."""
 
@@ -189,6 +198,12 @@ def test_auto_gathers_only_where_that_is_faster_and_fits():
     assert choice.transport == "allgather"
     tight = choose_transport(dense, Mask(), GQA4, 1, replace(launches, room=1e6))
     assert tight.transport == "ring" and "allgather would hold more than 1 MB" in tight.reason
+
+
+def test_an_inner_ring_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"inner_ring_size=3 does not divide the ring of 8\. Choose a divisor"):
+        choose_transport(WholeSequence("zigzag", 64, 8), Mask(), GQA4, 3, IDEAL)
+    assert choose_transport(WholeSequence("zigzag", 2**16, 8), Mask(), GQA4, 8, IDEAL).transport == "ring"
 
 
 def test_the_reason_names_both_sides_with_numbers():
