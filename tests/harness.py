@@ -34,6 +34,8 @@ def free_port() -> int:
 
 def poison_empty() -> None:
     """Makes `torch.empty`, `empty_like` and `Tensor.new_empty` return NaN for floating point tensors."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch now remembers the true functions as those that a device context redirects
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, **kwargs: Any) -> torch.Tensor:

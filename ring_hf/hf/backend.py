@@ -1,10 +1,10 @@
-"""The attention backends `ring_contiguous`, `ring_zigzag` and `ring_striped` for `attn_implementation=...`.
+"""The attention backends `ring_<layout>` and `ulysses` for `attn_implementation=...`.
 
 Transformers calls one function per attention layer with queries and keys as [batch, heads, tokens, head dim], key and
 value heads not repeated, and passes every model kwarg on to it. If the batch came from `ContextParallelCollator`, the
 kwarg `context_parallel` describes the whole sequence and the tensors are this rank's shard of it: ring attention. If
-not, the process holds the whole sequence: plain local attention, equal to `attn_implementation="sdpa"`. Whatever would
-change the result and is not implemented is refused.
+not, the process holds the whole sequence: plain local attention, equal to `attn_implementation="sdpa"` (or "eager"
+where that is all a model has). Whatever would change the result and is not implemented is refused.
 
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
 """
@@ -18,10 +18,11 @@ from ring_hf.parallel import ring_attention
 
 from . import context
 from .batch import KEY, ContextParallelBatch, RefusedBatch
-from .local import local_backend
+from .local import Maths, local_backend
 from .names import BACKENDS, attention_name
 
-# Arguments of attention layers in Transformers that change the result and that no kernel here computes.
+# Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
+# one score per query (Inkling), unlike `s_aux`, one per head.
 CHANGES_THE_RESULT = ("position_bias", "sinks", "indices", "block_indices", "head_mask", "alibi", "cache")
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
@@ -30,18 +31,20 @@ DTYPES = {
 
 
 class CallCount:
-    """Counts calls of the backend while switched on: the guard proves with it that every attention layer calls it."""
+    """Notes which modules call the backend with a shard while switched on: the guard proves with it that all
+    attention layers do."""
 
     def __init__(self) -> None:
         self.on = False
-        self.calls = 0
+        self.callers: list[torch.nn.Module] = []
 
     def start(self) -> None:
-        self.on, self.calls = True, 0
+        self.on, self.callers = True, []
 
-    def stop(self) -> int:
+    def stop(self) -> list[torch.nn.Module]:
         self.on = False
-        return self.calls
+        callers, self.callers = self.callers, []
+        return callers
 
 
 call_count = CallCount()
@@ -53,21 +56,39 @@ def mask_2d(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
+    config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Mask function of the backends: the 2D padding mask of the keys if it hides any, else None; never 4D.
 
     A 4D mask would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
     """
-    if kv_length + kv_offset > int(q_offset) + q_length:
+    end = int(q_offset) + q_length
+    if kv_length + kv_offset > end:
         raise ValueError(
-            f"A static cache ({kv_length} slots, {int(q_offset) + q_length} of them filled) is not supported by the "
+            f"A static cache ({kv_length} slots, {end} of them filled) is not supported by the "
             "ring backends. Generate with the default dynamic cache, or with attn_implementation='sdpa'."
+        )
+    if kwargs.get("use_vmap") or _is_union(kwargs.get("mask_function")):
+        raise ValueError(
+            "The model adds to its attention mask (tokens of one image that see each other, for example), which the "
+            "ring backends do not compute. Use attn_implementation='sdpa'."
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and kwargs.get("local_size") == chunk and end > max(q_length, chunk):
+        raise ValueError(
+            f"A cache that reaches beyond one chunk of attention ({end} tokens, attention_chunk_size={chunk}) is not "
+            "supported by the ring backends. Generate with attn_implementation='sdpa'."
         )
     if attention_mask is None or attention_mask.ndim != 2:
         return attention_mask
     mask_BS = attention_mask[:, kv_offset : kv_offset + kv_length]
     return None if bool(mask_BS.all()) else mask_BS
+
+
+def _is_union(mask_function: Any) -> bool:
+    """Whether Transformers joined the causal mask with another one (`masking_utils.or_masks`)."""
+    return "or_masks" in getattr(mask_function, "__qualname__", "")
 
 
 def attention(
@@ -88,44 +109,85 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer; returns [B, S, H, E] and no weights."""
-    if call_count.on:
-        call_count.calls += 1
-    _refuse_unsupported(query, key, value, softcap, s_aux, kwargs)
+    if call_count.on and context_parallel is not None:
+        call_count.callers.append(module)
+    _refuse_unsupported(query, key, value, s_aux, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if sliding_window is not None and not causal:
+    window = sliding_window if sliding_window is not None else _window(module)
+    if window is not None and not causal:
         raise ValueError(
-            f"sliding_window={sliding_window} without a causal mask looks both ways in Transformers, which the ring "
+            f"sliding_window={window} without a causal mask looks both ways in Transformers, which the ring "
             "backends do not compute. Use a causal model, or one without sliding windows."
         )
+    maths = Maths(causal, window, _chunk(module), scaling, softcap or None, s_aux)
     if context_parallel is None:
         if module.training and context.current() is not None:
             raise ValueError(NOT_FROM_COLLATOR)
-        out_BSHE = local_backend(
-            query, key, value, attention_mask, causal, sliding_window, scaling, dropout, position_ids, cu_seq_lens_q
-        )
-        return out_BSHE, None
+        return local_backend(query, key, value, maths, attention_mask, dropout, position_ids, cu_seq_lens_q), None
     if isinstance(context_parallel, RefusedBatch):
         raise ValueError(context_parallel.message)
-    _refuse_unshardable(module, query, key, value, attention_mask, dropout, context_parallel)
+    batch = context_parallel
+    _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
     out_BHSE, _ = ring_attention(
-        query,
+        _by_place(module, query, batch),
         key,
         value,
-        sequence=context_parallel.sequence,
-        group=context_parallel.group,
-        causal=causal,
-        window=sliding_window,
-        scale=scaling,
-        kernel=context_parallel.kernel,
-        overlap=context_parallel.overlap,
+        sequence=batch.sequence,
+        group=batch.group,
+        **maths.arguments(),
+        kernel=batch.kernel,
+        transport=batch.transport,
+        inner_ring_size=batch.inner_ring_size,
+        overlap=batch.overlap,
     )
     return out_BHSE.transpose(1, 2).contiguous(), None
 
 
+def _layer_type(module: torch.nn.Module) -> str | None:
+    types, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return types[index] if types is not None and index is not None and index < len(types) else None
+
+
+def _window(module: torch.nn.Module) -> int | None:
+    """The window of a layer that tells it to nobody but its mask (Qwen2-MoE)."""
+    return module.config.sliding_window if _layer_type(module) == "sliding_attention" else None  # type: ignore
+
+
+def _chunk(module: torch.nn.Module) -> int | None:
+    """Tokens of a chunk in layers that attend inside chunks (Llama 4), which only their mask would tell."""
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk is None:
+        return None
+    kind = _layer_type(module)
+    if kind is None:
+        raise ValueError(
+            f"attention_chunk_size={chunk}, but {type(module).__name__} does not say whether it is one of the layers "
+            "that attend inside chunks (config.layer_types, layer_idx). Use attn_implementation='sdpa'."
+        )
+    return chunk if kind == "chunked_attention" else None
+
+
+def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+    """Llama 4 scales the queries of layers without RoPE by their place, which it counts from 0 in the tensor at hand:
+    replace the place in the shard by that in the sequence."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query_BHCD
+    places = [place for segment in batch.sequence.segments(batch.rank) for place in segment.range]
+    device, every, strength = query_BHCD.device, float(module.floor_scale), float(module.attn_scale)  # type: ignore
+
+    def scale(places_C: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(((places_C + 1) / every).floor()) * strength + 1.0
+
+    true_C = scale(torch.tensor(places, dtype=torch.float32, device=device))
+    taken_C = scale(torch.arange(len(places), dtype=torch.float32, device=device))
+    return (query_BHCD * (true_C / taken_C)[None, None, :, None]).to(query_BHCD.dtype)
+
+
 NOT_FROM_COLLATOR = (
     f"Sequences are shared by several ranks, but this training batch carries no {KEY!r}: it did not come from "
-    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer."
+    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer. (Or the model does "
+    "not hand keyword arguments to its attention layers: then use another one.)"
 )
 
 
@@ -133,17 +195,14 @@ def _refuse_unsupported(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    softcap: float | None,
     s_aux: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
-    if softcap is not None:
+    if s_aux is not None and s_aux.shape != (query.shape[1],):
         raise ValueError(
-            f"softcap={softcap} (logit soft-capping) is not computed by the ring backends. Use a model without "
-            "attn_logit_softcapping."
+            f"s_aux (attention sinks) has shape {tuple(s_aux.shape)} for {query.shape[1]} query heads. The ring "
+            "backends compute one sink per head. Use attn_implementation='eager'."
         )
-    if s_aux is not None:
-        raise ValueError("s_aux (attention sinks) is not computed by the ring backends. Use a model without sinks.")
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True needs the attention matrix, which ring attention never builds. "
@@ -187,7 +246,6 @@ def _refuse_unshardable(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float,
     batch: ContextParallelBatch,
@@ -217,11 +275,6 @@ def _refuse_unshardable(
         raise ValueError(
             f"This rank got {query.shape[2]} tokens, but its {batch.sequence.layout} shard of {batch.sequence.length} "
             f"tokens has {batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
-        )
-    if value.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"value head dim {value.shape[-1]} differs from query head dim {query.shape[-1]} (as in multi-head latent "
-            "attention), which is not supported with context parallelism."
         )
     supported = DTYPES.get(query.device.type, ())
     if query.dtype not in supported:

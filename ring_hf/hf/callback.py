@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 
 from . import context as process
 from .guard import base_model, guard_model, refuse_together
+from .models import MODEL_RULES
 from .split import resolve, split_error
-from .supported import ARGUMENT_RULES, MODEL_RULES, check_loader, first_error
+from .supported import ARGUMENT_RULES, check_loader, first_error
 
 logger = logging.getLogger("ring_hf")
 

@@ -3,12 +3,13 @@
 On the first forward pass of training and of evaluation all ranks compare notes before any of them attends: does every
 rank hold its shard of the same batch, with the same layout, backend and dtype, and did any rank refuse its batch? They
 then raise the same error together, so that no rank waits for one that left. After that pass, the attention function
-must have been called exactly once per layer. Later passes check what this rank can see by itself, which costs nothing.
+must have been called by every layer. Later passes check what this rank can see by itself, which costs nothing.
 """
 
 import weakref
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
@@ -17,9 +18,11 @@ from ring_hf.parallel import agree, group_of
 from . import context as process
 from .backend import NOT_FROM_COLLATOR, call_count
 from .batch import KEY, ContextParallelBatch, RefusedBatch
+from .models import MODEL_RULES, text_config
 from .names import attention_name
+from .router import gather_router_logits, share
 from .split import resolve
-from .supported import MODEL_RULES, check_loader, first_error, text_config
+from .supported import check_loader, first_error
 
 _guards: "weakref.WeakKeyDictionary[PreTrainedModel, Guard]" = weakref.WeakKeyDictionary()
 
@@ -47,6 +50,7 @@ def guard_model(model: Any, trainer: bool = False) -> "Guard":
         guard = Guard(inner)
         inner.register_forward_pre_hook(guard.before, with_kwargs=True)
         inner.register_forward_hook(guard.after, with_kwargs=True)
+        inner.base_model.register_forward_hook(gather_router_logits, with_kwargs=True)
         _guards[inner] = guard
     _guards[inner].trainer = _guards[inner].trainer or trainer
     return _guards[inner]
@@ -109,8 +113,12 @@ class Guard:
         if mode not in self._proven:
             _check_calls(model, call_count.stop())
             self._proven.add(mode)
-        if model.training or kwargs.get("labels") is None:
+        if kwargs.get("labels") is None:
             return None
+        if not isinstance(output, tuple):
+            output.loss = share(model, output, kwargs[KEY])
+        if model.training:
+            return output
         if isinstance(output, tuple):
             return (evaluator.loss(output[0], self._scaled_by_trainer), *output[1:])
         output.loss = evaluator.loss(output.loss, self._scaled_by_trainer)
@@ -207,11 +215,16 @@ def _split_differs(model: PreTrainedModel, batch: ContextParallelBatch, context:
     )
 
 
-def _check_calls(model: PreTrainedModel, calls: int) -> None:
-    expected = text_config(model).num_hidden_layers
-    if calls != expected:
+def _check_calls(model: PreTrainedModel, callers: list[torch.nn.Module]) -> None:
+    """At least one call per layer (some layers attend twice, some are run several times), and no attention layer of a
+    kind that calls the function may have been silent."""
+    expected, kinds = text_config(model).num_hidden_layers, {type(caller) for caller in callers}
+    called = {id(caller) for caller in callers}
+    silent = [name for name, module in model.named_modules() if type(module) in kinds and id(module) not in called]
+    if len(callers) < expected or silent:
+        without = f" ({silent[0]} did not)" if silent else ""
         raise ValueError(
-            f"{type(model).__name__} has {expected} layers, but called the attention function {calls} times in one "
-            "forward pass. Layers that compute attention elsewhere would see one shard only. Use a model whose every "
-            "layer uses the attention interface."
+            f"{type(model).__name__} has {expected} layers, but called the attention function {len(callers)} times in "
+            f"one forward pass{without}. Layers that compute attention elsewhere would see one shard only. Use a "
+            "model whose every layer uses the attention interface."
         )

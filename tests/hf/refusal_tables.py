@@ -7,6 +7,10 @@ from transformers import (
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -148,9 +152,13 @@ DESCRIPTION = ContextParallelBatch(WholeSequence("zigzag", 16, 2), "none", 0, "a
 
 SHARDED = {KEY: DESCRIPTION}
 CALLS = {
-    "softcap": ({"softcap": 50.0}, "softcap=50.0"),
     "two-sided window": ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 without a causal mask"),
-    "sinks": ({"s_aux": torch.ones(4)}, "s_aux .attention sinks. is not computed"),
+    "sinks per query": ({"s_aux": torch.ones(4, 8)}, "s_aux .attention sinks. has shape .4, 8. for 4 query heads"),
+    "another kind of sinks": ({"sinks": torch.ones(1, 4, 8, 1)}, "passes 'sinks', which changes the result"),
+    "chunks that no layer claims": (
+        {"module_config": {"attention_chunk_size": 4, "layer_types": None}},
+        "attention_chunk_size=4, but LlamaAttention does not say whether it is one of the layers",
+    ),
     "attention weights": ({"output_attentions": True}, "output_attentions=True needs the attention matrix"),
     "position bias": ({"position_bias": torch.ones(1)}, "passes 'position_bias', which changes the result"),
     "sparse indices": ({"indices": torch.ones(1)}, "passes 'indices', which changes the result"),
@@ -162,6 +170,7 @@ CALLS = {
         {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1]])},
         "attention mask has zeros between ones",
     ),
+    "local dropout with softcap": ({"dropout": 0.1, "softcap": 50.0}, "dropout 0.1 with .*softcap or sinks"),
     "local dropout in a pack": (
         {"dropout": 0.1, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
         "attention dropout 0.1 with packed documents",
@@ -176,8 +185,10 @@ CALLS = {
         "got 6 tokens, but its zigzag shard of 16 tokens has 8",
     ),
     "dtype": (dict(dtype=torch.float16, **SHARDED), "no kernel for torch.float16 on cpu"),
-    "value head dim": (dict(value=(1, 2, 8, 4), **SHARDED), "value head dim 4 differs from query head dim 8"),
 }
+
+
+BERT = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def classifier():
@@ -194,9 +205,32 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-def mixtral():
-    config = MixtralConfig(**SIZES, num_local_experts=2, output_router_logits=True, attn_implementation="ring_zigzag")
+def mixtral(**changes):
+    config = MixtralConfig(**SIZES, num_local_experts=2, attn_implementation="ring_zigzag", **changes)
     return MixtralForCausalLM(config)
+
+
+def without_coefficient():
+    model = mixtral(output_router_logits=True)
+    del model.router_aux_loss_coef
+    return model
+
+
+def with_module(name, module):
+    model = llama()
+    setattr(model.model.layers[1].mlp, name, module)
+    return model
+
+
+def roberta():
+    config = RobertaConfig(**BERT, is_decoder=True, attn_implementation="ring_zigzag")
+    return RobertaForCausalLM(config)
+
+
+def opt():
+    config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+    config._attn_implementation = "ring_zigzag"
+    return OPTForCausalLM(config)
 
 
 def with_config(**changes):
@@ -217,7 +251,22 @@ MODELS = {
     "linear attention": (lambda: with_config(layer_types=["full_attention", "linear_attention"]), "linear_attention"),
     "convolution": (lambda: with_config(layer_types=["conv", "full_attention"]), "layers of type conv"),
     "recurrent blocks": (lambda: with_config(layers_block_type=["mamba", "attention"]), "layers of type mamba"),
-    "chunked attention": (lambda: with_config(layer_types=["chunked_attention"] * 2), "chunked_attention"),
+    "selected keys": (
+        lambda: with_config(layer_types=["indexed_attention"] * 2),
+        "by an index over the whole sequence",
+    ),
+    "summaries": (
+        lambda: with_config(layer_types=["compressed_sparse_attention"] * 2),
+        "attend to summaries of the whole sequence",
+    ),
+    "convolution in a layer": (
+        lambda: with_module("mixer", torch.nn.Conv1d(4, 4, 3)),
+        "has convolutions .layers.1.mlp.mixer., which look at neighbouring tokens",
+    ),
+    "own positions": (roberta, "counts positions by itself"),
+    "refused type": (lambda: with_config(model_type="nemotron"), "does not hand keyword arguments to its attention"),
+    "jitter": (lambda: mixtral(router_jitter_noise=0.1), "Random noise on the router is active .*jitter_noise=0.1"),
+    "dropout by function": (opt, "dropout=0.1"),
     "another loss": (classifier, "does not use the causal language modelling loss"),
     "no kwargs": (lambda: NoKwargsForCausalLM(llama().config), r"NoKwargsForCausalLM.forward takes no \*\*kwargs"),
     "attention dropout": (lambda: with_config(attention_dropout=0.1), "attention_dropout=0.1 would draw"),
@@ -226,7 +275,7 @@ MODELS = {
         lambda: with_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type='dynamic' picks its frequencies by the largest position",
     ),
-    "router loss": (mixtral, "output_router_logits=True adds an auxiliary loss"),
+    "router loss": (without_coefficient, "output_router_logits=True adds an auxiliary loss"),
     "attention weights": (
         lambda: with_config(_output_attentions=True),
         "output_attentions=True needs the attention matrix",

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from transformers.masking_utils import create_causal_mask
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
 from ring_hf.hf.backend import attention, mask_2d
 from ring_hf.hf.batch import KEY, RefusedBatch
 from ring_hf.hf.guard import _batch_error, base_model
-from ring_hf.hf.supported import ARGUMENT_RULES, MODEL_RULES, first_error
+from ring_hf.hf.models import MODEL_RULES
+from ring_hf.hf.supported import ARGUMENT_RULES, first_error
 from tests.harness import run_distributed
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
 from tests.hf.models import context_of, llama, rank_of, rows
@@ -149,6 +151,8 @@ def call(
 ):
     model = llama(backend)
     module = model.model.layers[0].self_attn.to(dtype).train(training)
+    for name, setting in kwargs.pop("module_config", {}).items():
+        setattr(module.config, name, setting)
     mask = kwargs.pop("attention_mask", None)
     tensors = (torch.zeros(shape, dtype=dtype) for shape in (query, key, value or key))
     return attention(module, *tensors, mask, scaling=0.3, **kwargs)
@@ -169,6 +173,24 @@ def test_training_batch_that_did_not_come_from_the_collator_is_refused():
 def test_static_cache_is_refused():
     with pytest.raises(ValueError, match=r"A static cache \(32 slots, 20 of them filled\)"):
         mask_2d(q_length=1, kv_length=32, q_offset=19)
+
+
+def test_additions_to_the_causal_mask_are_refused():
+    config = llama().config
+    inputs = torch.zeros(1, 8, 32)
+    for addition in (
+        {"or_mask_function": lambda batch, head, q, k: k < 4},
+        {"block_sequence_ids": torch.zeros(1, 8, dtype=torch.long)},
+    ):
+        with pytest.raises(ValueError, match="The model adds to its attention mask"):
+            create_causal_mask(config, inputs, None, past_key_values=None, **addition)
+
+
+def test_a_cache_beyond_one_chunk_of_attention_is_refused():
+    config = SimpleNamespace(attention_chunk_size=8)
+    assert mask_2d(q_length=12, kv_length=12, config=config, local_size=8) is None
+    with pytest.raises(ValueError, match=r"beyond one chunk of attention \(9 tokens, attention_chunk_size=8\)"):
+        mask_2d(q_length=1, kv_length=9, q_offset=8, config=config, local_size=8)
 
 
 # Models

@@ -1,0 +1,350 @@
+"""The verdict on every causal language model of Transformers: exact under context parallelism, or refused and why.
+
+`EXACT` maps a family (a `model_type`, with a variant behind a slash) to what its tiny random configuration changes in
+`SIZES`; `tests/hf/test_architectures.py` compares each with one process. `REFUSED` maps a family to a key of `REASONS`
+and what its configuration must say; the test asserts the message. Every family of Transformers must be in one of them,
+or in `UNTESTED` with the reason. `markdown()` is the table in the README (`scripts/architectures.py` writes it).
+"""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sliding_window": 9,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 4,
+}
+TEXT = {key: SIZES[key] for key in list(SIZES)[:16] if "moe" not in key and "expert" not in key and "per_" not in key}
+IMAGE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE |= {"image_size": 28, "patch_size": 14}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_WINDOWS = {"use_sliding_window": True, "max_window_layers": 1}
+MLA = {"head_dim": None, "num_key_value_heads": 4}  # multi-head latent attention: no grouped heads
+LLAMA4 = {
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 9,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 2,
+}
+GEMMA4 = {**TEXT, **WINDOWS, "global_head_dim": 16, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0}
+GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+DECODER = {"is_decoder": True}
+
+EXACT: dict[str, dict[str, Any]] = {
+    "afmoe": WINDOWS,
+    "apertus": {},
+    "arcee": {},
+    "aria_text": {},
+    "axk1": MLA,
+    "beam": WINDOWS,
+    "bert": {},
+    "bert/decoder": DECODER,
+    "bitnet": {},
+    "cohere": {},
+    "cohere2": WINDOWS,
+    "cohere2_moe": WINDOWS,
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "ctrl": {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "cwm": WINDOWS,
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "diffllama": {},
+    "dots1": WINDOWS,
+    "electra": {},
+    "electra/decoder": DECODER,
+    "emu3": {"text_config": {**TEXT, "attention_dropout": 0.0}},
+    "ernie": {},
+    "ernie/decoder": DECODER,
+    "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "exaone4": WINDOWS,
+    "exaone_moe": WINDOWS,
+    "flex_olmo": {},
+    "flint": WINDOWS,
+    "fuyu": {"text_config": {**TEXT, "model_type": "persimmon"}, **TEXT},
+    "gemma": {},
+    "gemma2": {**WINDOWS, "attn_logit_softcapping": 2.0},
+    "gemma3": {"text_config": {**TEXT, **WINDOWS}, "vision_config": IMAGE, "mm_tokens_per_image": 4},
+    "gemma3_text": WINDOWS,
+    "gemma3n_text": {
+        **WINDOWS,
+        "num_kv_shared_layers": 0,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "gemma3n_text/shared-keys": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4": {
+        "text_config": GEMMA4,
+        "vision_config": {**IMAGE, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+    },
+    "gemma4_text": {
+        **WINDOWS,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 2,
+    },
+    "gemma4_unified_text": {**WINDOWS, "global_head_dim": 16},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": MLA,
+    "got_ocr2": {
+        "text_config": TEXT,
+        "vision_config": {**IMAGE, "output_channels": 8, "global_attn_indexes": [], "num_pos_feats": 8, "mlp_dim": 16},
+    },
+    "gpt-sw3": {},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "gpt_oss": WINDOWS,
+    "granite": {},
+    "granite_swa": WINDOWS,
+    "granitemoe": {},
+    "granitemoe_swa": WINDOWS,
+    "granitemoehybrid/attention": {"layer_types": ["full_attention"] * 2, "mamba_n_heads": 8},
+    "granitemoeshared": {},
+    "helium": {},
+    "hrm_text": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hyperclovax": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "jais2": {},
+    "jetmoe": {},
+    "kolibri1": WINDOWS,
+    "laguna": {},
+    "lfm2/attention": {"layer_types": ["full_attention"] * 2},
+    "lfm2_moe/attention": {"layer_types": ["full_attention"] * 2},
+    "llama": {},
+    "llama4": {"text_config": {**TEXT, **LLAMA4}},
+    "llama4_text": LLAMA4,
+    "longcat_flash": {
+        **MLA,
+        "head_dim": 8,
+        "ffn_hidden_size": 48,
+        "moe_topk": 2,
+        "zero_expert_num": 1,
+        "expert_ffn_hidden_size": 16,
+    },
+    "mellum": WINDOWS,
+    "mimo_v2_flash": WINDOWS,
+    "minicpm3": MLA,
+    "minimax_m2": {},
+    "minimax_m3_vl_text": {},
+    "ministral": WINDOWS,
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": {},
+    "modernbert-decoder": WINDOWS,
+    "moss_transcribe_diarize": {
+        "text_config": TEXT,
+        "audio_config": {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 48,
+        },
+    },
+    "moshi": {"ffn_dim": 48},
+    "nanochat": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOWS,
+    "olmoe": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {},
+    "qwen2": QWEN_WINDOWS,
+    "qwen2_moe": QWEN_WINDOWS,
+    "qwen3": QWEN_WINDOWS,
+    "qwen3_moe": QWEN_WINDOWS,
+    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "solar_open": {},
+    "starcoder2": {},
+    "vaultgemma": {**WINDOWS, "attn_logit_softcapping": 2.0},
+    "youtu": MLA,
+}
+
+# How a refusal reads in the README, and words of its message.
+REASONS: dict[str, tuple[str, str]] = {
+    "state": (
+        "recurrent, linear-attention or hybrid layers",
+        "They .*carry a state along the sequence or look at its",
+    ),
+    "convolution": (
+        "convolutions between tokens",
+        "look at neighbouring tokens, which|look at neighbouring tokens that",
+    ),
+    "selection": ("keys chosen by an index or summary of the whole sequence", "by an index over|attend to summaries"),
+    "interface": ("attention that bypasses the interface", "does not pass its attention through Transformers'"),
+    "name": ("attention looked up by name, in Transformers", "^KeyError: 'ring_zigzag'"),
+    "positions": ("positions counted by the model itself", "counts positions by itself"),
+    "loss": ("another loss", "does not use the causal language modelling loss"),
+    "kwargs": ("keyword arguments kept from the attention layers", "does not hand keyword arguments to its attention"),
+    "mask": ("a mask of their own", "makes its attention mask from the values of|joins the tokens of images in its"),
+    "random": ("experts drawn at random", "draws experts at random while training"),
+    "partner": ("part of another model", "attends to images in layers"),
+    "unbuilt": ("not a causal LM by its configuration", "^AttributeError: 'Musicgen"),
+}
+REFUSED: dict[str, str] = {
+    "state": """bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba
+        kimi_linear mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
+        qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zamba zamba2 zaya""",
+    "convolution": "lfm2 lfm2_moe lfm3 phi4_multimodal",
+    "selection": "axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4",
+    "interface": """bart big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt codegen cpmant
+        gpt_neox_japanese marian mbart megatron-bert mpt mvp openai-gpt pegasus plbart prophetnet reformer rembert
+        roformer rwkv stablelm trocr whisper xglm xlm xlnet xlstm""",
+    "name": "falcon git gpt_neo gptj",
+    "positions": "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+    "loss": "bert-generation",
+    "kwargs": "nemotron",
+    "mask": "doge gemma4_unified",
+    "random": "phimoe",
+    "partner": "mllama",
+    "unbuilt": "musicgen musicgen_melody",
+}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256}
+INDEXER |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
+# What a refused family's configuration needs to be built at all, or to show what is refused.
+NEEDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "reformer": {"is_decoder": True},
+    "nemotron": {"num_key_value_heads": 48},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+}
+UNTESTED: dict[str, str] = {
+    "gemma3n": "its image encoder needs another package; its text model, `gemma3n_text`, is exact",
+    "gemma4_assistant": "it cannot be built by itself",
+    "gemma4_unified_assistant": "it cannot be built by itself",
+}
+
+
+def model_class(config_class: type) -> type[PreTrainedModel]:
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def make(name: str, changes: dict[str, Any], attention: str) -> PreTrainedModel:
+    """The model that `AutoModelForCausalLM.from_config` makes, in fp64, on one process's own experts kernel."""
+    config_class = CONFIG_MAPPING[name.split("/")[0]]
+    config = config_class(**changes)
+    cls = model_class(config_class)
+    if cls.config_class is (config.sub_configs or {}).get("text_config"):
+        config = config.get_text_config()
+    more = {"attn_implementation": attention, "experts_implementation": "eager"}
+    return cls._from_config(config, **more).double()
+
+
+def tiny(name: str, attention: str, dropout: bool = False, **more: Any) -> PreTrainedModel:
+    """A family of `EXACT`, random, every parameter (norms, biases, sinks too) away from 0 and 1; without dropout, or
+    with what it has by default."""
+    config_class = CONFIG_MAPPING[name.split("/")[0]]
+    default = config_class()
+    known = {*dir(default), *default.attribute_map}
+    settings = {key: value for key, value in SIZES.items() if key in known}
+    if not dropout:
+        settings |= dict.fromkeys(dropouts(default), 0.0)
+    settings |= EXACT[name] | more
+    torch.manual_seed(0)
+    model = make(name, {key: value for key, value in settings.items() if value is not None}, attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def dropouts(config: Any) -> dict[str, float]:
+    """Every probability of dropping something in a configuration."""
+    return {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+
+
+def refused(name: str) -> PreTrainedModel:
+    """A family of `REFUSED` as it is by default, without weights."""
+    with torch.device("meta"):
+        return make(name, NEEDS.get(name, {}), "ring_zigzag")
+
+
+def refused_families() -> dict[str, str]:
+    return {family: reason for reason, families in REFUSED.items() for family in families.split()}
+
+
+def markdown() -> str:
+    """The table for the README."""
+    rows = [("exact", list(EXACT))] + [(title, REFUSED[key].split()) for key, (title, _) in REASONS.items()]
+    lines = ["| | | families of Transformers, by `model_type` |", "|---|---:|---|"]
+    for title, families in rows:
+        title = title if title == "exact" else f"refused: {title}"
+        lines.append(f"| {title} | {len(families)} | {', '.join(families)} |")
+    untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
+    num_refused = len(refused_families())
+    return (
+        f"{len(EXACT)} exact, {num_refused} refused before anything is computed; not tested: {untested}.\n\n"
+        + "\n".join(lines)
+    )
