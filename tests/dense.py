@@ -22,10 +22,11 @@ def dense_mask(sequence: WholeSequence, mask: Mask, num_rows: int) -> torch.Tens
                 inside = (token >= start) & (token < start + prefix) & (token < end)
                 seen[row] |= inside[:, None] & inside[None, :]
         seen[row] &= document[:, None] == document[None, :]
+        if mask.chunk is not None:
+            chunk = (token - bounds[document - 1]) // mask.chunk
+            seen[row] &= chunk[:, None] == chunk[None, :]
     if mask.window is not None:
         seen &= token[:, None] - token[None, :] < mask.window
-    if mask.chunk is not None:
-        seen &= token[:, None] // mask.chunk == token[None, :] // mask.chunk
     return seen
 
 

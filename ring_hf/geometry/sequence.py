@@ -18,8 +18,8 @@ class Mask:
     """Query q sees key k iff they share a document, `k <= q` if `causal`, and `q - k < window` if there is one.
 
     `window` counts visible keys including the query's own (Transformers' `sliding_window`); without `causal` it
-    limits only how far back a query looks. With `chunk` they must also lie in the same run of `chunk` tokens of the
-    row (Llama 4's chunked attention).
+    limits only how far back a query looks. With `chunk` they must also lie in the same run of `chunk` tokens,
+    counted from the start of their document (Llama 4's chunked attention).
     """
 
     causal: bool = True
@@ -163,7 +163,8 @@ class WholeSequence:
         bounds: tuple[int, ...] = self.boundaries(row, mask.causal)
         if self.prefixes is None or not any(self.prefixes[row]):
             if mask.chunk is not None:
-                bounds = tuple(sorted({*bounds, *range(0, self.length, mask.chunk)}))
+                chunks = (range(first, end, mask.chunk) for first, end in itertools.pairwise(bounds))
+                bounds = (*itertools.chain(*chunks), self.length)
             return Regions(bounds, bounds[:-1], bounds[1:], (0,) * (len(bounds) - 1))
         if not mask.causal or mask.chunk is not None:
             raise ValueError(
