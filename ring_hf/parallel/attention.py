@@ -86,6 +86,7 @@ def ring_attention(
     else:
         # Fewer units of heads than ranks: all ranks of this ring sit out, but stay in the graph and the exchange.
         out = q.new_zeros(*q.shape[:3], v.shape[-1]) + q[..., :1] + k[:, :0].sum() + v[:, :0].sum()
+        out = out if sinks is None else out + sinks[:0].sum()
         lse = q.new_zeros(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     with torch.no_grad():
         lse = to_tokens(lse, shares, group)
