@@ -121,14 +121,14 @@ def local_attention(
     return ring_attention(q, k, v, sequence=sequence, **mask, **maths)  # type: ignore[arg-type]
 
 
-_told: set[str] = set()
+_told: set[tuple[str, str, bool, Mask]] = set()
 
 
 @torch.compiler.disable
 def resolve_transport(
     transport: str, inner: int, sequence: WholeSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
 ) -> str:
-    """The transport to use, the same on every rank; says in the log why, once for each reason.
+    """The transport to use, the same on every rank; says in the log why, once for each kind of mask.
 
     Raises:
         ValueError: if the name is unknown, or `inner` says something that the transport would ignore.
@@ -147,8 +147,10 @@ def resolve_transport(
     shape = Shape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.element_size(), q.shape[0])
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
     choice = choose_transport(sequence, mask, shape, inner, hardware_of(q.device.type, ranks_per_node))
-    if choice.reason not in _told:
-        _told.add(choice.reason)
+    # The numbers of the reason change with every batch of documents; what it is about does not.
+    subject = choice.transport, sequence.layout, sequence.documents is not None, mask
+    if subject not in _told:
+        _told.add(subject)
         logger.info("transport %s: %s", choice.transport, choice.reason)
     return choice.transport
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,9 @@ from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, multiple, 
 from ring_hf.geometry.cost import Problem, choose_transport, pass_cost
 from ring_hf.geometry.hardware import HARDWARE, Hardware, Shape, hardware_of
 from ring_hf.geometry.matrices import need_matrix, total_work, work_matrix
+from ring_hf.parallel import attention, ring_attention
 from ring_hf.tools.setting import mixed_lengths
+from tests.threads import threads_as_ranks
 
 MHA, GQA4, GQA8 = Shape(32, 32, 128, 128), Shape(32, 8, 128, 128), Shape(64, 8, 128, 128)
 PEAK = 989e12
@@ -210,6 +213,23 @@ def test_the_reason_names_both_sides_with_numbers():
     reason = choose_transport(WholeSequence("zigzag", 2**16, 8), Mask(window=1024), GQA4, 1, HARDWARE["h100"]).reason
     assert reason.startswith("predicted per layer and step")
     assert "(h100): ring " in reason and ", direct " in reason and reason.count("MB") == 3
+
+
+def test_auto_says_why_once_for_each_kind_of_mask_and_not_for_every_batch(caplog, monkeypatch):
+    monkeypatch.setattr(attention, "_told", set())
+    batches = [WholeSequence("zigzag", 64, 2, ((0, end, 64),)) for end in (16, 20, 30)]
+
+    def attend(rank, group):
+        q = torch.ones(1, 1, 32, 4)
+        for batch in batches:
+            for window in (None, 3):
+                ring_attention(q, q, q, sequence=batch, group=group, window=window)
+
+    with caplog.at_level("INFO", "ring_hf"), threads_as_ranks() as run:
+        run(2, attend)
+    said = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(said) <= 4  # two kinds; two threads may come at once where two processes would each say it
+    assert all(line.startswith("transport ") and ": predicted per layer and step" in line for line in said)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
