@@ -12,6 +12,7 @@ Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ring_hf.parallel import ring_attention
@@ -61,7 +62,8 @@ def mask_2d(
 ) -> torch.Tensor | None:
     """Mask function of the backends: the 2D padding mask of the keys if it hides any, else None; never 4D.
 
-    A 4D mask would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
+    For packed rows it numbers the documents: not every model hands position_ids to its attention layers. A 4D mask
+    would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
     """
     end = int(q_offset) + q_length
     if kv_length + kv_offset > end:
@@ -80,10 +82,20 @@ def mask_2d(
             f"A cache that reaches beyond one chunk of attention ({end} tokens, attention_chunk_size={chunk}) is not "
             "supported by the ring backends. Generate with attn_implementation='sdpa'."
         )
+    packed = attention_mask is None and kwargs.get("allow_is_causal_skip") is False and q_length == kv_length > 1
+    if packed and context.current() is None:  # on a shard, positions jump without a new document
+        return _document_numbers(kwargs["mask_function"], kwargs["batch_size"], q_length, kwargs["device"])
     if attention_mask is None or attention_mask.ndim != 2:
         return attention_mask
     mask_BS = attention_mask[:, kv_offset : kv_offset + kv_length]
     return None if bool(mask_BS.all()) else mask_BS
+
+
+def _document_numbers(mask_function: Any, num_rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """[B, S] of int64: a token begins a document, or what is as good as one, where it does not see its neighbour."""
+    rows_B1, token_S = torch.arange(num_rows, device=device)[:, None], torch.arange(length, device=device)
+    sees_BS = mask_function(rows_B1, torch.zeros((), dtype=torch.long, device=device), token_S[1:], token_S[:-1])
+    return pad((~sees_BS).expand(num_rows, -1).long().cumsum(1), (1, 0)) + 1
 
 
 def _is_union(mask_function: Any) -> bool:
@@ -256,7 +268,8 @@ def _refuse_unshardable(
             f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
             "the collator from the model that is trained, after its last set_attn_implementation call."
         )
-    if attention_mask is not None:
+    # Document numbers say nothing new: the batch of one process with prefixes describes its documents itself.
+    if attention_mask is not None and not (attention_mask.ndim == 2 and attention_mask.dtype == torch.int64):
         raise ValueError(
             f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
             "documents travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."

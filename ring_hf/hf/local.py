@@ -5,8 +5,9 @@ script and one checkpoint run with and without context parallelism. The common c
 documents, windows, chunks, softcap, sinks and chunked prefill go through `ring_hf.parallel.local_attention`, which
 never builds a mask of S x S.
 
-Documents are found as Transformers finds them for `sdpa`: padding from the 2D mask; without a mask and without a
-cache, a new document wherever `position_ids` does not go on by one (Transformers overlooks restarting positions when
+Documents are found as Transformers finds them for `sdpa`: padding from the 2D mask (which numbers the documents of
+packed rows, see `backend.mask_2d`); without a mask and without a cache, a new document wherever `position_ids` does
+not go on by one (Transformers overlooks restarting positions when
 an all-ones mask is given as well; here they count in both cases, as they do with context parallelism).
 
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
@@ -115,6 +116,9 @@ def _documents(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> Documents | None:
+    if mask_BS is not None and mask_BS.dtype == torch.int64 and bool((mask_BS > 0).all()):  # document numbers
+        begins = (row.diff().nonzero().flatten() + 1 for row in mask_BS)
+        return tuple((0, *places.tolist(), kv_len) for places in begins)
     if mask_BS is not None:
         return _documents_of_mask(mask_BS, causal)
     if q_len != kv_len:

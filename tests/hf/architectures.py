@@ -104,7 +104,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "exaone4": WINDOWS,
     "exaone_moe": WINDOWS,
     "flex_olmo": {},
-    "flint": WINDOWS,
+    "flint": {**WINDOWS, "mlp_only_layers": []},
     "fuyu": {"text_config": {**TEXT, "model_type": "persimmon"}, **TEXT},
     "gemma": {},
     "gemma2": {**WINDOWS, "attn_logit_softcapping": 2.0},
@@ -228,6 +228,23 @@ EXACT: dict[str, dict[str, Any]] = {
     "youtu": MLA,
 }
 
+# Families whose loss contains one of their routers, when asked.
+ROUTED = [
+    *(
+        "dbrx",
+        "ernie4_5_moe",
+        "flex_olmo",
+        "flint",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid/attention",
+    ),
+    *("granitemoeshared", "jetmoe", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe"),
+    *("qwen2_moe", "qwen3_moe"),
+]
+ROUTER_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "aux_loss_coef": 0.5}
+
 # How a refusal reads in the README, and words of its message.
 REASONS: dict[str, tuple[str, str]] = {
     "state": (
@@ -321,14 +338,20 @@ def tiny(name: str, attention: str, dropout: bool = False, **more: Any) -> PreTr
 
 
 def dropouts(config: Any) -> dict[str, float]:
-    """Every probability of dropping something in a configuration."""
-    return {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    """Every probability of dropping something in a configuration, but for heads that a language model has not."""
+    found = {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    return {key: value for key, value in found.items() if "classifier" not in key}
 
 
 def refused(name: str) -> PreTrainedModel:
     """A family of `REFUSED` as it is by default, without weights."""
     with torch.device("meta"):
         return make(name, NEEDS.get(name, {}), "ring_zigzag")
+
+
+def exact_families() -> set[str]:
+    """Without those that are exact in a variant only."""
+    return {name.split("/")[0] for name in EXACT} - set(refused_families())
 
 
 def refused_families() -> dict[str, str]:
@@ -343,8 +366,5 @@ def markdown() -> str:
         title = title if title == "exact" else f"refused: {title}"
         lines.append(f"| {title} | {len(families)} | {', '.join(families)} |")
     untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
-    num_refused = len(refused_families())
-    return (
-        f"{len(EXACT)} exact, {num_refused} refused before anything is computed; not tested: {untested}.\n\n"
-        + "\n".join(lines)
-    )
+    count = f"{len(exact_families())} families exact ({len(EXACT)} configurations), {len(refused_families())} refused"
+    return f"{count} before anything is computed; not tested: {untested}.\n\n" + "\n".join(lines)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ring_hf.hf import ContextParallelCollator, context, guard_model
@@ -21,14 +22,26 @@ from ring_hf.hf.evaluation import Evaluator
 from ring_hf.hf.models import MODEL_RULES
 from ring_hf.hf.supported import first_error
 from ring_hf.parallel import all_gather, join, register_group
-from tests.harness import rms_ratio, run_distributed
-from tests.hf.architectures import EXACT, REASONS, SIZES, UNTESTED, refused, refused_families, tiny
+from scripts.architectures import with_table
+from tests.harness import ROOT, rms_ratio, run_distributed
+from tests.hf.architectures import (
+    EXACT,
+    REASONS,
+    ROUTED,
+    ROUTER_LOSS,
+    SIZES,
+    UNTESTED,
+    dropouts,
+    exact_families,
+    refused,
+    refused_families,
+    tiny,
+)
 
 LENGTHS = (40, 33)
 # Relative RMS of logits, difference of the loss, and the worst relative RMS of any parameter's gradient.
 EAGER = (2e-6, 2e-6, 2e-5)
 LOCAL = (1e-6, 2e-6, 2e-6)
-ROUTED = [name for name in EXACT if "output_router_logits" in name]  # filled below
 
 
 def examples() -> list[dict[str, list[int]]]:
@@ -129,7 +142,7 @@ def test_exact_families_equal_one_process():
 
 
 def test_every_family_of_transformers_has_a_verdict():
-    exact = {name.split("/")[0] for name in EXACT if "/" not in name or name.split("/")[0] not in refused_families()}
+    exact = exact_families()
     verdicts = [exact, set(refused_families()), set(UNTESTED)]
     assert set.union(*verdicts) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert sum(map(len, verdicts)) == len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "a family has two verdicts"
@@ -154,3 +167,34 @@ def verdict(family: str) -> str:
         return first_error(MODEL_RULES, refused(family)) or "accepted"
     except (AttributeError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def test_readme_says_what_these_tables_say():
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text) == text, "run: python scripts/architectures.py"
+    assert f"{len(exact_families())} families exact ({len(EXACT)} configurations)" in text
+    assert all(name in text for name in [*EXACT, *refused_families(), *UNTESTED])
+
+
+def test_default_dropout_is_refused_before_anything_is_computed():
+    """Families that drop attention weights or anything else by default, as their configurations come."""
+    found, wrong = 0, []
+    for name in EXACT:
+        default = CONFIG_MAPPING[name.split("/")[0]]()
+        active = {key: value for key, value in dropouts(default).items() if value > 0}
+        if active and "/" not in name:
+            found += 1
+            with torch.device("meta"):
+                message = first_error(MODEL_RULES, tiny(name, "ring_zigzag", dropout=True))
+            if message is None or "drop" not in message:
+                wrong.append(f"{name} with {active}: {message}")
+    assert not wrong, "\n".join(wrong)
+    assert found >= 10
+
+
+def test_auxiliary_losses_of_routers_are_those_of_the_whole_sequence():
+    """Padding excluded; loss and gradients of all families whose loss contains one, with a coefficient that shows."""
+    results = run_distributed(2, compare, ROUTED, ROUTER_LOSS, timeout=100)
+    check(results, ROUTED)
+    for name in ROUTED:
+        assert all(found[name][4] > 0 for found in results), f"{name} has no auxiliary loss"
