@@ -50,9 +50,8 @@ def forward(
     q_BHQD, k_BKSD, v_BKSE = _one_head_dim(q_BHQD, k_BKSD, v_BKSE)
     for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
         q, k, v = (_take(x, piece, keys) for x, keys in ((q_BHQD, False), (k_BKSD, True), (v_BKSE, True)))
-        out, lse = _forward(q, k, v, 0.0, piece.kind != "full", scale=scale)
-        yield _with(piece, out[..., :value_dim], lse)
-        del out, lse
+        # No name here keeps a result: it is gone before the next piece is computed.
+        yield _with(piece, *_narrowed((value_dim,), *_forward(q, k, v, 0.0, piece.kind != "full", scale=scale)))
 
 
 def backward(
@@ -74,9 +73,13 @@ def backward(
     for piece in _bounded(split(tile.num_q, tile.num_k, tile.lo, tile.hi)):
         dout, q, out, lse = (_take(x, piece, keys=False) for x in (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
         k, v = (_take(x, piece, keys=True) for x in (k_BKSD, v_BKSE))
-        grads = _backward(dout, q, k, v, out, lse, 0.0, piece.kind != "full", scale=scale)
-        yield _with(piece, *(grad[..., :dim] for grad, dim in zip(grads, dims, strict=True)))
-        del grads  # they are gone before the next piece is computed
+        tensors = dout, q, k, v, out, lse
+        yield _with(piece, *_narrowed(dims, *_backward(*tensors, 0.0, piece.kind != "full", scale=scale)))
+
+
+def _narrowed(dims: tuple[int, ...], *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The first results without their padding."""
+    return *(x[..., :dim] for x, dim in zip(results, dims, strict=False)), *results[len(dims) :]
 
 
 def _one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

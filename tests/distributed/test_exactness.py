@@ -85,14 +85,14 @@ def test_documents_around_the_chunk_size_are_exact():
 # Everything a mask can be: causal or full, dense or packed, windows smaller and larger than a shard, prefixes, chunks.
 MASKS = (
     {},
-    {"causal": False},
     {"packed": True},
     {"packed": True, "causal": False},
     {"window": 9},
-    {"window": 30, "packed": True},
-    {"prefix": True},
-    {"prefix": True, "packed": True, "window": 20},
     {"chunk": 11, "window": 7, "packed": True},
+    {"prefix": True},
+    {"causal": False},
+    {"window": 30, "packed": True},
+    {"prefix": True, "packed": True, "window": 20},
 )
 WAYS = [
     (4, {"transport": "ring"}),
@@ -119,8 +119,9 @@ def _named(way: dict) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_way_to_exchange_is_exact_in_every_layout(layout, num_ranks, way):
     heads = {"heads": 8, "kv_heads": 4} if way.get("ulysses") == 4 else {}
-    for dtype, units in (("float64", 7), ("float32", 7), ("bfloat16", 5)):
-        cases = [Case(layout, num_ranks, dtype, units=units, **mask, **way, **heads) for mask in MASKS]
+    # fp64 finds every mistake of a plan or a message; the others judge rounding, on the masks that merge most.
+    for dtype, units, masks in (("float64", 5, MASKS), ("float32", 5, MASKS[-3:]), ("bfloat16", 5, MASKS[-3:])):
+        cases = [Case(layout, num_ranks, dtype, units=units, **mask, **way, **heads) for mask in masks]
         _print(f"{_named(way)} {layout} ranks={num_ranks}", dtype, check_exact(cases))
 
 
