@@ -126,6 +126,13 @@ class ContextParallelCollator:
                 f"prefix_lm=True with attn_implementation={attention_name(self._config)!r}, which would not look at "
                 f"the prefixes. Set attn_implementation to one of {', '.join(BACKENDS)}, also for one process."
             )
+        text_config = self._config.get_text_config() if hasattr(self._config, "get_text_config") else self._config
+        if getattr(text_config, "output_router_logits", False):
+            raise ValueError(
+                "prefix_lm=True with output_router_logits=True in one process: the model would count padding in the "
+                "auxiliary loss, which only the ranks of a shared sequence leave out. Set "
+                "model.config.output_router_logits = False."
+            )
         return self._shard(features, ALONE)
 
     def _shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:

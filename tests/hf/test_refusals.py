@@ -128,6 +128,13 @@ def test_inner_collator_and_packing_exclude_each_other():
 def test_prefixes_that_a_backend_would_not_look_at_are_refused_in_one_process():
     with pytest.raises(ValueError, match=r"prefix_lm=True with attn_implementation='sdpa'.*ring_zigzag"):
         ContextParallelCollator(llama("sdpa"), prefix_lm=True)(PREFIXED)
+
+
+def test_prefixes_with_a_router_loss_in_one_process_are_refused():
+    model = llama()
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"prefix_lm=True with output_router_logits=True in one process"):
+        ContextParallelCollator(model, prefix_lm=True)(PREFIXED)
     with pytest.raises(ValueError, match="column prefix_length, which only counts with"):
         ContextParallelCollator(llama("sdpa"))(PREFIXED)
 
