@@ -155,7 +155,8 @@ def measure(
         for repeat in range(arguments.repeats + 1):
             for job, seen in zip(jobs, runs, strict=True):
                 if repeat == 0:  # the warm-up of the timing team is when the other team measures memory
-                    memory.run({**job, "length": 256, "documents": None})  # what a first call of its kind brings in
+                    # What a first call brings in: code and buffers; for documents, compiled code for each length.
+                    memory.run(job if documents else {**job, "length": 256})
                     job["peak"] = memory.run(job)["memory"]
                     timing.run(job)
                 else:
