@@ -40,8 +40,8 @@ class Case:
     @property
     def length(self) -> int:
         # About the same number of tokens for every layout, and per chunk an odd one.
-        chunks = 1 if self.layout in ("zigzag", "balanced") else 3
-        return self.units * multiple(self.layout, self.num_ranks, self.ulysses) * chunks
+        unit = multiple(self.layout, self.num_ranks, self.ulysses)
+        return self.units * unit * (1 if self.layout in ("zigzag", "balanced") and unit > 2 else 3)
 
     @property
     def sequence(self) -> WholeSequence:
