@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+import ring_hf
+
 
 def option(default: Any, text: str) -> Any:
     """A field with a default and its line of --help; a list is copied for each instance."""
@@ -94,8 +96,22 @@ class ParallelArguments:
     context_parallel_size: int | None = option(
         None, "Processes that share a sequence. Default: as the launch line says, else 1."
     )
+    ulysses_size: str | None = option(
+        None, "How many of them exchange heads instead of keys and values, or `auto` for what the heads allow."
+    )
+    inner_ring_size: int | None = option(None, "Processes of an inner ring (those of a node) of a double ring.")
+    transport: str | None = option(
+        None, "How keys and values travel: ring, double_ring, allgather or direct. Default: auto, by estimate."
+    )
     overlap: bool = option(True, "Exchange keys and values while computing.")
     kernel: str = option("auto", "Attention kernel of a tile; auto takes the fastest that fits.")
+
+    def config(self) -> ring_hf.ContextParallelConfig:
+        """What `TrainingArguments(parallelism_config=...)` takes."""
+        ulysses: Any = self.ulysses_size  # text on the command line, perhaps a number in a YAML file
+        if isinstance(ulysses, str) and ulysses.isdigit():
+            ulysses = int(ulysses)
+        return ring_hf.ContextParallelConfig(**{**dataclasses.asdict(self), "ulysses_size": ulysses})
 
 
 @dataclass

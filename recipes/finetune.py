@@ -46,11 +46,7 @@ def main() -> None:
     model = load_model(model_args, tokenizer, data_args.max_length)
     use_cache, model.config.use_cache = model.config.use_cache, False
 
-    training_args.parallelism_config = ring_hf.ContextParallelConfig(
-        context_parallel_size=parallel_args.context_parallel_size,
-        overlap=parallel_args.overlap,
-        kernel=parallel_args.kernel,
-    )
+    training_args.parallelism_config = parallel_args.config()
     trainer = Trainer(
         model,
         training_args,

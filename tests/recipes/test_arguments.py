@@ -81,6 +81,18 @@ def test_help_lists_every_key_with_its_default(capsys, tmp_path):
     assert "(default: 77)" in " ".join(text.split())
 
 
+def test_every_algorithm_can_be_chosen_in_the_file_and_on_the_command_line(tmp_path):
+    yaml = "model: a\ncontext_parallel_size: 8\nulysses_size: 2\ninner_ring_size: 2\n"
+    for argv, ulysses in (([], 2), (["--ulysses_size", "1"], 1), (["--ulysses_size", "auto"], "auto")):
+        config = parse_run(*argv, yaml=yaml, tmp_path=tmp_path)[2].config()
+        assert (config.context_parallel_size, config.ulysses_size, config.inner_ring_size) == (8, ulysses, 2)
+        assert config.transport == "auto"
+    argv = ["--inner_ring_size", "1", "--transport", "direct"]
+    assert parse_run(*argv, yaml=yaml, tmp_path=tmp_path)[2].config().transport == "direct"
+    with pytest.raises(ValueError, match="ulysses_size='two' must be a whole number"):
+        parse_run("--ulysses_size", "two", yaml=yaml, tmp_path=tmp_path)[2].config()
+
+
 def positions(max_length=64, rope_theta=None, rope_parameters=None, **config):
     config = AutoConfig.for_model(**{"model_type": "llama", "max_position_embeddings": 16, **config})
     args = ModelArguments(model="a", rope_theta=rope_theta, rope_parameters=rope_parameters)
