@@ -1,4 +1,4 @@
-"""Attention on one tile: `(out, lse)` forward, and backward from the global `out` and `lse`. No communication here.
+"""Attention on tiles: `(out, lse)` forward, and backward from the global `out` and `lse`. No communication here.
 
 A kernel is a module with `NAME`, `unfit(q, v, softcap)`, `forward(...)` and `backward(...)`; `choose` picks one by
 name.
@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 
 from . import cpu, reference
-from .merge import State, Sum, accumulate_dtype, merge_, windows
+from .merge import State, Sum, accumulate_dtype, merge_
+from .places import Place, Tokens, Windows
 
 KERNELS: dict[str, ModuleType] = {kernel.NAME: kernel for kernel in (cpu, reference)}
 
@@ -34,4 +35,4 @@ def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = 
     return KERNELS[name]
 
 
-__all__ = ["KERNELS", "State", "Sum", "accumulate_dtype", "choose", "merge_", "windows"]
+__all__ = ["KERNELS", "Place", "State", "Sum", "Tokens", "Windows", "accumulate_dtype", "choose", "merge_"]

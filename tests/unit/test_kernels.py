@@ -1,4 +1,4 @@
-"""Kernels tile by tile against dense attention in fp64, the merge, and the choice of a kernel."""
+"""Kernels against dense attention in fp64, the merge, and the choice of a kernel."""
 
 import pytest
 import torch
@@ -156,9 +156,10 @@ def test_merge_is_stable_for_scores_far_apart():
 def test_rows_that_saw_nothing_are_zero_with_lse_minus_infinity():
     state = State(torch.zeros(1, 2, 6, 4), 4)
     tile = Tile(0, 1, 2, 4, 0, 4, None, 0)
-    q, k, v, _ = tensors(rows=1, heads=2, length=4, dim=4, dtype=torch.float32)
-    for piece, out, lse in KERNELS["cpu"].forward(q, k, v, tile, 0.5):
-        state.add(tile, piece, out, lse)
+    q, _, _, _ = tensors(rows=1, heads=2, length=6, dim=4, dtype=torch.float32)
+    _, k, v, _ = tensors(rows=1, heads=2, length=4, dim=4, dtype=torch.float32)
+    for queries, out, lse in KERNELS["cpu"].forward(q, k, v, [tile], 0.5):
+        state.add(queries, out, lse)
     assert state.out[:, :, :2].abs().max() == 0 and (state.lse[:, :, :2] == -torch.inf).all()
     assert state.lse[:, :, 2:].isfinite().all()
 
