@@ -40,7 +40,7 @@ class Windows:
 
     def of(self, x_BHS: torch.Tensor) -> torch.Tensor:
         """A view of these tokens of `x [B, H, S, ...]`, in the shape of a result."""
-        rows = x_BHS[self.row : self.row + self.num_rows]
+        rows = x_BHS.narrow(0, self.row, self.num_rows)
         if self.count == 1:
             return rows.narrow(2, self.start, self.size)
         view = rows.narrow(2, self.start, (self.count - 1) * self.stride + self.size).unfold(2, self.size, self.stride)
