@@ -154,7 +154,9 @@ def _varlen_forward_26(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_se
     return out, q, k, v, out, lse, None, torch.empty(2, dtype=torch.int64)
 
 
-def _write(grads, dq, dk, dv):
+def _write(grads, dq, dk, dv, deterministic):
+    assert type(deterministic) is bool
+    CALLS["deterministic"] += deterministic
     for into, grad in zip((dq, dk, dv), grads, strict=True):
         if into is not None:
             into.copy_(grad)
@@ -165,7 +167,8 @@ def _backward_26(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax
                  alibi_slopes, deterministic, rng_state=None):
     _no_extras(dropout_p, causal, alibi_slopes, rng_state)
     window = (k.shape[1], softmax_scale, *window_size, _capped(softcap))
-    return dq, dk, dv, _write(compute_backward(dout, q, k, v, out, softmax_lse, None, *window), dq, dk, dv)
+    grads = compute_backward(dout, q, k, v, out, softmax_lse, None, *window)
+    return dq, dk, dv, _write(grads, dq, dk, dv, deterministic)
 
 
 def _varlen_backward_26(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
@@ -174,7 +177,8 @@ def _varlen_backward_26(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_
     _no_extras(dropout_p, causal, alibi_slopes, rng_state)
     documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     window = (max_seqlen_k, softmax_scale, *window_size, _capped(softcap))
-    return dq, dk, dv, _write(compute_backward(dout, q, k, v, out, softmax_lse, documents, *window), dq, dk, dv)
+    grads = compute_backward(dout, q, k, v, out, softmax_lse, documents, *window)
+    return dq, dk, dv, _write(grads, dq, dk, dv, deterministic)
 
 
 # flash-attn 2.7.0 to 2.7.2: two bounds, forward returns 4, backward softmax_d alone.
@@ -198,7 +202,7 @@ def _backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax
                  window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
     _no_extras(dropout_p, causal, alibi_slopes, rng_state)
     window = (k.shape[1], softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return _write(compute_backward(dout, q, k, v, out, softmax_lse, None, *window), dq, dk, dv)
+    return _write(compute_backward(dout, q, k, v, out, softmax_lse, None, *window), dq, dk, dv, deterministic)
 
 
 def _varlen_backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
@@ -207,7 +211,7 @@ def _varlen_backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_
     _no_extras(dropout_p, causal, alibi_slopes, rng_state)
     documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
     window = (max_seqlen_k, softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return _write(compute_backward(dout, q, k, v, out, softmax_lse, documents, *window), dq, dk, dv)
+    return _write(compute_backward(dout, q, k, v, out, softmax_lse, documents, *window), dq, dk, dv, deterministic)
 
 
 # flash-attn 2.7.3 to 2.8.3: the packed ones can clear their results first.

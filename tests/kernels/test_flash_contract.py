@@ -137,7 +137,22 @@ def test_many_documents_are_one_call_and_large_tiles_are_their_own():
     with stand_in("2.8.3", large=30) as kernel:
         CALLS.clear()
         local_attention(q, k, v, documents=(bounds,), kernel=kernel)[0].sum().backward()
-        assert CALLS == {"dense": 1, "packed": 1}  # the stand-in counts forward
+        assert (CALLS["dense"], CALLS["packed"]) == (1, 1)  # the stand-in counts forward
+
+
+@pytest.mark.parametrize("version", PACKAGES)
+def test_backward_is_deterministic_where_pytorch_was_told_to_be(version):
+    q = torch.randn(1, 2, 20, 8, dtype=torch.float64, requires_grad=True)
+    bounds = ((0, 3, 20),)
+    with stand_in(version) as kernel:
+        for asked, counted in ((False, 0), (True, 2)):
+            CALLS.clear()
+            torch.use_deterministic_algorithms(asked)
+            try:
+                local_attention(q, q, q, documents=bounds, kernel=kernel)[0].sum().backward()
+            finally:
+                torch.use_deterministic_algorithms(False)
+            assert CALLS["deterministic"] == counted
 
 
 def test_a_query_or_key_appears_once_in_a_call():
