@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..geometry import Piece, Tile
+from .places import Place, Tokens
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,17 +30,6 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
     # w out_b + (1 - w) out_a in two passes: unlike lerp_, they read a half precision block without a copy in fp32.
     out.mul_(torch.sigmoid(-apart).unsqueeze(-1)).addcmul_(block_out, torch.sigmoid(apart).unsqueeze(-1))
     torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
-
-
-def windows(x: torch.Tensor, start: int, size: int, count: int, stride: int) -> torch.Tensor:
-    """Dim 2 of `x [B, H, S, ...]` cut to `start:start+size`, `count` times `stride` apart.
-
-    A view: `[B, H, size, ...]` for one window, else `[B, H, count, size, ...]`.
-    """
-    if count == 1:
-        return x.narrow(2, start, size)
-    view = x.narrow(2, start, (count - 1) * stride + size).unfold(2, size, stride)
-    return view.movedim(-1, 3)
 
 
 class State:
@@ -60,14 +49,16 @@ class State:
             self._out = torch.zeros(self._shape, dtype=self._dtype, device=self._device).transpose(1, 2)
         return self._out
 
-    def add(self, tile: Tile, piece: Piece, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merges a kernel's result for the queries of `piece` (shapes of `windows`)."""
+    def add(self, place: Place, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merges a kernel's result for the queries at `place` (in that place's shape)."""
         if self._out is None and out.shape == (*self.lse.shape, self._shape[-1]):
             self._out, self.lse = out.to(self._dtype), lse.to(self._dtype)
             return
-        rows = slice(tile.row, tile.row + tile.num_rows)
-        where = (tile.q + piece.q, piece.num_q, piece.count, piece.stride)
-        merge_(windows(self.out[rows], *where), windows(self.lse[rows], *where), out, lse)
+        here_out, here_lse = place.of(self.out), place.of(self.lse)
+        merge_(here_out, here_lse, out, lse)
+        if isinstance(place, Tokens):
+            place.put(self.out, here_out)
+            place.put(self.lse, here_lse)
 
     def add_sinks(self, sinks_H: torch.Tensor) -> None:
         """One more key per head with this score and no value: after everything else, once."""
@@ -93,14 +84,16 @@ class Sum:
             self._total = self._make() if self._make else torch.zeros_like(self._like, dtype=self._dtype)
         return self._total
 
-    def add(self, first_row: int, num_rows: int, start: int, size: int, piece: Piece, grad: torch.Tensor) -> None:
-        """Adds `grad` (shape of `windows`) to `size` tokens from `start`, repeated as the piece is."""
+    def add(self, place: Place, grad: torch.Tensor) -> None:
+        """Adds `grad` to the tokens at `place` (in that place's shape)."""
         if self._total is None and self._make is None and grad.shape == self._like.shape:
             self._total = grad
             return
         self._total = self.total.to(self._dtype)
-        rows = self._total[first_row : first_row + num_rows]
-        windows(rows, start, size, piece.count, piece.stride).add_(grad)
+        here = place.of(self._total)
+        here.add_(grad)
+        if isinstance(place, Tokens):
+            place.put(self._total, here)
 
     def add_tokens(self, start: int, grad: torch.Tensor) -> None:
         """Adds `grad [B, H, tokens, D]` to the tokens from `start`."""

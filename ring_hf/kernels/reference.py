@@ -1,4 +1,4 @@
-"""The eager truth: softmax attention on one tile, any dtype, device, head dims and softcap, fp64 included.
+"""The eager truth: softmax attention on tiles, any dtype, device, head dims and softcap, fp64 included.
 
 For tests, and for what no faster kernel computes. Builds the scores of `_ROWS` queries at a time. Every other kernel
 is compared with it. Backward is FlashAttention-2's (Dao 2023, arXiv 2307.08691, algorithm 2) without blocks of keys:
@@ -6,15 +6,17 @@ with the *global* lse, P = exp(S - lse) are the final probabilities, whatever pa
 
 Soft-capping (Gemma 2, arXiv 2408.00118) bends scores to `softcap * tanh(scores / softcap)` before the softmax.
 
-Letters: B batch, K key/value heads, G query heads per key/value head (H = K * G), Q queries, S keys, D head dim.
+Letters: B batch, K key/value heads, G query heads per key/value head (H = K * G), C queries of the shard and Q of a
+block, S keys, D and E head dims.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..geometry import Piece, Tile, trim
 from .merge import accumulate_dtype
+from .places import Windows
 
 NAME = "reference"
 _ROWS = 1024
@@ -26,38 +28,38 @@ def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None
 
 
 def forward(
-    q_BHQD: torch.Tensor,
+    q_BHCD: torch.Tensor,
     k_BKSD: torch.Tensor,
     v_BKSE: torch.Tensor,
-    tile: Tile,
+    tiles: Iterable[Tile],
     scale: float,
     softcap: float | None = None,
-) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-    """Yields `(piece, out [B, H, Q, E], lse [B, H, Q])`; tensors are already cut to the tile."""
-    for block in _blocks(tile):
-        q, k, v = _queries(block, q_BHQD), _keys(block, k_BKSD), _keys(block, v_BKSE)
+) -> Iterator[tuple[Windows, torch.Tensor, torch.Tensor]]:
+    """Yields `(queries, out [B, H, Q, E], lse [B, H, Q])` block by block."""
+    for tile, block, queries, keys in _blocks(tiles):
+        q, k, v = queries.of(q_BHCD), keys.of(k_BKSD), keys.of(v_BKSE)
         scores_BKGQS, _ = _scores(q, k, tile, block, scale, softcap)
         lse_BKGQ = torch.logsumexp(scores_BKGQS, dim=-1)
         weights = torch.exp(scores_BKGQS - _finite(lse_BKGQ).unsqueeze(-1))
         out = torch.einsum("bkgqs,bkse->bkgqe", weights, v.to(weights.dtype))
-        yield block, out.flatten(1, 2), lse_BKGQ.flatten(1, 2)
+        yield queries, out.flatten(1, 2), lse_BKGQ.flatten(1, 2)
 
 
 def backward(
-    dout_BHQE: torch.Tensor,
-    q_BHQD: torch.Tensor,
+    dout_BHCE: torch.Tensor,
+    q_BHCD: torch.Tensor,
     k_BKSD: torch.Tensor,
     v_BKSE: torch.Tensor,
-    out_BHQE: torch.Tensor,
-    lse_BHQ: torch.Tensor,
-    tile: Tile,
+    out_BHCE: torch.Tensor,
+    lse_BHC: torch.Tensor,
+    tiles: Iterable[Tile],
     scale: float,
     softcap: float | None = None,
-) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(piece, dq, dk, dv)` in at least fp32, from the global `out` and `lse`."""
-    for block in _blocks(tile):
-        dout, q, out, lse = (_queries(block, x) for x in (dout_BHQE, q_BHQD, out_BHQE, lse_BHQ))
-        k, v = _keys(block, k_BKSD), _keys(block, v_BKSE)
+) -> Iterator[tuple[Windows, Windows, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields `(queries, keys, dq, dk, dv)` in at least fp32, from the global `out` and `lse`."""
+    for tile, block, queries, keys in _blocks(tiles):
+        dout, q, out, lse = (queries.of(x) for x in (dout_BHCE, q_BHCD, out_BHCE, lse_BHC))
+        k, v = keys.of(k_BKSD), keys.of(v_BKSE)
         scores_BKGQS, slope = _scores(q, k, tile, block, scale, softcap)
         dtype, heads = scores_BKGQS.dtype, k.shape[1]
         dout, q, out, lse = (x.to(dtype).unflatten(1, (heads, -1)) for x in (dout, q, out, lse))
@@ -68,26 +70,20 @@ def backward(
         dscores = weights * (dweights - delta) * slope * scale
         dq = torch.einsum("bkgqs,bksd->bkgqd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bkgqs,bkgqd->bksd", dscores, q)
-        yield block, dq, dk, dv
+        yield queries, keys, dq, dk, dv
 
 
-def _blocks(tile: Tile) -> Iterator[Piece]:
-    """The tile cut to at most `_ROWS` queries, with the keys that any of them sees."""
-    for first in range(0, tile.num_q, _ROWS):
-        rows = min(_ROWS, tile.num_q - first)
-        lo, hi = (None if bound is None else bound + first for bound in (tile.lo, tile.hi))
-        trimmed = trim(rows, tile.num_k, lo, hi)
-        if trimmed is not None:
-            q, num_q, k, num_k, _, _ = trimmed
-            yield Piece(first + q, num_q, k, num_k, "full")
-
-
-def _queries(block: Piece, x: torch.Tensor) -> torch.Tensor:
-    return x[:, :, block.q : block.q + block.num_q]
-
-
-def _keys(block: Piece, x: torch.Tensor) -> torch.Tensor:
-    return x[:, :, block.k : block.k + block.num_k]
+def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, Windows, Windows]]:
+    """Tiles cut to at most `_ROWS` queries, with the keys that any of them sees."""
+    for tile in tiles:
+        for first in range(0, tile.num_q, _ROWS):
+            rows = min(_ROWS, tile.num_q - first)
+            lo, hi = (None if bound is None else bound + first for bound in (tile.lo, tile.hi))
+            trimmed = trim(rows, tile.num_k, lo, hi)
+            if trimmed is not None:
+                q, num_q, k, num_k, _, _ = trimmed
+                block = Piece(first + q, num_q, k, num_k, "full")
+                yield tile, block, Windows.queries(tile, block), Windows.keys(tile, block)
 
 
 def _scores(

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from ..geometry import Plan, Tile, split
+from ..geometry import Plan, split
 from ..kernels import State, Sum, accumulate_dtype
 from . import direct, gather, relay
 from .transport import Ring
@@ -44,10 +44,9 @@ def ring_forward(
     # Results are as large as the shard: each is dropped before the next one is made.
     for number, step in enumerate(plan.steps):
         k, v = blocks.post(number)
-        for tile in step.tiles:
-            for piece, out, lse in kernel.forward(*_cut(tile, (q_BHCD,), (k, v)), tile, scale, softcap):
-                state.add(tile, piece, out, lse)
-                del out, lse
+        for queries, out, lse in kernel.forward(q_BHCD, k, v, step.tiles, scale, softcap):
+            state.add(queries, out, lse)
+            del out, lse
         del k, v
         blocks.wait(number)
     if sinks_H is not None:
@@ -77,15 +76,14 @@ def ring_backward(
     for number, step in enumerate(plan.steps):
         k, v = blocks.post(number)
         dk, dv = grads.share(number)
-        for tile in step.tiles:
-            tensors = _cut(tile, (dout_BHCD, q_BHCD), (k, v), (out_BHCD, lse_BHC))
-            pieces = kernel.backward(*tensors, tile, scale, softcap)
-            for piece, piece_dq, piece_dk, piece_dv in pieces:
-                dq.add(tile.row, tile.num_rows, tile.q + piece.q, piece.num_q, piece, piece_dq)
-                del piece_dq
-                dk.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dk)
-                dv.add(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece, piece_dv)
-                del piece_dk, piece_dv
+        tensors = dout_BHCD, q_BHCD, k, v, out_BHCD, lse_BHC
+        for queries, keys, one_dq, one_dk, one_dv in kernel.backward(*tensors, step.tiles, scale, softcap):
+            dq.add(queries, one_dq)
+            del one_dq
+            dk.add(keys, one_dk)
+            dv.add(keys, one_dv)
+            del one_dk, one_dv
+        del tensors
         del k, v, dk, dv
         blocks.wait(number)
         grads.send(number)
@@ -105,19 +103,3 @@ def _sum_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
     """fp32, unless no query gets more than two results: their sum is rounded once either way."""
     pieces = sum(len(split(tile.num_q, tile.num_k, tile.lo, tile.hi)) for step in plan.steps for tile in step.tiles)
     return accumulate_dtype(dtype) if pieces > 2 else dtype
-
-
-def _queries(tile: Tile, x: torch.Tensor) -> torch.Tensor:
-    return x[tile.row : tile.row + tile.num_rows, :, tile.q : tile.q + tile.num_q]
-
-
-def _keys(tile: Tile, x: torch.Tensor) -> torch.Tensor:
-    return x[tile.row : tile.row + tile.num_rows, :, tile.k : tile.k + tile.num_k]
-
-
-def _cut(tile: Tile, queries: tuple, keys: tuple, more_queries: tuple = ()) -> tuple[torch.Tensor, ...]:
-    return (
-        *(_queries(tile, x) for x in queries),
-        *(_keys(tile, x) for x in keys),
-        *(_queries(tile, x) for x in more_queries),
-    )

@@ -94,8 +94,8 @@ def _heads_of_a_neighbour(patch):
 def _sinks_join_every_step(patch):
     original = ring_hf.kernels.merge.State.add
 
-    def add(self, tile, piece, out, lse):
-        original(self, tile, piece, out, lse)
+    def add(self, queries, out, lse):
+        original(self, queries, out, lse)
         self.lse = torch.logaddexp(self.lse, torch.zeros_like(self.lse))
 
     patch.setattr(ring_hf.kernels.merge.State, "add", add)
@@ -121,13 +121,12 @@ def _sum_of_softmaxes(patch):
 def _own_statistics_in_backward(patch):
     original = cpu.backward
 
-    def backward(dout, q, k, v, out, lse, tile, scale, softcap):
+    def backward(dout, q, k, v, out, lse, tiles, scale, softcap):
         out, lse = out.clone(), lse.clone()
-        for piece, piece_out, piece_lse in cpu.forward(q, k, v, tile, scale):
-            if piece.count == 1:
-                out[:, :, piece.q : piece.q + piece.num_q] = piece_out
-                lse[:, :, piece.q : piece.q + piece.num_q] = piece_lse
-        yield from original(dout, q, k, v, out, lse, tile, scale)
+        for queries, own_out, own_lse in cpu.forward(q, k, v, tiles, scale):
+            queries.of(out).copy_(own_out)
+            queries.of(lse).copy_(own_lse)
+        yield from original(dout, q, k, v, out, lse, tiles, scale)
 
     patch.setattr(cpu, "backward", backward)
 
@@ -136,8 +135,8 @@ def _anticausal_not_flipped(patch):
     patch.setattr(
         cpu,
         "_take",
-        lambda x, piece, keys, take=cpu._take: (
-            take(x, piece, keys).flip(2) if piece.kind == "anticausal" else take(x, piece, keys)
+        lambda x, piece, place, take=cpu._take: (
+            take(x, piece, place).flip(2) if piece.kind == "anticausal" else take(x, piece, place)
         ),
     )
 

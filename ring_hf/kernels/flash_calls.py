@@ -1,0 +1,258 @@
+"""From tiles to calls of FlashAttention-2, however a package spells them (Dao 2023, arXiv 2307.08691).
+
+Its window is aligned at the bottom right: query i of Sq sees key j of Sk iff `i + Sk - Sq - left <= j <= i + Sk - Sq +
+right`. A band `lo <= j - i <= hi` is therefore `left = (Sk - Sq) - lo` and `right = hi - (Sk - Sq)`, and both are >= 0
+once the band is trimmed (read in Dao-AILab/flash-attention@v2.8.3:csrc/flash_attn/src/mask.h). The host code clamps
+windows to Sk and forgets part of the band where Sq > Sk + 1 (same tag, csrc/flash_attn/flash_api.cpp, and its copy in
+PyTorch; their issue 895), so such tiles are cut into rows that see every key and rows that do not.
+
+A large tile is one dense call on views. Short tiles of a step that share a window are the documents of one packed call
+(varlen), in which every query and every key appears at most once.
+
+What goes in: fp16 or bf16; head dims padded with zeros to one size, a multiple of 8, which changes neither scores nor
+sums (the scale is passed); lse contiguous in fp32, as kernels read it through a raw pointer. What comes out: lse in
+natural logarithms, +inf for rows that saw nothing where ours is -inf.
+
+Letters: B batch, H query heads, K key/value heads, C queries of the shard, S keys of the block, T tokens of a packed
+call, N documents of it, D and E head dims. Dense calls take BSHD and give lse BHS, packed ones take THD and give HT.
+"""
+
+import functools
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.nn.functional import pad
+
+from ..geometry import Piece, Tile, trim
+from .merge import accumulate_dtype
+from .places import Place, Tokens, Windows
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+DEVICE = "cuda"
+WIDEST = 256
+LARGE = 1024  # queries: from here on a tile fills a device by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Cumulative lengths of a packed call's queries and keys, int32 `[N + 1]`, and the longest of each."""
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a kernel; `left` and `right` None: no bound on that side."""
+
+    queries: Place
+    keys: Place
+    left: int | None
+    right: int | None
+    documents: Documents | None = None
+
+
+Forward = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Call, float, float | None], tuple[torch.Tensor, torch.Tensor]
+]
+Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why no FlashAttention-2 can serve such tensors, or None."""
+    if q.device.type != DEVICE:
+        return f"the tensors are on {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+    if (width := max(q.shape[-1], v.shape[-1])) > WIDEST:
+        return f"head dim {width} is above {WIDEST}"
+    if torch.version.hip:
+        return "the device is driven by ROCm, whose kernels differ"
+    if (found := capability(q.device)) is None:
+        return "PyTorch finds no CUDA device"
+    return f"compute capability {_dotted(found)} is below 8.0" if found < (8, 0) else None
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a device, None without one (tensors of a fake mode)."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def run_forward(
+    attend: Forward,
+    q_BHCD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    tiles: Iterable[Tile],
+    scale: float,
+    softcap: float | None,
+) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+    """Yields `(queries, out, lse)` call by call; `attend(q, k, v, call, scale, softcap)` returns `(out, lse)`."""
+    value_dim = v_BKSE.shape[-1]
+    q, k, v = one_head_dim(q_BHCD, k_BKSD, v_BKSE)
+    for call in calls(tiles, q.device):
+        out, lse = attend(taken(q, call.queries), taken(k, call.keys), taken(v, call.keys), call, scale, softcap)
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+        lse = lse.transpose(0, 1) if isinstance(call.queries, Tokens) else lse
+        yield call.queries, given_back(out, call.queries, value_dim), lse
+        del out, lse
+
+
+def run_backward(
+    differentiate: Backward,
+    dout_BHCE: torch.Tensor,
+    q_BHCD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    out_BHCE: torch.Tensor,
+    lse_BHC: torch.Tensor,
+    tiles: Iterable[Tile],
+    scale: float,
+    softcap: float | None,
+) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`.
+
+    `differentiate(dout, q, k, v, out, lse, call, scale, softcap)` returns `(dq, dk, dv)`.
+    """
+    key_dim, value_dim = k_BKSD.shape[-1], v_BKSE.shape[-1]
+    same = (x.to(q_BHCD.dtype) for x in (dout_BHCE, out_BHCE))
+    dout, out, q, k, v = one_head_dim(*same, q_BHCD, k_BKSD, v_BKSE)
+    for call in calls(tiles, q.device):
+        at_q, at_k = (functools.partial(taken, place=place) for place in (call.queries, call.keys))
+        lse = lse_for(lse_BHC, call.queries, accumulate_dtype(q.dtype))
+        tensors = at_q(dout), at_q(q), at_k(k), at_k(v), at_q(out), lse
+        dq, dk, dv = differentiate(*tensors, call, scale, softcap)
+        del tensors, lse
+        yield (
+            call.queries,
+            call.keys,
+            given_back(dq, call.queries, key_dim),
+            given_back(dk, call.keys, key_dim),
+            given_back(dv, call.keys, value_dim),
+        )
+        del dq, dk, dv
+
+
+def one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All with one head dim, a multiple of 8, and with rows where 16 byte loads may begin."""
+    width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
+
+    def loadable(x: torch.Tensor) -> bool:
+        return x.stride(-1) == 1 and not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
+
+    padded = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
+    return tuple(x if loadable(x) else x.contiguous() for x in padded)
+
+
+def taken(x_BHSD: torch.Tensor, place: Place) -> torch.Tensor:
+    """The tokens at a place as kernels take them: BSHD or THD."""
+    return place.of(x_BHSD) if isinstance(place, Tokens) else place.of(x_BHSD).transpose(1, 2)
+
+
+def given_back(x: torch.Tensor, place: Place, head_dim: int) -> torch.Tensor:
+    """The inverse of `taken`, without the padding."""
+    return (x if isinstance(place, Tokens) else x.transpose(1, 2)).narrow(-1, 0, head_dim)
+
+
+def lse_for(lse_BHC: torch.Tensor, place: Place, dtype: torch.dtype) -> torch.Tensor:
+    """Global lse as backward reads it: contiguous BHS or HT, in fp32."""
+    lse = place.of(lse_BHC).to(dtype)
+    return (lse.transpose(0, 1) if isinstance(place, Tokens) else lse).contiguous()
+
+
+def calls(tiles: Iterable[Tile], device: torch.device) -> Iterator[Call]:
+    """The calls that together hold every visible pair of the tiles exactly once."""
+    for part in _grouped(tuple(tiles)):
+        if len(part) == 1:
+            (tile,) = part
+            queries, keys = Piece(0, tile.num_q, 0, tile.num_k, "full"), Piece(0, tile.num_q, 0, tile.num_k, "full")
+            yield Call(Windows.queries(tile, queries), Windows.keys(tile, keys), *window(tile))
+        else:
+            rows = [replace(tile, row=tile.row + n, num_rows=1) for tile in part for n in range(tile.num_rows)]
+            queries_T, cu_q = _tokens([(tile.row, tile.q, tile.num_q) for tile in rows], device)
+            keys_T, cu_k = _tokens([(tile.row, tile.k, tile.num_k) for tile in rows], device)
+            longest = max(tile.num_q for tile in rows), max(tile.num_k for tile in rows)
+            yield Call(queries_T, keys_T, *window(part[0]), Documents(cu_q, cu_k, *longest))
+
+
+def window(tile: Tile) -> tuple[int | None, int | None]:
+    """`(left, right)` of a trimmed tile."""
+    apart = tile.num_k - tile.num_q
+    return None if tile.lo is None else apart - tile.lo, None if tile.hi is None else tile.hi - apart
+
+
+def cut_rows(tile: Tile) -> Iterator[Tile]:
+    """Trimmed tiles that no host code gets wrong: without bounds, or with at most one query more than keys."""
+    trimmed = trim(tile.num_q, tile.num_k, tile.lo, tile.hi)
+    if trimmed is None:
+        return
+    q, num_q, k, num_k, lo, hi = trimmed
+    tile = Tile(tile.row, tile.num_rows, tile.q + q, num_q, tile.k + k, num_k, lo, hi)
+    if (lo is None and hi is None) or num_q <= num_k + 1:
+        yield tile
+        return
+    # Rows from `begin` to `end` see every key. If there are none, two halves have keys enough.
+    begin, end = 0 if hi is None else num_k - 1 - hi, num_q if lo is None else 1 - lo
+    for first, last in itertools.pairwise((0, begin, end, num_q) if begin < end else (0, num_k, num_q)):
+        low, high = (None if bound is None else bound + first for bound in (lo, hi))
+        yield from cut_rows(replace(tile, q=tile.q + first, num_q=last - first, lo=low, hi=high))
+
+
+@dataclass
+class _Pack:
+    """Tiles of one packed call, and which tokens they took: sorted `(start, end)` per side and batch row."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    _spans: dict[tuple[str, int], list[tuple[int, int]]] = field(default_factory=dict)
+
+    def take(self, tile: Tile) -> bool:
+        """Adds the tile unless one of its queries or keys is taken."""
+        wanted = [
+            (self._spans.setdefault((side, row), []), span)
+            for side, span in (("q", (tile.q, tile.q + tile.num_q)), ("k", (tile.k, tile.k + tile.num_k)))
+            for row in range(tile.row, tile.row + tile.num_rows)
+        ]
+        for spans, (start, end) in wanted:
+            at = bisect_left(spans, (start, start))
+            if (at < len(spans) and spans[at][0] < end) or (at and spans[at - 1][1] > start):
+                return False
+        for spans, span in wanted:
+            insort(spans, span)
+        self.tiles.append(tile)
+        return True
+
+
+@functools.lru_cache(maxsize=256)
+def _grouped(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], ...]:
+    """The tiles of each call."""
+    large: list[tuple[Tile, ...]] = []
+    packs: dict[tuple[int | None, int | None], list[_Pack]] = {}
+    for tile in itertools.chain.from_iterable(cut_rows(tile) for tile in tiles):
+        if tile.num_q >= LARGE:
+            large.append((tile,))
+            continue
+        fitting = packs.setdefault(window(tile), [])
+        if not any(pack.take(tile) for pack in fitting):
+            fitting.append(_Pack())
+            fitting[-1].take(tile)
+    return *large, *(tuple(pack.tiles) for found in packs.values() for pack in found)
+
+
+def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> tuple[Tokens, torch.Tensor]:
+    """The tokens of `(row, start, length)` one after another, and the cumulative lengths in int32."""
+    lengths = [length for _, _, length in spans]
+    ends = list(itertools.accumulate(lengths, initial=0))
+    described = [(row, start - end, length) for (row, start, length), end in zip(spans, ends, strict=False)]
+    rows_N, shifts_N, lengths_N = torch.tensor(described, device=device).unbind(1)
+    repeat = functools.partial(torch.repeat_interleave, repeats=lengths_N, output_size=ends[-1])
+    tokens_T = torch.arange(ends[-1], device=device) + repeat(shifts_N)
+    return Tokens(repeat(rows_N), tokens_T), torch.tensor(ends, dtype=torch.int32, device=device)
