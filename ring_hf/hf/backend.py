@@ -268,8 +268,9 @@ def _refuse_unshardable(
             f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
             "the collator from the model that is trained, after its last set_attn_implementation call."
         )
-    # Document numbers say nothing new: the batch of one process with prefixes describes its documents itself.
-    if attention_mask is not None and not (attention_mask.ndim == 2 and attention_mask.dtype == torch.int64):
+    # In one process with prefixes, document numbers say nothing that its batch does not. A 0 would hide a token.
+    numbers = batch.sequence.num_ranks == 1 and attention_mask is not None and attention_mask.dtype == torch.int64
+    if attention_mask is not None and not (numbers and attention_mask.ndim == 2 and bool((attention_mask > 0).all())):
         raise ValueError(
             f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
             "documents travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."

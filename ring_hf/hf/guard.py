@@ -20,7 +20,7 @@ from .backend import NOT_FROM_COLLATOR, call_count
 from .batch import KEY, ContextParallelBatch, RefusedBatch
 from .models import MODEL_RULES, text_config
 from .names import attention_name
-from .router import gather_router_logits, share
+from .router import gather_router_logits, router_output_error, share
 from .split import resolve
 from .supported import check_loader, first_error
 
@@ -183,7 +183,7 @@ def _batch_error(
             return f"{name} was passed beside a sharded batch, but {why}. Leave it out."
     if kwargs.get("output_attentions"):
         return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
-    error = _split_differs(model, batch, context)
+    error = router_output_error(model, kwargs) or _split_differs(model, batch, context)
     if error is not None:
         return error
     num_tokens, sequence = kwargs["input_ids"].shape[1], batch.sequence

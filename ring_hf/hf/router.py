@@ -39,6 +39,23 @@ def router_error(model: PreTrainedModel) -> str | None:
     )
 
 
+def router_output_error(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    """The message for a call whose auxiliary loss the hooks would not find."""
+    wanted = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if kwargs.get("output_router_logits") not in (None, wanted):
+        return (
+            f"output_router_logits={kwargs['output_router_logits']} was passed to the model, but its configuration "
+            f"says {wanted}. Set model.config.output_router_logits before training, and do not pass it."
+        )
+    as_tuple = kwargs.get("return_dict") is False or getattr(model.config, "return_dict", True) is False
+    if not (wanted and as_tuple):
+        return None
+    return (
+        "output_router_logits=True with return_dict=False hides the auxiliary loss in a tuple, and it would be added "
+        "once per rank. Leave return_dict at True."
+    )
+
+
 def gather_router_logits(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the inner model: its router logits become those of the whole sequence."""
     batch = kwargs.get(KEY)

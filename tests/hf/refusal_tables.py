@@ -151,6 +151,7 @@ COLLATORS = {
 DESCRIPTION = ContextParallelBatch(WholeSequence("zigzag", 16, 2), "none", 0, "auto", True, 16, None, "")
 
 SHARDED = {KEY: DESCRIPTION}
+WHOLE = ContextParallelBatch(WholeSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, "auto", True, 8, None, "")
 CALLS = {
     "two-sided window": ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 without a causal mask"),
     "sinks per query": ({"s_aux": torch.ones(4, 8)}, "s_aux .attention sinks. has shape .4, 8. for 4 query heads"),
@@ -178,6 +179,18 @@ CALLS = {
     "refused batch": ({KEY: RefusedBatch("no good")}, "no good"),
     "other layout": (dict(backend="ring_striped", **SHARDED), "attends with 'ring_striped', but.*layout 'zigzag'"),
     "mask beside a shard": (dict(attention_mask=torch.ones(1, 8), **SHARDED), "reached a sharded sequence"),
+    "padding beside a shard": (
+        dict(attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]), **SHARDED),
+        "reached a sharded sequence",
+    ),
+    "documents beside a shard": (
+        dict(attention_mask=torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]]), **SHARDED),
+        "reached a sharded sequence",
+    ),
+    "padding beside whole prefixes": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]), KEY: WHOLE},
+        "reached a sharded sequence",
+    ),
     "dropout on a shard": (dict(dropout=0.1, training=True, **SHARDED), "attention dropout 0.1 cannot equal one"),
     "cache beside a shard": (dict(key=(1, 2, 12, 8), **SHARDED), "8 queries meet 12 keys: a KV cache"),
     "length of the shard": (

@@ -248,6 +248,18 @@ def test_model_arguments_are_refused(name):
     assert _batch_error(llama(), (), SHARD, context_of(2, 0)) is None
 
 
+def test_router_losses_that_would_be_overlooked_are_refused():
+    for config, passed, message in (
+        (False, {"output_router_logits": True}, "output_router_logits=True was passed to the model, but its config"),
+        (True, {"return_dict": False}, "output_router_logits=True with return_dict=False hides the auxiliary loss"),
+    ):
+        model = llama()
+        model.config.output_router_logits = config
+        found = _batch_error(model, (), {**SHARD, **passed}, context_of(2, 0))
+        assert found is not None and message in found
+        assert _batch_error(model, (), SHARD, context_of(2, 0)) is None
+
+
 def test_tokens_by_position_are_refused():
     assert "Tokens were passed by position" in _batch_error(llama(), (ONES,), {KEY: DESCRIPTION}, context_of(2, 0))
 
