@@ -1,7 +1,7 @@
 """`ring-hf`: the command line. A module per command: `add` declares its options, `run` does it.
 
-A command prints its result; what is wrong with its options it raises as `ValueError`. Its module imports whatever takes
-long only in `run`.
+A command prints its result; what is wrong with its options it raises as `ValueError`. Its module imports what takes
+long in `run`.
 """
 
 import argparse

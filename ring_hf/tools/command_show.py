@@ -28,7 +28,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "show",
         help="draw who computes which part of the mask in which step, the work per rank, the bytes per step",
         description="Draws, per layout: the mask, coloured by the place of the ring that computes it and paler with "
-        "every step; the work of every rank; what a rank sends in every step of the forward pass. One attention layer, one batch row.",
+        "every step; the work of every rank; what a rank sends in every step of the forward pass. One attention "
+        "layer, one batch row.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
     )
