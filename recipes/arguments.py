@@ -104,7 +104,7 @@ class ParallelArguments:
         None, "How keys and values travel: ring, double_ring, allgather or direct. Default: auto, by estimate."
     )
     overlap: bool = option(True, "Exchange keys and values while computing.")
-    kernel: str = option("auto", "Attention kernel of a tile; auto takes the fastest that fits.")
+    kernel: str = option("auto", "Attention kernel of a tile, or a family of them; auto takes the fastest that fits.")
 
     def config(self) -> ring_hf.ContextParallelConfig:
         """What `TrainingArguments(parallelism_config=...)` takes."""

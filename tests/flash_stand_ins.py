@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from ring_hf.geometry import Tile
-from ring_hf.kernels import cuda, flash_attn, flash_calls, reference
+from ring_hf.kernels import cuda_flash, flash_attn_2, flash_calls, reference
 
 CALLS: Counter[str] = Counter()
 
@@ -284,12 +284,12 @@ def stand_in(adapter: str, large: int = 12) -> Iterator[str]:
         patch(flash_calls, "LARGE", large)
         patch(flash_calls, "capability", lambda device: (9, 0))
         if adapter == "aten":
-            patch(cuda, "_forward", aten_forward)
-            patch(cuda, "_backward", aten_backward)
-            patch(cuda, "_is_built", lambda: True)
-            yield cuda.NAME
+            patch(cuda_flash, "_forward", aten_forward)
+            patch(cuda_flash, "_backward", aten_backward)
+            patch(cuda_flash, "_is_built", lambda: True)
+            yield cuda_flash.KERNEL.NAME
         else:
-            found = adapter, flash_attn.form_of(adapter), PACKAGES[adapter]
-            patch(flash_attn, "installed", lambda: found)
-            yield flash_attn.NAME
+            found = adapter, flash_attn_2.form_of(adapter), PACKAGES[adapter]
+            patch(flash_attn_2, "installed", lambda: found)
+            yield flash_attn_2.KERNEL.NAME
     flash_calls._grouped.cache_clear()

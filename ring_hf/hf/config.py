@@ -16,7 +16,7 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from transformers import trainer as transformers_trainer
 
-from ring_hf.kernels import KERNELS
+from ring_hf.kernels import check_name
 from ring_hf.parallel import register_group
 
 from . import context
@@ -48,7 +48,7 @@ class ContextParallelConfig(ParallelismConfig):
             model attends with "ulysses".
         inner_ring_size: ranks of the inner rings (inside a node) of a double ring; must divide the ring.
         transport: how keys and values travel: a name from `ring_hf.geometry.TRANSPORTS`; "auto" chooses by cost.
-        kernel: attention kernel: "auto" or a name from `ring_hf.kernels.KERNELS`.
+        kernel: attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: exchange the next keys and values while computing with the present ones.
         dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
         dp_shard_size: ranks that shard the weights (not in this version: 1).
@@ -108,8 +108,7 @@ class ContextParallelConfig(ParallelismConfig):
                 f"dp_shard_size={self.dp_shard_size}: sharded weights (FSDP) are not proven yet with context "
                 "parallelism; supported: DDP. Set it to 1."
             )
-        if self.kernel not in ("auto", *KERNELS):
-            raise ValueError(f"kernel={self.kernel!r} is not known. Choose one of auto, {', '.join(KERNELS)}.")
+        check_name("auto" if self.kernel is None else self.kernel)
         check_sizes(self._size, self.ulysses_size, self.inner_ring_size or 1, self.transport or "auto")
 
     # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.

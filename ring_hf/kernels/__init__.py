@@ -1,44 +1,98 @@
 """Attention on tiles: `(out, lse)` forward, and backward from the global `out` and `lse`. No communication here.
 
-A kernel is a module with `NAME`, `unfit(q, v, softcap)`, `forward(...)` and `backward(...)`; `choose` picks one by
-name. "auto" takes the first of `KERNELS` that fits: flash-attn where it is installed, else PyTorch's CUDA operators,
-else PyTorch's CPU operator, else the eager reference.
+Whatever has the shape of `Kernel` is one, a module or an object. `choose` picks one by name, by the name of a family,
+or "auto": the first of `KERNELS` that fits, so flash-attn where it is installed, else PyTorch's CUDA operators, else
+PyTorch's CPU operator, else the eager reference.
 """
 
 import logging
-from types import ModuleType
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 
-from . import cpu, cuda, flash_attn, reference
+from ..geometry import Tile
+from . import cpu, cuda_flash, flash_attn_2, reference
 from .merge import State, Sum, accumulate_dtype, merge_
 from .places import Place, Tokens, Windows
 
-KERNELS: dict[str, ModuleType] = {kernel.NAME: kernel for kernel in (flash_attn, cuda, cpu, reference)}
+
+class Kernel(Protocol):
+    """Attention on tiles; a result names the tokens it is for."""
+
+    @property
+    def NAME(self) -> str: ...
+
+    def unfit(self, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+        """Why this kernel cannot serve such tensors, or None."""
+
+    def forward(
+        self,
+        q_BHCD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        tiles: Iterable[Tile],
+        scale: float,
+        softcap: float | None = None,
+    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+        """Yields `(queries, out, lse)`."""
+
+    def backward(
+        self,
+        dout_BHCE: torch.Tensor,
+        q_BHCD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        out_BHCE: torch.Tensor,
+        lse_BHC: torch.Tensor,
+        tiles: Iterable[Tile],
+        scale: float,
+        softcap: float | None = None,
+    ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yields `(queries, keys, dq, dk, dv)`, from the global `out` and `lse`."""
+
+
+_IN_ORDER: tuple[Kernel, ...] = (flash_attn_2.KERNEL, cuda_flash.KERNEL, cpu, reference)
+KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in _IN_ORDER}
+# Of a family, as of all, the first that fits is taken.
+FAMILIES = {
+    family: tuple(name for name in KERNELS if name.startswith(f"{family}_")) for family in ("flash_attn", "cuda")
+}
 logger = logging.getLogger("ring_hf")
 _told: set[str] = set()
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError if no kernel or family has this name."""
+    if name != "auto" and name not in FAMILIES and name not in KERNELS:
+        known = ", ".join(("auto", *FAMILIES, *KERNELS))
+        raise ValueError(f"kernel={name!r} is not known. Choose one of {known}.")
+
+
 @torch.compiler.disable  # packages and devices are looked for, which no graph can hold
-def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = None) -> ModuleType:
-    """The kernel called `name`; "auto" takes the first of `KERNELS` that fits.
+def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = None) -> Kernel:
+    """The first kernel of those that `name` stands for that fits, told once in the log.
 
     Raises:
-        ValueError: if there is no such kernel, or it cannot serve tensors like `q` and `v`, or the softcap.
+        ValueError: if there is no such kernel, or none can serve tensors like `q` and `v`, or the softcap.
     """
-    if name == "auto":
-        reasons = {kernel.NAME: kernel.unfit(q, v, softcap) for kernel in KERNELS.values()}
-        for fitting, reason in reasons.items():
-            if reason is None:
+    reasons = candidates(name, q, v, softcap)
+    for fitting, reason in reasons.items():
+        if reason is None:
+            if fitting != name:
                 _tell(fitting, reasons)
-                return KERNELS[fitting]
-        raise ValueError(f"No attention kernel fits: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
-    if name not in KERNELS:
-        raise ValueError(f"kernel={name!r} is not known. Choose one of auto, {', '.join(KERNELS)}.")
-    reason = KERNELS[name].unfit(q, v, softcap)
-    if reason is not None:
-        raise ValueError(f'kernel={name!r} cannot serve this model: {reason}. Use kernel="auto" or another one.')
-    return KERNELS[name]
+            return KERNELS[fitting]
+    why = "; ".join(reason if other == name else f"{other}: {reason}" for other, reason in reasons.items() if reason)
+    if name == "auto":
+        raise ValueError(f"No attention kernel fits: {why}.")
+    raise ValueError(f'kernel={name!r} cannot serve this model: {why}. Use kernel="auto" or another one.')
+
+
+def candidates(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = None) -> dict[str, str | None]:
+    """The kernels that `name` stands for in order of preference, each with the reason why it does not fit, or None."""
+    check_name(name)
+    names = FAMILIES.get(name, (name,)) if name != "auto" else tuple(KERNELS)
+    return {one: KERNELS[one].unfit(q, v, softcap) for one in names}
 
 
 def _tell(fitting: str, reasons: dict[str, str | None]) -> None:
@@ -50,4 +104,18 @@ def _tell(fitting: str, reasons: dict[str, str | None]) -> None:
         logger.info(line)
 
 
-__all__ = ["KERNELS", "Place", "State", "Sum", "Tokens", "Windows", "accumulate_dtype", "choose", "merge_"]
+__all__ = [
+    "FAMILIES",
+    "KERNELS",
+    "Kernel",
+    "Place",
+    "State",
+    "Sum",
+    "Tokens",
+    "Windows",
+    "accumulate_dtype",
+    "candidates",
+    "check_name",
+    "choose",
+    "merge_",
+]

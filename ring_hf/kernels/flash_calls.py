@@ -47,7 +47,7 @@ class Documents:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class KernelCall:
     """One call of a kernel; `left` and `right` None: no bound on that side."""
 
     queries: Place
@@ -58,7 +58,7 @@ class Call:
 
 
 Forward = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Call, float, float | None], tuple[torch.Tensor, torch.Tensor]
+    [torch.Tensor, torch.Tensor, torch.Tensor, KernelCall, float, float | None], tuple[torch.Tensor, torch.Tensor]
 ]
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -75,7 +75,7 @@ def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return "the device is driven by ROCm, whose kernels differ"
     if (found := capability(q.device)) is None:
         return "PyTorch finds no CUDA device"
-    return f"compute capability {_dotted(found)} is below 8.0" if found < (8, 0) else None
+    return f"compute capability {dotted(found)} is below 8.0" if found < (8, 0) else None
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
@@ -83,63 +83,74 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def _dotted(numbers: tuple[int, ...]) -> str:
+def dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
 
 
-def run_forward(
-    attend: Forward,
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None,
-) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, out, lse)` call by call; `attend(q, k, v, call, scale, softcap)` returns `(out, lse)`."""
-    value_dim = v_BKSE.shape[-1]
-    q, k, v = one_head_dim(q_BHCD, k_BKSD, v_BKSE)
-    for call in calls(tiles, q.device):
-        out, lse = attend(taken(q, call.queries), taken(k, call.keys), taken(v, call.keys), call, scale, softcap)
-        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-        lse = lse.transpose(0, 1) if isinstance(call.queries, Tokens) else lse
-        yield call.queries, given_back(out, call.queries, value_dim), lse
-        del out, lse
+@dataclass(frozen=True, slots=True)
+class FlashKernel:
+    """A kernel made of the calls of a package.
 
-
-def run_backward(
-    differentiate: Backward,
-    dout_BHCE: torch.Tensor,
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    out_BHCE: torch.Tensor,
-    lse_BHC: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None,
-) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`.
-
-    `differentiate(dout, q, k, v, out, lse, call, scale, softcap)` returns `(dq, dk, dv)`.
+    `attend(q, k, v, call, scale, softcap)` returns `(out, lse)`, `differentiate(dout, q, k, v, out, lse, call, scale,
+    softcap)` returns `(dq, dk, dv)`.
     """
-    key_dim, value_dim = k_BKSD.shape[-1], v_BKSE.shape[-1]
-    same = (x.to(q_BHCD.dtype) for x in (dout_BHCE, out_BHCE))
-    dout, out, q, k, v = one_head_dim(*same, q_BHCD, k_BKSD, v_BKSE)
-    for call in calls(tiles, q.device):
-        at_q, at_k = (functools.partial(taken, place=place) for place in (call.queries, call.keys))
-        lse = lse_for(lse_BHC, call.queries, accumulate_dtype(q.dtype))
-        tensors = at_q(dout), at_q(q), at_k(k), at_k(v), at_q(out), lse
-        dq, dk, dv = differentiate(*tensors, call, scale, softcap)
-        del tensors, lse
-        yield (
-            call.queries,
-            call.keys,
-            given_back(dq, call.queries, key_dim),
-            given_back(dk, call.keys, key_dim),
-            given_back(dv, call.keys, value_dim),
-        )
-        del dq, dk, dv
+
+    NAME: str
+    unfit: Callable[[torch.Tensor, torch.Tensor, float | None], str | None]
+    attend: Forward
+    differentiate: Backward
+
+    def forward(
+        self,
+        q_BHCD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        tiles: Iterable[Tile],
+        scale: float,
+        softcap: float | None = None,
+    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+        """Yields `(queries, out, lse)` call by call."""
+        value_dim = v_BKSE.shape[-1]
+        q, k, v = one_head_dim(q_BHCD, k_BKSD, v_BKSE)
+        for call in calls(tiles, q.device):
+            at = taken(q, call.queries), taken(k, call.keys), taken(v, call.keys)
+            out, lse = self.attend(*at, call, scale, softcap)
+            del at
+            lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+            lse = lse.transpose(0, 1) if isinstance(call.queries, Tokens) else lse
+            yield call.queries, given_back(out, call.queries, value_dim), lse
+            del out, lse
+
+    def backward(
+        self,
+        dout_BHCE: torch.Tensor,
+        q_BHCD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        out_BHCE: torch.Tensor,
+        lse_BHC: torch.Tensor,
+        tiles: Iterable[Tile],
+        scale: float,
+        softcap: float | None = None,
+    ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`."""
+        key_dim, value_dim = k_BKSD.shape[-1], v_BKSE.shape[-1]
+        same = (x.to(q_BHCD.dtype) for x in (dout_BHCE, out_BHCE))
+        dout, out, q, k, v = one_head_dim(*same, q_BHCD, k_BKSD, v_BKSE)
+        for call in calls(tiles, q.device):
+            at_q, at_k = (functools.partial(taken, place=place) for place in (call.queries, call.keys))
+            lse = lse_for(lse_BHC, call.queries, accumulate_dtype(q.dtype))
+            tensors = at_q(dout), at_q(q), at_k(k), at_k(v), at_q(out), lse
+            dq, dk, dv = self.differentiate(*tensors, call, scale, softcap)
+            del tensors, lse
+            yield (
+                call.queries,
+                call.keys,
+                given_back(dq, call.queries, key_dim),
+                given_back(dk, call.keys, key_dim),
+                given_back(dv, call.keys, value_dim),
+            )
+            del dq, dk, dv
 
 
 def one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -169,19 +180,19 @@ def lse_for(lse_BHC: torch.Tensor, place: Place, dtype: torch.dtype) -> torch.Te
     return (lse.transpose(0, 1) if isinstance(place, Tokens) else lse).contiguous()
 
 
-def calls(tiles: Iterable[Tile], device: torch.device) -> Iterator[Call]:
+def calls(tiles: Iterable[Tile], device: torch.device) -> Iterator[KernelCall]:
     """The calls that together hold every visible pair of the tiles exactly once."""
     for part in _grouped(tuple(tiles)):
         if len(part) == 1:
             (tile,) = part
             queries, keys = Piece(0, tile.num_q, 0, tile.num_k, "full"), Piece(0, tile.num_q, 0, tile.num_k, "full")
-            yield Call(Windows.queries(tile, queries), Windows.keys(tile, keys), *window(tile))
+            yield KernelCall(Windows.queries(tile, queries), Windows.keys(tile, keys), *window(tile))
         else:
             rows = [replace(tile, row=tile.row + n, num_rows=1) for tile in part for n in range(tile.num_rows)]
             queries_T, cu_q = _tokens([(tile.row, tile.q, tile.num_q) for tile in rows], device)
             keys_T, cu_k = _tokens([(tile.row, tile.k, tile.num_k) for tile in rows], device)
             longest = max(tile.num_q for tile in rows), max(tile.num_k for tile in rows)
-            yield Call(queries_T, keys_T, *window(part[0]), Documents(cu_q, cu_k, *longest))
+            yield KernelCall(queries_T, keys_T, *window(part[0]), Documents(cu_q, cu_k, *longest))
 
 
 def window(tile: Tile) -> tuple[int | None, int | None]:

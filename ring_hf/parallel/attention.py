@@ -51,7 +51,7 @@ def ring_attention(
         scale: factor on the scores, `D ** -0.5` by default.
         softcap: bends the scores to `softcap * tanh(scores / softcap)`.
         sinks: `[H]`, per head the score of one more key without a value; gets a gradient from this rank's queries.
-        kernel: "auto", or a key of `kernels.KERNELS`.
+        kernel: "auto", or a key of `kernels.KERNELS` or `FAMILIES`.
         transport: how keys and values travel, one of `geometry.TRANSPORTS`, or "auto" for the cheapest by estimate.
         inner_ring_size: ranks of an inner ring, for "double_ring" and what "auto" chooses from.
         overlap: compute while the next block travels; False only to measure what that is worth.

@@ -65,7 +65,7 @@ def context_attention(
         ulysses_size: neighbouring ranks that exchange heads instead of keys and values; a divisor of the group's size.
         inner_ring_size: ranks of the inner ring of a double ring.
         transport: "auto" or how keys and values travel: "ring", "double_ring", "allgather" or "direct".
-        kernel: "auto" or a name in `ring_hf.kernels.KERNELS`.
+        kernel: "auto", or a name in `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: compute while the next block travels; False only to measure what that is worth.
         return_lse: also return the log-sum-exp of the scores, `[B, H, C]`, natural log, without gradient.
 

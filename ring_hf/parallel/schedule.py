@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from ..geometry import Plan, split
-from ..kernels import State, Sum, accumulate_dtype
+from ..kernels import Kernel, State, Sum, accumulate_dtype
 from . import direct, gather, relay
 from .transport import Ring
 
@@ -32,7 +32,7 @@ def ring_forward(
     v_BKCD: torch.Tensor,
     plan: Plan,
     ring: Ring | None,
-    kernel: ModuleType,
+    kernel: Kernel,
     scale: float,
     softcap: float | None,
     sinks_H: torch.Tensor | None,
@@ -63,7 +63,7 @@ def ring_backward(
     lse_BHC: torch.Tensor,
     plan: Plan,
     ring: Ring | None,
-    kernel: ModuleType,
+    kernel: Kernel,
     scale: float,
     softcap: float | None,
     overlap: bool,

@@ -17,7 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ring_hf import kernels
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, Tile, WholeSequence, multiple, trim
-from ring_hf.kernels import Tokens, choose, cuda, flash_attn, flash_calls, reference
+from ring_hf.kernels import (
+    FAMILIES,
+    KERNELS,
+    Tokens,
+    candidates,
+    choose,
+    cuda_flash,
+    flash_attn_2,
+    flash_calls,
+    reference,
+)
 from ring_hf.parallel import local_attention
 from scripts import fuzz
 from tests.flash_stand_ins import ADAPTERS, CALLS, PACKAGES, aten_backward, aten_forward, stand_in
@@ -128,7 +138,7 @@ def worst_band(kernel, most: int) -> float:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_band_becomes_calls_that_the_host_code_gets_right(adapter, large):
     with stand_in(adapter, large) as name:
-        assert worst_band(kernels.KERNELS[name], 8 if adapter == "aten" and large == 1 else 5) <= 1e-12
+        assert worst_band(KERNELS[name], 8 if adapter == "aten" and large == 1 else 5) <= 1e-12
 
 
 def test_many_documents_are_one_call_and_large_tiles_are_their_own():
@@ -175,11 +185,14 @@ def test_rows_that_saw_nothing_come_back_with_lse_minus_infinity():
     def attend(q, k, v, call, scale, softcap):
         return torch.zeros_like(q), torch.tensor([[[torch.inf, 1.0]]])
 
-    ((_, _, lse),) = flash_calls.run_forward(attend, q, q, q, [Tile(0, 1, 0, 2, 0, 2, None, 0)], 1.0, None)
+    kernel = replace(KERNELS["cuda_flash"], attend=attend)
+    ((_, _, lse),) = kernel.forward(q, q, q, [Tile(0, 1, 0, 2, 0, 2, None, 0)], 1.0)
     assert lse.tolist() == [[[-torch.inf, 1.0]]]
 
 
-@pytest.mark.parametrize("stand, real", [(aten_forward, cuda._forward), (aten_backward, cuda._backward)], ids=str)
+@pytest.mark.parametrize(
+    "stand, real", [(aten_forward, cuda_flash._forward), (aten_backward, cuda_flash._backward)], ids=str
+)
 def test_pytorchs_schemas_are_those_that_were_read(stand, real):
     schema = [argument.name for argument in real._schema.arguments]
     assert schema == list(inspect.signature(stand).parameters), f"PyTorch {torch.__version__}: {real._schema}"
@@ -205,17 +218,17 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(heads, dtype, mo
             [Tile(0, 2, 0, 40, 0, 40, None, 0)],
             [Tile(0, 2, 0, 5, 0, 5, None, 0), Tile(0, 1, 5, 9, 5, 9, None, 0)],
         ):
-            for queries, one_out, one_lse in cuda.forward(q, k, v, tiles, 0.3):
+            for queries, one_out, one_lse in cuda_flash.KERNEL.forward(q, k, v, tiles, 0.3):
                 assert one_out.shape == queries.of(out).shape and one_out.dtype == dtype
                 assert one_lse.shape == queries.of(lse).shape and one_lse.dtype == torch.float32
-            for queries, keys, *grads in cuda.backward(dout, q, k, v, out, lse, tiles, 0.3):
+            for queries, keys, *grads in cuda_flash.KERNEL.backward(dout, q, k, v, out, lse, tiles, 0.3):
                 for place, grad, x in zip((queries, keys, keys), grads, (q, k, v), strict=True):
                     assert grad.shape == place.of(x).shape and grad.dtype == dtype and grad.device.type == "cuda"
 
 
 @pytest.mark.parametrize("version", PACKAGES)
 def test_stand_ins_take_what_the_adapter_passes(version):
-    assert flash_attn.compare(PACKAGES[version], flash_attn.form_of(version)) == []
+    assert flash_attn_2.compare(PACKAGES[version], flash_attn_2.form_of(version)) == []
 
 
 def test_an_installed_flash_attn_has_the_functions_that_were_read():
@@ -223,10 +236,10 @@ def test_an_installed_flash_attn_has_the_functions_that_were_read():
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("flash-attn is not installed here")
-    found = flash_attn.installed()
+    found = flash_attn_2.installed()
     assert not isinstance(found, str), found
-    same = next(stand for stand in PACKAGES if flash_attn.form_of(stand) is flash_attn.form_of(version))
-    for name in flash_attn.ARGUMENTS:
+    same = next(stand for stand in PACKAGES if flash_attn_2.form_of(stand) is flash_attn_2.form_of(version))
+    for name in flash_attn_2.ARGUMENTS:
         read, have = (
             list(inspect.signature(getattr(getattr(module, name), "_init_fn", getattr(module, name))).parameters)
             for module in (PACKAGES[same], found[2])
@@ -237,14 +250,14 @@ def test_an_installed_flash_attn_has_the_functions_that_were_read():
 @pytest.mark.parametrize("version", ["2.5.9", "2.6.1", "2.9.0", "3.0.0", "source"])
 def test_unknown_versions_are_refused(version, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    reason = flash_attn.installed.__wrapped__()
+    reason = flash_attn_2.installed.__wrapped__()
     assert f"flash-attn {version} is not one whose functions are known here; install flash-attn>=2.6.2" in reason
 
 
 def test_a_version_whose_functions_changed_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.8.3")
-    monkeypatch.setattr(flash_attn.importlib, "import_module", lambda name: PACKAGES["2.6.3"])
-    reason = flash_attn.installed.__wrapped__()
+    monkeypatch.setattr(flash_attn_2.importlib, "import_module", lambda name: PACKAGES["2.6.3"])
+    reason = flash_attn_2.installed.__wrapped__()
     assert "flash-attn 2.8.3 differs from what was read: _flash_attn_forward takes no window_size_left" in reason
     assert "_flash_attn_forward wants window_size" in reason
 
@@ -277,7 +290,7 @@ def test_a_version_is_refused_on_devices_newer_than_it(monkeypatch):
     for version, fits in (("2.6.3", False), ("2.7.2.post1", False), ("2.8.3", True)):
         with stand_in(version), monkeypatch.context() as patch:
             patch.setattr(flash_calls, "capability", lambda device: (10, 0))
-            reason = flash_attn.unfit(q, q, None)
+            reason = flash_attn_2.unfit(q, q, None)
             assert reason is None if fits else "is not for compute capability 10.0" in reason
 
 
@@ -286,11 +299,21 @@ def test_auto_takes_the_first_that_fits_and_says_once_why(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_told", set())
     q = _half(dtype=torch.float64)
     with stand_in("2.8.3"):
-        assert choose("auto", q, q) is flash_attn
+        assert choose("auto", q, q) is KERNELS["flash_attn_2"]
     with stand_in("aten"):
-        assert [choose("auto", q, q), choose("auto", q, q)] == [cuda, cuda]
-        assert choose("auto", q, q, 2.0) is reference  # soft-capping: neither cuda nor cpu
+        assert [choose("auto", q, q), choose("auto", q, q)] == [KERNELS["cuda_flash"]] * 2
+        assert choose("auto", q, q, 2.0) is reference  # soft-capping: neither cuda_flash nor cpu
     said = [record.message for record in caplog.records]
-    assert said[0] == "kernel flash_attn: the first choice" and len(said) == 3
-    assert said[1].startswith("kernel cuda: not flash_attn, as ")
-    assert "not cuda, as it has no soft-capping (softcap=2.0)" in said[2]
+    assert said[0] == "kernel flash_attn_2: the first choice" and len(said) == 3
+    assert said[1].startswith("kernel cuda_flash: not flash_attn_2, as ")
+    assert "not cuda_flash, as it has no soft-capping (softcap=2.0)" in said[2]
+
+
+def test_a_family_stands_for_its_first_that_fits():
+    q = _half(dtype=torch.float64)
+    for adapter, family in (("2.8.3", "flash_attn"), ("aten", "cuda")):
+        with stand_in(adapter) as kernel:
+            assert choose(family, q, q) is choose(kernel, q, q)
+            assert list(candidates(family, q, q)) == list(FAMILIES[family])
+            with pytest.raises(ValueError, match=f"{family}' cannot .*: {kernel}: head dim 264 is above"):
+                choose(family, q.new_zeros(1, 1, 1, 264), q)

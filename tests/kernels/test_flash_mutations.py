@@ -7,21 +7,20 @@ import math
 
 import pytest
 
-from ring_hf.kernels import KERNELS, flash_attn, flash_calls
-from ring_hf.kernels import cuda as aten
+from ring_hf.kernels import KERNELS, flash_attn_2, flash_calls
 from tests.flash_stand_ins import stand_in
 from tests.kernels.test_flash_contract import fuzz, problem, replace, threads_as_ranks, worst_band
 
 
 def _base_2(patch):
-    for module in (flash_attn, aten):
-        original = module._attend
+    for name in ("flash_attn_2", "cuda_flash"):
+        kernel = KERNELS[name]
 
-        def attend(*arguments, original=original):
+        def attend(*arguments, original=kernel.attend):
             out, lse = original(*arguments)
             return out, lse / math.log(2)
 
-        patch.setattr(module, "_attend", attend)
+        patch.setitem(KERNELS, name, replace(kernel, attend=attend))
 
 
 def _top_left(patch):
@@ -52,12 +51,12 @@ def _lse_not_contiguous(patch):
 
 def _without(argument):
     def break_(patch):
-        original = flash_attn._maths
+        original = flash_attn_2._maths
 
         def maths(*arguments):
             return {name: value for name, value in original(*arguments).items() if name != argument}
 
-        patch.setattr(flash_attn, "_maths", maths)
+        patch.setattr(flash_attn_2, "_maths", maths)
 
     return break_
 

@@ -196,7 +196,7 @@ def _attend(q=None, k=None, v=None, length=37, **settings):
 REFUSALS = {
     "kernel": (
         lambda: _attend(kernel="flesh"),
-        r"kernel='flesh' is not known\. Choose one of auto, flash_attn, cuda, cpu, reference",
+        r"kernel='flesh' is not known\. Choose one of auto, flash_attn, cuda, flash_attn_2, .*cpu, reference\.",
     ),
     "dtype": (
         lambda: choose("cpu", torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1)),
@@ -204,7 +204,7 @@ REFUSALS = {
     ),
     "any dtype": (
         lambda: choose("auto", *[torch.zeros(1, 1, 1, 1, dtype=torch.int64)] * 2),
-        r"No attention kernel fits: flash_attn: .*; cuda: the tensors are on cpu; cpu: dtype",
+        r"No attention kernel fits: .*flash_attn_2: .*; cuda_flash: the tensors are on cpu; cpu: dtype",
     ),
     "device": (lambda: choose("cpu", *[torch.zeros(1, 1, 1, 1, device="meta")] * 2), "the tensors are on meta"),
     "dims": (

@@ -15,17 +15,13 @@ flash_attn/flash_api.cpp beside it.
 Letters: B batch, H query heads, K key/value heads, C queries of the shard, S keys of the block, D and E head dims.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from ..geometry import Tile
 from . import flash_calls
-from .flash_calls import Call
-from .places import Place
+from .flash_calls import FlashKernel, KernelCall
 
-NAME = "cuda"
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
 # Too little shared memory for the backward of these head dims (sdp_utils: check_requires_grad_and_head_dim...).
@@ -50,38 +46,8 @@ def _is_built() -> bool:
     return torch.backends.cuda.is_flash_attention_available()
 
 
-def forward(
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None = None,
-) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, out, lse)` call by call."""
-    assert softcap is None
-    yield from flash_calls.run_forward(_attend, q_BHCD, k_BKSD, v_BKSE, tiles, scale, softcap)
-
-
-def backward(
-    dout_BHCE: torch.Tensor,
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    out_BHCE: torch.Tensor,
-    lse_BHC: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None = None,
-) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`."""
-    assert softcap is None
-    tensors = dout_BHCE, q_BHCD, k_BKSD, v_BKSE, out_BHCE, lse_BHC
-    yield from flash_calls.run_backward(_differentiate, *tensors, tiles, scale, softcap)
-
-
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: KernelCall, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, *_ = _forward(q, k, v, *_lengths(call, q, k), 0.0, False, False, scale=scale, **_window(call))
     return out, lse
@@ -94,7 +60,7 @@ def _differentiate(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: Call,
+    call: KernelCall,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,12 +70,15 @@ def _differentiate(
     return _backward(dout, q, k, v, out, lse, *_lengths(call, q, k), *no_dropout, scale=scale, **_window(call))
 
 
-def _lengths(call: Call, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
+def _lengths(call: KernelCall, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
     documents = call.documents
     if documents is None:
         return None, None, q.shape[1], k.shape[1]
     return documents.cu_q, documents.cu_k, documents.max_q, documents.max_k
 
 
-def _window(call: Call) -> dict[str, int | None]:
+def _window(call: KernelCall) -> dict[str, int | None]:
     return {"window_size_left": call.left, "window_size_right": call.right}
+
+
+KERNEL = FlashKernel("cuda_flash", unfit, _attend, _differentiate)

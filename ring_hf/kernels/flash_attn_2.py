@@ -19,19 +19,14 @@ import importlib
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..geometry import Tile
 from . import flash_calls
-from .flash_calls import Call
-from .places import Place
-
-NAME = "flash_attn"
+from .flash_calls import FlashKernel, KernelCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,36 +127,8 @@ def compare(module: ModuleType, form: Form) -> list[str]:
     return found
 
 
-def forward(
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None = None,
-) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, out, lse)` call by call."""
-    yield from flash_calls.run_forward(_attend, q_BHCD, k_BKSD, v_BKSE, tiles, scale, softcap)
-
-
-def backward(
-    dout_BHCE: torch.Tensor,
-    q_BHCD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSE: torch.Tensor,
-    out_BHCE: torch.Tensor,
-    lse_BHC: torch.Tensor,
-    tiles: Iterable[Tile],
-    scale: float,
-    softcap: float | None = None,
-) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`."""
-    tensors = dout_BHCE, q_BHCD, k_BKSD, v_BKSE, out_BHCE, lse_BHC
-    yield from flash_calls.run_backward(_differentiate, *tensors, tiles, scale, softcap)
-
-
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: KernelCall, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     form, module = _form_and_module()
     function = module._flash_attn_varlen_forward if call.documents else module._flash_attn_forward
@@ -176,7 +143,7 @@ def _differentiate(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: Call,
+    call: KernelCall,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -193,11 +160,11 @@ def _differentiate(
 def _form_and_module() -> tuple[Form, ModuleType]:
     found = installed()
     if isinstance(found, str):
-        raise RuntimeError(f'kernel="flash_attn": {found}.')
+        raise RuntimeError(f'kernel="flash_attn_2": {found}.')
     return found[1:]
 
 
-def _maths(call: Call, form: Form, scale: float, softcap: float | None) -> dict[str, Any]:
+def _maths(call: KernelCall, form: Form, scale: float, softcap: float | None) -> dict[str, Any]:
     """The arguments that all four functions share, and a packed call's lengths."""
     bounds = tuple(-1 if bound is None else bound for bound in (call.left, call.right))
     arguments: dict[str, Any] = {"dropout_p": 0.0, "alibi_slopes": None, "softmax_scale": scale, "causal": False}
@@ -208,3 +175,6 @@ def _maths(call: Call, form: Form, scale: float, softcap: float | None) -> dict[
         lengths = documents.cu_q, documents.cu_k, documents.max_q, documents.max_k
         arguments |= dict(zip(_LENGTHS, lengths, strict=True))
     return arguments
+
+
+KERNEL = FlashKernel("flash_attn_2", unfit, _attend, _differentiate)
