@@ -17,46 +17,41 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.geometry import Mask, WholeSequence, rank_work
-from scripts.bench_attention import measure, report, table
-
-Variants = dict[str, dict[str, Any] | None]
+from scripts.teams import Variants, add_options, measure, report, table
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="ranks that share a sequence")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="global sequence lengths")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="torch dtypes")
-    parser.add_argument("--heads", type=int, default=8, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads")
-    parser.add_argument("--head-dim", type=int, default=64)
+    add_options(parser, [16384], ["float32", "bfloat16"], repeats=7)
     parser.add_argument("--documents", type=int, default=50, help="packed documents of mixed length per sequence")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each variant, after one warm-up")
-    parser.add_argument("--output", type=Path, help="folder for algorithms.json and algorithms.md")
     return parser.parse_args()
 
 
+def ring(**settings: Any) -> dict[str, Any]:
+    return {"contender": "ring", "settings": settings}
+
+
 def dense_variants(processes: int) -> Variants:
-    zigzag: dict[str, Any] = {"layout": "zigzag"}
-    found: Variants = {
-        "ring": {**zigzag, "transport": "ring"},
-        "auto": {**zigzag, "transport": "auto"},
-        "ring, no overlap": {**zigzag, "transport": "ring", "overlap": False},
-        "allgather": {**zigzag, "transport": "allgather"},
-        "direct": {**zigzag, "transport": "direct"},
-        "ulysses": {**zigzag, "ulysses_size": processes},
+    found = {
+        "ring": ring(layout="zigzag", transport="ring"),
+        "auto": ring(layout="zigzag", transport="auto"),
+        "ring, no overlap": ring(layout="zigzag", transport="ring", overlap=False),
+        "allgather": ring(layout="zigzag", transport="allgather"),
+        "direct": ring(layout="zigzag", transport="direct"),
+        "ulysses": ring(layout="zigzag", ulysses_size=processes),
     }
     if processes == 4:
-        found["double_ring 2x2"] = {**zigzag, "transport": "double_ring", "inner_ring_size": 2}
-        found["ulysses 2 x ring 2"] = {**zigzag, "ulysses_size": 2, "transport": "ring"}
+        found["double_ring 2x2"] = ring(layout="zigzag", transport="double_ring", inner_ring_size=2)
+        found["ulysses 2 x ring 2"] = ring(layout="zigzag", ulysses_size=2, transport="ring")
     return found
 
 
 def packed_variants() -> Variants:
-    found: Variants = {"each document alone, 1 process": None}
+    found: Variants = {"each document alone, 1 process": {"contender": "sdpa"}}
     for layout in ("zigzag", "balanced"):
         for transport in ("ring", "direct", "allgather", "auto"):
-            found[f"{layout}, {transport}"] = {"layout": layout, "transport": transport}
+            found[f"{layout}, {transport}"] = ring(layout=layout, transport=transport)
     return found
 
 

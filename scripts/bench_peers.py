@@ -1,0 +1,89 @@
+"""This package beside what one could use instead on CPU processes: exactness, time and memory, same shapes, one run.
+
+Two one-thread processes share the sequence. `ring-attention-pytorch` and `axolotl-ringmaster` come from PyPI, without
+their dependencies on PyTorch, into a folder of their own (`--packages`), and run as they document it; PyTorch's own
+ring needs nothing. Each is first compared with the textbook form in fp64 on a short sequence: a wrong result is not
+worth timing, and is said.
+
+    python scripts/bench_peers.py                           # 8K tokens, fp32; about 10 minutes
+    python scripts/bench_peers.py --dtypes bfloat16 --lengths 16384 --only ring torch-ring --repeats 7
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.contenders import CONTENDERS
+from scripts.teams import Team, Variants, add_options, measure, report, table
+
+# What the two packages import besides PyTorch.
+_ALSO = ("einops>=0.8", "beartype", "jaxtyping", "wadler-lindig")
+VARIANTS: Variants = {
+    "ring": {"contender": "ring", "settings": {"layout": "zigzag", "transport": "ring"}},
+    "torch-ring": {"contender": "torch-ring"},
+    "ring-attention-pytorch": {"contender": "ring-attention-pytorch", "settings": {}},
+    "ring-attention-pytorch, striped": {
+        "contender": "ring-attention-pytorch",
+        "settings": {"striped_ring_attn": True},
+    },
+    "axolotl-ringmaster": {"contender": "axolotl-ringmaster"},
+    "sdpa, 1 process": {"contender": "sdpa"},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, [8192], ["float32"])
+    parser.add_argument("--processes", type=int, default=2, help="ranks that share a sequence")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which to run")
+    parser.add_argument("--packages", type=Path, default=Path("build/peers"), help="folder to install PyPI's into")
+    return parser.parse_args()
+
+
+def install(packages: list[str], folder: Path) -> None:
+    """Packages from PyPI without what they depend on, once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.path.append(str(folder.resolve()))
+    missing = [name for name in packages if not list(folder.glob(f"{name.split('==')[0].replace('-', '_')}-*"))]
+    if missing:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*command, *missing, *_ALSO], check=True)
+
+
+def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, Any]]:
+    """Relative RMS of every variant at 512 tokens in fp32, dense heads and shared key/value heads."""
+    team, rows = Team(arguments.processes, "check", {}), []
+    for name, variant in variants.items():
+        for kv_heads in sorted({arguments.heads, arguments.kv_heads}):
+            job = {**vars(arguments), **variant, "check": True, "length": 512, "dtype": "float32"}
+            rows.append({"variant": name, "kv_heads": kv_heads, **team.run({**job, "kv_heads": kv_heads})})
+    team.stop()
+    return rows
+
+
+def check_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line per row."""
+    lines = ["| variant | key/value heads | out | dq | dk | dv |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        errors = " | ".join(f"{row[key]:.1e}" for key in ("out", "dq", "dk", "dv"))
+        lines.append(f"| {row['variant']} | {row['kv_heads']} | {errors} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    variants = {name: VARIANTS[name] for name in arguments.only}
+    install([p for v in variants.values() if (p := CONTENDERS[v["contender"]].package)], arguments.packages)
+    errors = check(arguments, variants)
+    rows = measure(arguments, variants)
+    told = "Relative RMS against fp64, 512 tokens, fp32, largest over the processes:"
+    text = f"{told}\n\n{check_table(errors)}\n\nRatios are to {arguments.only[0]}:\n\n{table(rows)}\n"
+    report(arguments.output, "peers", text, {"errors": errors, "times": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Ways to compute causal attention on CPU processes, all called alike: what the benchmarks compare.
+
+`"ring"` is this package. `"sdpa"` and `"standard"` run the whole sequence in one process; `"standard"` is the textbook
+form whose S x S scores exist in memory. The others share the sequence between processes as this package does:
+
+    torch-ring             the ring inside PyTorch (torch.distributed.tensor.experimental, private functions), load
+                           balanced, on the same CPU operator as ours
+    ring-attention-pytorch PyPI, lucidrains; its PyTorch code, striped or contiguous
+    axolotl-ringmaster     PyPI, `ring_p2p_attention`, contiguous; without flash-attn it materialises each block
+
+Letters: B batch, H query heads, K key/value heads, C tokens of this process, D head dim. Tensors are BHCD.
+"""
+
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ring_hf.parallel import context_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, dist.ProcessGroup | None, dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`attend(q, k, v, group, job)` returns out; `layout` says which tokens a process holds, None: all of them."""
+
+    attend: Attend
+    layout: Callable[[dict[str, Any]], str] | None = None
+    package: str | None = None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    sizes = [b - a for a, b in itertools.pairwise(job.get("documents") or (0, q.shape[2]))]
+    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    alone = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(alone, dim=2) if len(alone) > 1 else alone[0]
+
+
+def _standard(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+    return torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v
+
+
+def _ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    return context_attention(q, k, v, group=group, cu_seqlens=job.get("documents"), **job["settings"])
+
+
+class _TorchRing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
+        torchs = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
+        ctx.torchs, ctx.group = torchs, group
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = torchs._templated_ring_attention(group, 2, operator, q, k, v, is_causal=True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        given = (ctx.group, 2, operator, dout, "grad_out", q, k, v, out, lse)
+        grads = ctx.torchs._templated_ring_attention_backward(*given, is_causal=True, dropout_p=0.0)
+        return *(grad.to(q.dtype) for grad in grads[:3]), None
+
+
+def _torch_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    return _TorchRing.apply(q, k, v, group)  # type: ignore[no-any-return]
+
+
+def _lucidrains(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    # Its query heads go (group, key/value head), those of Transformers the other way round.
+    batch, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.view(batch, kv_heads, heads // kv_heads, tokens, dim).transpose(1, 2).reshape(q.shape)
+    function = importlib.import_module("ring_attention_pytorch.ring_flash_attention").ring_flash_attn
+    given = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out = function(*given, causal=True, ring_reduce_col=True, **job["settings"]).transpose(1, 2)
+    out = out.reshape(batch, heads // kv_heads, kv_heads, tokens, dim).transpose(1, 2)
+    return out.reshape(batch, heads, tokens, dim)
+
+
+def _ringmaster(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
+    function = importlib.import_module("ringmaster.ring.p2p_attn").ring_p2p_attention
+    return function(q, k, v, group=group, causal=True, scaling=None).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+CONTENDERS = {
+    "sdpa": Contender(_sdpa),
+    "standard": Contender(_standard),
+    "ring": Contender(_ring, lambda job: job["settings"]["layout"]),
+    "torch-ring": Contender(_torch_ring, lambda job: "zigzag"),
+    "ring-attention-pytorch": Contender(
+        _lucidrains,
+        lambda job: "striped" if job["settings"].get("striped_ring_attn") else "contiguous",
+        "ring-attention-pytorch==0.5.20",
+    ),
+    "axolotl-ringmaster": Contender(_ringmaster, lambda job: "contiguous", "axolotl-ringmaster==0.2.7"),
+}
