@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .tools import command_show, command_simulate
+from .tools import command_bench, command_show, command_simulate
 from .tools.options import Formatter
 
-COMMANDS: dict[str, ModuleType] = {"show": command_show, "simulate": command_simulate}
+COMMANDS: dict[str, ModuleType] = {"bench": command_bench, "show": command_show, "simulate": command_simulate}
 _DESCRIPTION = """Exact context parallelism for Hugging Face models: pictures and simulations, without a single GPU.
 
 Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --help` has examples."""

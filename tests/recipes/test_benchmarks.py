@@ -1,0 +1,76 @@
+"""The benchmarks run, at sizes that say nothing: which rows and files there are, never how long they took."""
+
+import json
+import math
+import sys
+
+import pytest
+from PIL import Image
+
+from ring_hf.cli import main
+from ring_hf.tools import command_bench
+from scripts.bench_lengths import FIGURES, exponents
+from scripts.bench_peers import VARIANTS
+from scripts.contenders import CONTENDERS
+from tests.harness import ROOT, run_command
+
+COMMAND = [sys.executable, "-m", "ring_hf.cli", "bench"]
+SMALL = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--repeats", "1"]
+
+
+def test_every_benchmark_has_a_name():
+    assert {f"bench_{name}.py" for name in command_bench.BENCHMARKS} == {p.name for p in ROOT.glob("scripts/bench_*")}
+
+
+def test_growing_lengths_give_a_table_exponents_and_a_picture(tmp_path):
+    lengths = ["--lengths", "64", "128", "--fit", "2"]
+    done = run_command([*COMMAND, "lengths", *lengths, *SMALL, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "lengths.json").read_text())["rows"]
+    assert [(row["length"], row["variant"]) for row in rows] == [
+        (length, name)
+        for length in (64, 128)
+        for name in ("sdpa, 1 process", "ring, 2 processes", "textbook, 1 process")
+    ]
+    assert all(row["total"] > row["forward"] > 0 and row["memory"] >= row["forward_memory"] for row in rows)
+    assert "| float32 | ring, 2 processes | 64 to 128 |" in done.stdout
+    assert (tmp_path / "lengths.md").read_text() in done.stdout
+    assert Image.open(tmp_path / "lengths-float32.png").size == (1320, 960)
+
+
+def test_exponents_are_slopes_in_log_log():
+    rows = [
+        {"dtype": "float32", "variant": "x", "length": n, "forward": 3 * n**2, "total": n, "forward_memory": n**1.5}
+        for n in (64, 128, 256, 512)
+    ]
+    (found,) = exponents([{**row, "memory": 7} for row in rows], fit=3)
+    assert (found["from"], found["to"]) == (128, 512)
+    assert [round(found[key], 9) for key in FIGURES] == [2, 1, 1.5, 0]
+    assert math.isclose(found["forward"], 2)
+
+
+def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path):
+    names = ["ring", "torch-ring", "sdpa, 1 process"]
+    words = ["peers", "--only", *names, "--lengths", "64", *SMALL, "--packages", str(tmp_path / "packages")]
+    run_command([*COMMAND, *words, "--output", str(tmp_path)])
+    errors = json.loads((tmp_path / "peers.json").read_text())["rows"]["errors"]
+    assert [(row["variant"], row["kv_heads"]) for row in errors] == [
+        (name, heads) for name in names for heads in (1, 2)
+    ]
+    assert all(row[key] < 2e-6 for row in errors for key in ("out", "dq", "dk", "dv"))
+
+
+def test_packages_to_install_are_named_with_their_versions():
+    wanted = {CONTENDERS[variant["contender"]].package for variant in VARIANTS.values()} - {None}
+    assert wanted == {"ring-attention-pytorch==0.5.20", "axolotl-ringmaster==0.2.7"}
+
+
+def test_benchmarks_outside_a_checkout_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command_bench, "SCRIPTS", tmp_path)
+    assert main(["bench", "peers", "--repeats", "3"]) == 2
+    assert "benchmarks are in the repository, not in the installed package. Clone it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["lengths", "--lengths", "64"], ["lengths", "--fit", "1"]])
+def test_growth_needs_two_lengths(arguments, capfd):
+    assert main(["bench", *arguments]) == 1
+    assert "growth needs at least two lengths" in capfd.readouterr().err
