@@ -9,11 +9,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from .doctor import command as command_doctor
 from .tools import command_bench, command_show, command_simulate
 from .tools.options import Formatter
 
-COMMANDS: dict[str, ModuleType] = {"bench": command_bench, "show": command_show, "simulate": command_simulate}
-_DESCRIPTION = """Exact context parallelism for Hugging Face models: pictures and simulations, without a single GPU.
+COMMANDS: dict[str, ModuleType] = {
+    "doctor": command_doctor,
+    "show": command_show,
+    "simulate": command_simulate,
+    "bench": command_bench,
+}
+_DESCRIPTION = """Exact context parallelism for Hugging Face models: what a machine can do, pictures, simulations.
 
 Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --help` has examples."""
 

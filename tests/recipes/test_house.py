@@ -17,6 +17,7 @@ FLOORS = {
     "data": set(),
     "evaluation": set(),
     "tools": {"geometry"},
+    "doctor": {"geometry", "kernels", "parallel", "hf", "tools"},
 }
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -13,6 +13,8 @@ import yaml
 from arguments import ModelArguments
 from loading import load_model, load_tokenizer
 
+from ring_hf.cli import main
+from ring_hf.kernels import KERNELS
 from tests.harness import ROOT, accelerate_launch, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -68,9 +70,9 @@ def words(number, **replaced):
 
 
 def test_all_commands_and_blocks_are_found():
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     assert len(blocks("diff")) == 1
-    assert README.count("```") == 2 * (len(COMMANDS) + len(blocks("diff")) + 1)  # and the file tree
+    assert README.count("```") == 2 * (len(COMMANDS) + len(blocks("diff")) + 2)  # and a report, and the file tree
 
 
 def test_quickstart_runs_all_of_its_steps(tmp_path):
@@ -149,6 +151,25 @@ def test_the_simulated_table_is_what_its_command_prints():
     table = [line for line in lines if len(line) == 11]
     columns = [table[0].index(name) for name in names]
     assert rows == [[line[column] for column in columns] for line in table[2:]]
+
+
+def test_the_examination_has_the_shape_of_what_its_command_prints(capsys):
+    command = words(10)
+    assert command[:2] == ["ring-hf", "doctor"]
+    excerpt = re.search(r"<!-- examined: (.*?) -->\n```text\n(.*?)```\n<!-- end examined -->", README, re.DOTALL)
+    assert excerpt is not None and excerpt[1] == " ".join(command[2:])
+    assert main(command[1:]) == 0
+    said = capsys.readouterr().out
+
+    said = said[said.index("kernels\n") :]
+    sections = re.compile(r"^[a-z]+", re.MULTILINE)
+    assert sections.findall(excerpt[2]) == sections.findall(said)
+    (kernels,) = {
+        tuple(re.findall(r"^    (\w+)  ", text, re.MULTILINE)) for text in excerpt[2].split("softcap 50\n")[1:]
+    }
+    assert set(kernels) <= set(KERNELS) and kernels[-1] == "reference"
+    said_layers = re.findall(r"^  gemma2, .*$", said, re.MULTILINE)
+    assert len(said_layers) == 2 and re.findall(r"^  gemma2, .*$", excerpt[2], re.MULTILINE) == said_layers
 
 
 def test_the_diff_trains_with_two_processes(model, tmp_path):
