@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ..geometry import Tile
-from . import cpu, cuda_flash, flash_attn_2, reference
+from . import cpu, cuda_cudnn, cuda_efficient, cuda_flash, flash_attn_2, reference
 from .merge import State, Sum, accumulate_dtype, merge_
 from .places import Place, Tokens, Windows
 
@@ -52,7 +52,14 @@ class Kernel(Protocol):
         """Yields `(queries, keys, dq, dk, dv)`, from the global `out` and `lse`."""
 
 
-_IN_ORDER: tuple[Kernel, ...] = (flash_attn_2.KERNEL, cuda_flash.KERNEL, cpu, reference)
+_IN_ORDER: tuple[Kernel, ...] = (
+    flash_attn_2.KERNEL,
+    cuda_cudnn.KERNEL,
+    cuda_flash.KERNEL,
+    cuda_efficient.KERNEL,
+    cpu.KERNEL,
+    reference,
+)
 KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in _IN_ORDER}
 # Of a family, as of all, the first that fits is taken.
 FAMILIES = {

@@ -9,7 +9,7 @@ import torch
 
 import ring_hf.kernels.merge
 from ring_hf.geometry import Move, Plan
-from ring_hf.kernels import cpu
+from ring_hf.kernels import pieces
 from ring_hf.parallel import attention, direct, relay, transport
 from ring_hf.parallel import gather as gather_transport
 from tests.distributed.cases import Case, errors
@@ -119,23 +119,23 @@ def _sum_of_softmaxes(patch):
 
 
 def _own_statistics_in_backward(patch):
-    original = cpu.backward
+    original = pieces.PieceKernel.backward
 
-    def backward(dout, q, k, v, out, lse, tiles, scale, softcap):
+    def backward(self, dout, q, k, v, out, lse, tiles, scale, softcap):
         out, lse = out.clone(), lse.clone()
-        for queries, own_out, own_lse in cpu.forward(q, k, v, tiles, scale):
+        for queries, own_out, own_lse in self.forward(q, k, v, tiles, scale):
             queries.of(out).copy_(own_out)
             queries.of(lse).copy_(own_lse)
-        yield from original(dout, q, k, v, out, lse, tiles, scale)
+        yield from original(self, dout, q, k, v, out, lse, tiles, scale)
 
-    patch.setattr(cpu, "backward", backward)
+    patch.setattr(pieces.PieceKernel, "backward", backward)
 
 
 def _anticausal_not_flipped(patch):
     patch.setattr(
-        cpu,
-        "_take",
-        lambda x, piece, place, take=cpu._take: (
+        pieces,
+        "take",
+        lambda x, piece, place, take=pieces.take: (
             take(x, piece, place).flip(2) if piece.kind == "anticausal" else take(x, piece, place)
         ),
     )

@@ -227,7 +227,8 @@ def test_auto_says_why_once_for_each_kind_of_mask_and_not_for_every_batch(caplog
 
     with caplog.at_level("INFO", "ring_hf"), threads_as_ranks() as run:
         run(2, attend)
-    said = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records]
+    said = [line for line in lines if not line.startswith("kernel ")]  # told by whichever test is the first
     assert 2 <= len(said) <= 4  # two kinds; two threads may come at once where two processes would each say it
     assert all(line.startswith("transport ") and ": predicted per layer and step" in line for line in said)
 

@@ -1,0 +1,200 @@
+"""The kernels on PyTorch's memory-efficient and cuDNN attention keep their contract, on a CPU, in fp64.
+
+As in `test_flash_contract.py`: whole rings run through stand-ins with the operators' schemas, results and
+peculiarities (`tests/aten_stand_ins.py`), and are judged against dense attention at 1e-10. The real operators run on
+fake CUDA tensors, which shows that shapes, strides and arguments still fit, not what a GPU makes of them.
+"""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Tile
+from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, flash_calls
+from ring_hf.parallel import local_attention
+from scripts import fuzz
+from tests import aten_stand_ins
+from tests.aten_stand_ins import ADAPTERS, CALLS, aten_stand_in
+from tests.kernels.test_flash_contract import HEADS, MASKS, problem, worst_band
+from tests.threads import threads_as_ranks
+
+LARGE_MASKS = ("causal", "full", "packed-full", "prefix")  # those with tiles that cuDNN takes here
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with threads_as_ranks() as run:
+        yield run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_rings_match_dense_attention_through_every_adapter(adapter, layout, threads):
+    checked = 0
+    for mask in MASKS:
+        CALLS.clear()
+        for heads in HEADS:
+            with aten_stand_in(adapter) as kernel:
+                case = replace(problem(layout, mask, heads), kernel=kernel)
+                assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+                checked += 1
+        if adapter == "cuda_efficient":
+            assert CALLS["efficient"] and not CALLS["cudnn"] and not CALLS["dense"] and not CALLS["packed"]
+        elif mask in LARGE_MASKS:
+            assert CALLS["cudnn"]
+    assert checked == 24
+
+
+def test_the_matrix_is_as_large_as_we_say():
+    assert len(ADAPTERS) * len(LAYOUTS) * len(MASKS) * len(HEADS) == 192
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_transport_works_with_every_adapter(adapter, transport, threads):
+    with aten_stand_in(adapter) as kernel:
+        for mask in ("causal", "packed-window"):
+            case = replace(problem("zigzag", mask, "gqa", transport, num_ranks=4), kernel=kernel, sinks=True)
+            assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_random_problems_are_exact_through_every_adapter(adapter, threads):
+    checked = []
+    with aten_stand_in(adapter) as kernel:
+
+        @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+        @given(fuzz.cases())
+        def check(case):
+            checked.append(case)
+            assert fuzz.worst_difference(replace(case, kernel=kernel, softcap=None), threads) <= fuzz.BAR
+
+        check()
+    assert len(checked) >= 60
+
+
+@pytest.mark.parametrize("adapter, most", [("cuda_efficient", 8), ("cuda_cudnn", 5)])
+def test_every_band_becomes_calls_that_the_operators_get_right(adapter, most):
+    with aten_stand_in(adapter, large=1) as name:
+        assert worst_band(KERNELS[name], most) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 4, 4), (1, 4, 1), (3, 4, 2)], ids=str)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_rows_and_heads_of_one_are_exact_whatever_their_strides(adapter, shape, threads):
+    rows, heads, num_kv = shape
+    with aten_stand_in(adapter) as kernel:
+        case = replace(problem("zigzag", "causal", "gqa"), kernel=kernel, rows=rows, heads=(heads, num_kv))
+        assert fuzz.worst_difference(case, threads) <= fuzz.BAR
+    # The same from tensors that begin in the middle of others, and do not end with their head dim.
+    q, k, v = (
+        torch.randn(rows, 8, n, 20, dtype=torch.float64)[:, 1:, :, 3:11].transpose(1, 2)
+        for n in (heads, num_kv, num_kv)
+    )
+    results = []
+    for name in (adapter, "reference"):
+        with aten_stand_in(name):
+            leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k, v)]
+            views = [torch.cat([x, x], -1)[..., 1:9] for x in leaves]
+            out, lse = local_attention(*views, kernel=name)
+            results.append((out, lse, *torch.autograd.grad(out.square().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-12
+
+
+def test_a_step_is_dealt_to_both_kernels_by_its_mask():
+    bounds = (0, 3, 8, 40, 64)
+    q, k, v = (torch.randn(1, 2, 64, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with aten_stand_in("cuda_cudnn", large=24, unit=8) as kernel:
+        CALLS.clear()
+        local_attention(q, k, v, documents=(bounds,), kernel=kernel)[0].sum().backward()
+        assert (CALLS["cudnn"], CALLS["packed"]) == (2, 1)  # stand-ins count forward: two long documents, two short
+        CALLS.clear()
+        local_attention(q, k, v, window=30, kernel=kernel)
+        assert (CALLS["cudnn"], CALLS["dense"]) == (0, 1)
+
+
+LARGE = flash_calls.LARGE
+TAKEN = {
+    "full": (Tile(0, 1, 0, LARGE, 0, 2 * LARGE, None, None), True),
+    "causal square": (Tile(0, 1, 0, LARGE, 0, LARGE, None, 0), True),
+    "causal behind a rectangle": (Tile(0, 1, 0, LARGE, 0, 3 * LARGE, None, 2 * LARGE), True),
+    "few queries": (Tile(0, 1, 0, LARGE - 128, 0, LARGE, None, None), False),
+    "queries that 128 does not divide": (Tile(0, 1, 0, LARGE + 64, 0, LARGE, None, None), False),
+    "keys that 128 does not divide": (Tile(0, 1, 0, LARGE, 0, LARGE + 64, None, None), False),
+    "one key": (Tile(0, 1, 0, LARGE, 0, 1, None, None), False),
+    "few queries that see anything": (Tile(0, 1, 0, LARGE, 0, LARGE, None, -128), False),
+    "diagonal left out": (Tile(0, 1, 0, LARGE, 0, LARGE, None, -1), False),
+    "window": (Tile(0, 1, 0, LARGE, 0, LARGE, -128, 0), False),
+    "anticausal": (Tile(0, 1, 0, LARGE, 0, LARGE, 0, None), False),
+    "fewer keys than queries": (Tile(0, 1, 0, 2 * LARGE, 0, LARGE, None, 0), False),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_cudnn_is_given_only_large_tiles_without_windows(name):
+    tile, expected = TAKEN[name]
+    assert cuda_cudnn.takes(tile) is expected
+
+
+OPERATORS = {
+    "efficient_forward": (cuda_efficient._forward, 4),
+    "efficient_backward": (cuda_efficient._backward, 4),
+    "cudnn_forward": (cuda_cudnn._forward, 9),
+    "cudnn_backward": (cuda_cudnn._backward, 3),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_pytorchs_schemas_are_those_that_were_read(name):
+    schema, num_results = OPERATORS[name][0]._schema, OPERATORS[name][1]
+    read = inspect.signature(getattr(aten_stand_ins, name)).parameters
+    found = {x.name: (x.kwarg_only, x.default_value if x.has_default_value() else None) for x in schema.arguments}
+    stands = {x.name: (x.kind is x.KEYWORD_ONLY, None if x.default is x.empty else x.default) for x in read.values()}
+    assert list(found.items()) == list(stands.items()), f"PyTorch {torch.__version__}: {schema}"
+    assert len(schema.returns) == num_results
+
+
+FAKES = [
+    (adapter, dtype)
+    for adapter, dtypes in {
+        "cuda_efficient": (torch.float32, torch.float16, torch.bfloat16),
+        "cuda_cudnn": (torch.float16, torch.bfloat16),
+    }.items()
+    for dtype in dtypes
+]
+TILES = {
+    "large": [Tile(0, 2, 0, 1024, 0, 1024, None, 0), Tile(0, 2, 1024, 1024, 0, 2048, None, 1024)],
+    "small": [Tile(0, 2, 0, 5, 0, 5, None, 0), Tile(0, 1, 5, 9, 5, 9, -3, 0), Tile(0, 2, 0, 40, 0, 44, None, None)],
+}
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("adapter, dtype", FAKES, ids=str)
+def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(adapter, dtype, heads, tiles, monkeypatch):
+    # Two Python methods ask for CUDA even of fake tensors; the operators behind them do not.
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format))
+    index = torch.ops.aten.index.Tensor
+    monkeypatch.setattr(Tokens, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
+    (num_heads, num_kv), (dim, v_dim) = HEADS[heads]
+    kernel = KERNELS[adapter]
+    flash_calls._grouped.cache_clear()
+    with FakeTensorMode():
+        q, k, v, dout, out = (
+            torch.empty(2, 2048, number, width, dtype=dtype, device="cuda").transpose(1, 2)
+            for number, width in ((num_heads, dim), (num_kv, dim), (num_kv, v_dim), *[(num_heads, v_dim)] * 2)
+        )
+        lse = torch.empty(2, num_heads, 2048, device="cuda")
+        for queries, one_out, one_lse in kernel.forward(q, k, v, TILES[tiles], 0.3):
+            assert one_out.shape == queries.of(out).shape and one_out.dtype == dtype
+            assert one_lse.shape == queries.of(lse).shape and one_lse.dtype == torch.float32
+        for queries, keys, *grads in kernel.backward(dout, q, k, v, out, lse, TILES[tiles], 0.3):
+            for place, grad, x in zip((queries, keys, keys), grads, (q, k, v), strict=True):
+                assert grad.shape == place.of(x).shape and grad.device.type == "cuda"
+                assert grad.dtype in (dtype, torch.float32)
+    flash_calls._grouped.cache_clear()
