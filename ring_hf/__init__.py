@@ -3,9 +3,10 @@
 Importing this package registers the attention backends `ring_contiguous`, `ring_zigzag`, `ring_striped`,
 `ring_balanced` and `ulysses` with Transformers. A `Trainer` script needs `ContextParallelConfig` and
 `ContextParallelCollator`; code without Transformers starts at `context_attention`; a training loop without `Trainer`
-calls `guard_model` on its model.
+calls `guard_model` on its model. `memory.apply` makes a training step fit more tokens.
 """
 
+from . import memory
 from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model
 from .parallel import context_attention, shard, unshard
 
@@ -17,6 +18,7 @@ __all__ = [
     "ContextParallelConfig",
     "context_attention",
     "guard_model",
+    "memory",
     "shard",
     "unshard",
 ]

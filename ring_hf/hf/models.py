@@ -115,7 +115,9 @@ def _loss(model: PreTrainedModel) -> str | None:
     known = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
     known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
-    if known and model.loss_function is ForCausalLMLoss:
+    # `ring_hf.memory` takes the same loss over blocks of tokens, and says what it wraps.
+    function = getattr(model.loss_function, "__wrapped__", model.loss_function)
+    if known and function is ForCausalLMLoss:
         return None
     return (
         f"{type(model).__name__} does not use the causal language modelling loss "

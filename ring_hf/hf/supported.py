@@ -1,13 +1,16 @@
 """What is refused of a Trainer before the first step: settings whose numbers would silently be wrong.
 
 Each rule is a function that returns a message or None. The table looks at the Trainer's arguments, `check_loader` at
-its training data loader; the rules about models are in `models`. `tests/hf/test_refusals.py` holds a case for each.
+its training data loader, `check_memory` at the arguments and the model; the other rules about models are in `models`.
+`tests/hf/test_refusals.py` and `tests/memory/test_refusals.py` hold a case for each.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher
+
+from ring_hf.memory import applied_to
 
 
 def _label_smoothing(args: Any) -> str | None:
@@ -106,6 +109,18 @@ DISPATCHED = (
 def check_loader(loader: Any) -> str | None:
     """A loader that would give ranks of one group different rows."""
     return DISPATCHED if isinstance(loader, DataLoaderDispatcher) else None
+
+
+def check_memory(args: Any, model: Any) -> str | None:
+    """Checkpointing by the Trainer would take the place of what `ring_hf.memory` switched on."""
+    applied = applied_to(model)
+    switched = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    if applied is None or applied.config.attention == "none" or not switched:
+        return None
+    return (
+        f"activation_checkpointing=True (gradient_checkpointing) together with memory.apply(attention="
+        f"{applied.config.attention!r}), which checkpoints the layers by itself. Set activation_checkpointing=False."
+    )
 
 
 def first_error(rules: Sequence[Callable[[Any], str | None]], subject: Any) -> str | None:

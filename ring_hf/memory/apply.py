@@ -1,0 +1,199 @@
+"""`apply(model, config)`: find what each lever works on, prove it on the model itself, switch it on, say so."""
+
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ffn, probe
+from .config import MemoryConfig
+from .deferred import DeferredLogits, arm
+from .layers import Layers
+from .loss import blockwise
+
+logger = logging.getLogger("ring_hf")
+
+COMPILED = (
+    "The model is compiled (torch.compile), which would trace past the levers of memory.apply. Leave torch.compile "
+    "(torch_compile of TrainingArguments) out."
+)
+_applied: "weakref.WeakKeyDictionary[nn.Module, Applied]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was done to a model."""
+
+    config: MemoryConfig
+    feed_forward: dict[str, int]  # module name: tokens of a block
+    head: str | None
+
+    def __str__(self) -> str:
+        blocks = sorted(set(self.feed_forward.values()))
+        parts = [f"attention {self.config.attention}", f"offload {self.config.offload}"]
+        if blocks:
+            sizes = f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"{blocks[0]}"
+            parts.append(f"{len(self.feed_forward)} feed-forward parts in blocks of {sizes} tokens")
+        if self.head:
+            parts.append(f"loss of {self.head} in blocks ({self.config.loss_block} tokens)")
+        return "memory: " + ", ".join(parts)
+
+
+def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Applied:
+    """Pull the levers on a Transformers model, in place, before the Trainer (or a training loop) gets it.
+
+    Args:
+        model: a causal language model, also as PEFT wrapped it.
+        config: which levers; or its fields as keyword arguments.
+
+    Returns:
+        What was done, for the log. The same call again changes nothing.
+
+    Raises:
+        ValueError: for what cannot be done to this model, before anything is changed.
+    """
+    if config is not None and settings:
+        raise ValueError(f"config={config} and {', '.join(settings)} were both given. Give one of them.")
+    config = MemoryConfig(**settings) if config is None else config
+    inner = base_model(model)
+    before = _applied.get(inner)
+    if before is not None:
+        if before.config == config:
+            return before
+        raise ValueError(
+            f"memory.apply was called with {before.config} before, and now with {config}. Build the model anew to "
+            "change it."
+        )
+    _refuse_model(inner)
+    # Everything is found and proven first; then nothing can fail halfway.
+    layers = None if config.attention == "none" else Layers(inner, config)
+    found = _feed_forward(inner) if config.ffn_block is not None else []
+    head = _head(inner) if config.loss_block is not None else None
+    block = config.ffn_block
+    blocks = {seen.name: block if isinstance(block, int) else ffn.automatic_block(seen) for seen in found}
+    for seen in found:
+        ffn.wrap(seen, blocks[seen.name])
+    if head is not None:
+        _switch_loss(inner, config)
+    if layers is not None:
+        layers.switch_on()
+    inner.register_forward_pre_hook(_refuse_compiled)
+    applied = Applied(config, blocks, None if head is None else type(head).__name__)
+    _applied[inner] = applied
+    logger.info("%s", applied)
+    return applied
+
+
+def applied_to(model: Any) -> Applied | None:
+    """What `apply` did to this model, if anything."""
+    return _applied.get(base_model(model))
+
+
+def base_model(model: Any) -> Any:
+    """The Transformers model inside wrappers: PEFT (`get_base_model`), DDP and the like (`module`)."""
+    while not hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__} holds no Transformers model, which memory.apply needs.")
+        model = inner
+    return model
+
+
+def _refuse_model(model: Any) -> None:
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(COMPILED)
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "Parameters of the model are on the meta device, so nothing can be tried on it. Load its weights before "
+            "memory.apply."
+        )
+    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    if replaced:
+        raise ValueError(
+            f"The forward of {len(replaced)} modules was replaced ({replaced[0] or type(model).__name__}, for "
+            "example), as Accelerate does for device_map. Call memory.apply on a model that is loaded plainly."
+        )
+
+
+def _refuse_compiled(model: Any, args: tuple) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(COMPILED)
+
+
+def _feed_forward(model: Any) -> list[probe.Seen]:
+    found, error = ffn.find(model)
+    if error is not None:
+        raise ValueError(error)
+    return found
+
+
+def _head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings, so there is no head. Set loss_block=None.")
+    loss = model.loss_function
+    if getattr(loss, "__name__", None) != "ForCausalLMLoss":
+        raise ValueError(
+            f"{type(model).__name__} computes {getattr(loss, '__name__', loss)!r} and not the causal language "
+            "modelling loss, which alone is taken in blocks. Set loss_block=None."
+        )
+    _prove_loss(model)
+    return head
+
+
+def _prove_loss(model: Any) -> None:
+    """Does the model hand the result of its head to its loss function, and is the loss the same?"""
+    tokens, stock, calls = probe.tokens(model), model.loss_function, []
+
+    def counting(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(isinstance(logits, DeferredLogits))
+        return blockwise(stock)(logits, *args, **kwargs)
+
+    own = vars(model).get("_loss_function")
+    with probe.undisturbed(model):
+        wanted = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        head = model.get_output_embeddings()
+        try:
+            model.loss_function = counting
+            arm(head, 5)
+            found = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        finally:
+            disarm(head)
+            if own is None:
+                del model._loss_function
+            else:
+                model.loss_function = own
+    apart = abs(float(found) - float(wanted))
+    if calls != [True] or not apart <= 1e-2 * abs(float(wanted)):
+        raise ValueError(
+            f"{type(model).__name__} changes the logits between its head and its loss in a way that cannot be done "
+            f"block by block (deferred: {calls}, loss {float(found):.6g} instead of {float(wanted):.6g}). Set "
+            "loss_block=None."
+        )
+
+
+def disarm(head: nn.Module) -> None:
+    """As it was."""
+    vars(head).pop("forward", None)
+    vars(head).pop("_ring_hf_loss_block", None)
+
+
+def _switch_loss(model: Any, config: MemoryConfig) -> None:
+    model.loss_function = blockwise(model.loss_function)
+    armed: list[nn.Module] = []
+
+    def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        head = module.get_output_embeddings()  # anew: PEFT may have wrapped it since
+        if kwargs.get("labels") is not None:
+            arm(head, config.loss_block)
+            armed.append(head)
+
+    def after(module: Any, args: tuple, output: Any) -> None:
+        while armed:
+            arm(armed.pop(), None)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, always_call=True)

@@ -1,0 +1,155 @@
+"""Logits that are not computed until somebody looks at them.
+
+The LM head returns a `DeferredLogits`: hidden states, the head, and what the model then does to the logits with
+scalars (soft caps, scales), recorded. The loss takes it apart and works over blocks of tokens; whoever else uses it as
+a tensor gets the logits, computed then, with gradients. So nothing of a model's own code is replaced, and logits are
+there for those who ask.
+
+Shapes: [..., V] logits of [..., D] hidden states.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLAG = "_ring_hf_loss_block"
+
+_TENSOR = torch.Tensor
+METADATA = {
+    *(getattr(_TENSOR, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "grad_fn")),
+    *(
+        getattr(_TENSOR, name).__get__
+        for name in ("is_leaf", "layout", "is_cuda", "is_sparse", "is_meta", "is_nested")
+    ),
+    *(_TENSOR.size, _TENSOR.dim, _TENSOR.numel, _TENSOR.is_floating_point, _TENSOR.is_complex, _TENSOR.element_size),
+    *(torch.is_floating_point, torch.numel, torch.is_complex, _TENSOR.__len__, _TENSOR.stride, _TENSOR.get_device),
+    *(_TENSOR.is_contiguous,),
+}
+# What is recorded: functions of one element and a scalar (or one number per word).
+POINTWISE = {
+    *(_TENSOR.mul, _TENSOR.div, _TENSOR.true_divide, _TENSOR.add, _TENSOR.sub, _TENSOR.__mul__, _TENSOR.__truediv__),
+    *(_TENSOR.__rmul__, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.__sub__, torch.mul, torch.div, torch.true_divide),
+    *(torch.add, torch.sub, torch.tanh, _TENSOR.tanh, _TENSOR.float, _TENSOR.double, _TENSOR.half, _TENSOR.bfloat16),
+    *(_TENSOR.to, _TENSOR.type, _TENSOR.clone, torch.clone, _TENSOR.contiguous),
+}
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits `steps(head(hidden))`; `block` says how many tokens the loss takes at a time."""
+
+    hidden: Tensor
+    head: torch.nn.Module
+    steps: tuple[Callable[[Tensor], Tensor], ...]
+    block: int | str
+    grad_wanted: bool
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor, head: torch.nn.Module, steps: tuple, block: int | str) -> "DeferredLogits":
+        with torch.no_grad():
+            one = _compute(head, steps, hidden.detach().reshape(-1, hidden.shape[-1])[:1])
+        shape = (*hidden.shape[:-1], one.shape[-1])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=one.dtype, device=one.device)
+        self.hidden, self.head, self.steps, self.block = hidden, head, steps, block
+        self.grad_wanted = torch.is_grad_enabled()
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def compute(self) -> Tensor:
+        """The logits, all of them."""
+        return _compute(self.head, self.steps, self.hidden)
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """The logits of other hidden states."""
+        return _compute(self.head, self.steps, hidden)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"DeferredLogits({tuple(self.shape)}, {len(self.steps)} steps)"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handles = [x for x in args if isinstance(x, DeferredLogits)]
+        if func in POINTWISE and len(handles) == 1 and _scalars(args, kwargs, handles[0]):
+            handle = handles[0]
+            place = next(n for n, x in enumerate(args) if x is handle)
+            before, after = args[:place], args[place + 1 :]  # not the handle, which would be kept alive
+            step = lambda logits: func(*before, logits, *after, **kwargs)
+            return DeferredLogits(handle.hidden, handle.head, (*handle.steps, step), handle.block)
+        name = getattr(func, "__name__", "")
+        if handles and args and args[0] is handles[0] and _in_place(name):
+            raise ValueError(
+                f"{name} would change logits in place that are not computed yet (loss_block). Use the form that "
+                "returns a new tensor, or set loss_block=None."
+            )
+        computed = torch.utils._pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, (args, kwargs))
+        return func(*computed[0], **computed[1])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+        """Where Python does not see the call: only without gradients, which would be lost here."""
+
+        def compute(handle: DeferredLogits) -> Tensor:
+            if handle.grad_wanted and handle.hidden.requires_grad and func is not torch.ops.aten.detach.default:
+                raise ValueError(
+                    f"{func} was called on logits that are not computed yet (loss_block), past where gradients are "
+                    "recorded. Call it on logits + 0, or set loss_block=None."
+                )
+            return handle.compute().detach()
+
+        args, kwargs = torch.utils._pytree.tree_map_only(DeferredLogits, compute, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _compute(head: torch.nn.Module, steps: tuple, hidden: Tensor) -> Tensor:
+    # Past the override of its forward, hooks included.
+    block, head.__dict__[FLAG] = head.__dict__.get(FLAG), None
+    try:
+        logits = head(hidden)
+    finally:
+        head.__dict__[FLAG] = block
+    for step in steps:
+        logits = step(logits)
+    return logits
+
+
+def _scalars(args: tuple, kwargs: dict, handle: DeferredLogits) -> bool:
+    """Whether everything but the handle is a number, a dtype, or a constant per word."""
+
+    def fine(x: Any) -> bool:
+        if not isinstance(x, torch.Tensor):
+            return x is None or isinstance(x, (int, float, bool, torch.dtype, torch.device, torch.memory_format))
+        return not x.requires_grad and (x.numel() == 1 or tuple(x.shape) == (handle.shape[-1],))
+
+    return all(x is handle or fine(x) for x in (*args, *kwargs.values()))
+
+
+def _in_place(name: str) -> bool:
+    dunder = name.startswith("__") and name.endswith("__")
+    return (
+        name == "__setitem__"
+        or (dunder and name.startswith("__i") and name != "__invert__")
+        or (not dunder and name.endswith("_"))
+    )
+
+
+def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    block = self.__dict__.get(FLAG)
+    own = type(self).forward
+    if block is None or args or kwargs or hidden.shape[:-1].numel() <= (1 if block == "auto" else block):
+        return own(self, hidden, *args, **kwargs)
+    return DeferredLogits(hidden, self, (), block)
+
+
+def arm(head: torch.nn.Module, block: int | str | None) -> None:
+    """From now on the head defers, or with None, computes."""
+    if "forward" not in head.__dict__:
+        head.forward = MethodType(_forward, head)
+    head.__dict__[FLAG] = block

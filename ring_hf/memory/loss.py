@@ -1,0 +1,153 @@
+"""Cross entropy over blocks of tokens, from hidden states: the logits of a block at a time, and never kept.
+
+Gradients are computed where the logits are, in the forward pass, and scaled when the backward pass arrives, as in
+Liger's fused linear cross entropy and in PyTorch's `linear_cross_entropy` (whose memory is the same, and which takes a
+plain weight: no soft cap, no scale, no LoRA). That is three products with the head's weight where recomputing would
+take four; it holds the gradient of the hidden states instead of the hidden states, and the gradient of the weight from
+the forward pass on. A frozen head costs nothing more.
+
+The sum is over logits in at least fp32. Transformers goes down to fp32 for models in fp64; this does not.
+
+Letters: B rows, S tokens, T = B * S, D hidden size, V words.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from .blocks import Autocast, Sums, _grad, spans
+from .deferred import DeferredLogits
+
+SMALLEST = 256  # tokens of an automatic block
+
+
+def blockwise(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss function of a model, which takes deferred logits too; stock for all others."""
+
+    @functools.wraps(stock)
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not isinstance(logits, DeferredLogits):
+            more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
+            if loss_weights is not None:
+                raise ValueError(
+                    "loss_weights came with the batch, but this loss is not taken in blocks, and Transformers' own "
+                    "does not weigh tokens. Set loss_block (memory.apply) to a number of tokens."
+                )
+            return stock(logits, labels, vocab_size, num_items_in_batch, **more)
+        if shift_labels is None:  # token t predicts token t + 1
+            shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            loss_weights = None if loss_weights is None else pad(loss_weights, (0, 1))[..., 1:]
+        return _mean(logits, shift_labels, loss_weights, num_items_in_batch, ignore_index)
+
+    loss_function._ring_hf_memory = True  # type: ignore[attr-defined]
+    return loss_function
+
+
+def automatic_block(num_tokens: int, hidden_size: int, num_words: int) -> int:
+    """Tokens whose logits are as many numbers as the hidden states of all tokens (Liger's rule), a power of two."""
+    block = max(num_tokens * hidden_size // num_words, 1)
+    return max(SMALLEST, 1 << (block - 1).bit_length())
+
+
+def _mean(
+    logits: DeferredLogits,
+    labels: Tensor,
+    weights: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    ignore_index: int,
+) -> Tensor:
+    hidden_TD = logits.hidden.flatten(0, -2)
+    labels_T = labels.reshape(-1).to(hidden_TD.device)
+    weights_T = None if weights is None else weights.reshape(-1).to(hidden_TD.device)
+    block = logits.block
+    if block == "auto":
+        block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
+    assert isinstance(block, int)
+    trained = [p for p in logits.head.parameters() if p.requires_grad]
+    total = summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
+    if num_items_in_batch is not None:
+        return total / (
+            num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        )
+    counted = labels_T != ignore_index
+    return total / (counted.sum() if weights_T is None else (weights_T * counted).sum())
+
+
+def summed_loss(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor | None,
+    parameters: Sequence[Tensor],
+    block: int,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Sum of `weight * cross entropy` over the tokens whose label is not ignored.
+
+    Args:
+        logits_of: the logits `[1, b, V]` of hidden states `[1, b, D]`.
+        parameters: what gets a gradient besides the hidden states.
+    """
+    return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, hidden_TD, *parameters)
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_of: Callable[[Tensor], Tensor],
+        labels_T: Tensor,
+        weights_T: Tensor | None,
+        block: int,
+        ignore_index: int,
+        hidden_TD: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[5:]
+        trained = [p for p, need in zip(parameters, wanted[1:], strict=True) if need]
+        sums = Sums(trained)
+        dhidden_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
+        total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        autocast, places = Autocast(hidden_TD.device.type), spans(hidden_TD.shape[0], block)
+        counted = torch.stack([(labels_T[start:stop] != ignore_index).any() for start, stop in places]).tolist()
+        for (start, stop), any_label in zip(places, counted, strict=True):
+            if not any_label:
+                continue
+            leaf = hidden_TD[start:stop].detach().requires_grad_(wanted[0])
+            with torch.set_grad_enabled(any(wanted)), autocast():
+                logits = logits_of(leaf[None])[0]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                labels_b, how = labels_T[start:stop], "sum" if weights_T is None else "none"
+                loss = cross_entropy(logits, labels_b, ignore_index=ignore_index, reduction=how)
+                loss = loss if weights_T is None else (loss * weights_T[start:stop]).sum()
+            del logits
+            total += loss.detach()
+            if any(wanted):
+                gradients = iter(_grad([(loss, torch.ones_like(loss))], [*([leaf] if wanted[0] else []), *trained]))
+                if dhidden_TD is not None:
+                    gradient = next(gradients)
+                    assert gradient is not None, "the head does not look at the hidden states"
+                    dhidden_TD[start:stop] = gradient
+                sums.add(list(gradients))
+        taken = iter(sums.take())
+        ctx.save_for_backward(dhidden_TD, *(next(taken) if need else None for need in wanted[1:]))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: they are as large as the hidden states and the weight, and nobody else has them.
+        found = (None if x is None else x.mul_(gradient.to(x.dtype)) for x in ctx.saved_tensors)
+        return (None,) * 5 + tuple(found)

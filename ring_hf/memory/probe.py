@@ -1,0 +1,167 @@
+"""What a model really calls: one forward pass of a few tokens, watched, and proofs on what was seen.
+
+Which modules are feed-forward layers is not read off class names. A few tokens run through the real model; a module
+whose arguments and results have one row per token is then tried by itself. It treats tokens one by one if a row that
+is made NaN, and a row that is made another one, change no other row, and if it gives the same rows for fewer tokens.
+
+Letters: B rows, S tokens of a row, T = B * S.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, LENGTH = 2, 11  # T = 22 is not the size of anything else
+# Of the largest value; others 5e-2. Models in fp64 compute some things in fp32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which arguments of a module hold one row per token, and how: leading dims 2 for [B, S, ...], 1 for [T, ...]."""
+
+    args: tuple[int, ...]
+    kwargs: tuple[tuple[str, int], ...]
+    results: tuple[int, ...]
+    is_tuple: bool
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call."""
+
+    name: str
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    rows: Rows | None
+    same_width: bool
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards everything is as before, random numbers too."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def tokens(model: Any) -> Tensor:
+    """[B, S] token numbers that the model knows, spread over them."""
+    size = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    return (torch.arange(BATCH * LENGTH, device=device) * 7 % max(size - 3, 1) + min(3, size - 1)).view(BATCH, LENGTH)
+
+
+def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[Seen]:
+    """The first call of every module that is wanted, in a pass of [B, S] tokens."""
+    seen: dict[nn.Module, Seen] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if module not in seen:
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            rows, same_width = _rows(args, kwargs, output)
+            seen[module] = Seen(names[module], module, args, kwargs, rows, same_width)
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules() if wanted(module)]
+    try:
+        with undisturbed(model):
+            model(input_ids=tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.values())
+
+
+def _lead(x: Any) -> int:
+    if not isinstance(x, Tensor) or x.ndim < 1:
+        return 0
+    if x.ndim >= 2 and tuple(x.shape[:2]) == (BATCH, LENGTH):
+        return 2
+    return 1 if x.shape[0] == BATCH * LENGTH else 0
+
+
+def _rows(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[Rows | None, bool]:
+    results = output if isinstance(output, tuple) else (output,)
+    rows = Rows(
+        tuple(map(_lead, args)),
+        tuple((key, _lead(value)) for key, value in kwargs.items() if _lead(value)),
+        tuple(map(_lead, results)),
+        isinstance(output, tuple),
+    )
+    every = [x for x in (*args, *kwargs.values(), *results) if isinstance(x, Tensor) and x.numel() > 1]
+    first = next((x for x in (*args, *kwargs.values()) if _lead(x) and x.is_floating_point()), None)
+    if first is None or not all(rows.results) or not all(map(_lead, every)):
+        return None, False
+    return rows, isinstance(results[0], Tensor) and results[0].shape[-1] == first.shape[-1]
+
+
+def flat(x: Tensor, lead: int) -> Tensor:
+    return x.flatten(0, 1) if lead == 2 else x
+
+
+def treats_tokens_alone(seen: Seen) -> bool:
+    """Whether no row of the results depends on another row of the arguments, tried on the real module."""
+    rows, module = seen.rows, seen.module
+    if rows is None:
+        return False
+    plain = call(module, seen, lambda x, lead: x)
+    largest = max(float(x.abs().max()) for x in plain if x.is_floating_point())
+    bar = max(largest, 1e-6) * TOLERANCE.get(plain[0].dtype, 5e-2)
+    others = torch.ones(BATCH * LENGTH, dtype=torch.bool)
+    others[5] = False
+
+    def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], which: Any) -> bool:
+        pairs = zip(found, wanted, strict=True)
+        return all(bool(((a[which] - b[which]).abs() <= bar).all()) for a, b in pairs if a.is_floating_point())
+
+    def poisoned(value: float) -> Callable[[Tensor, int], Tensor]:
+        def change(x: Tensor, lead: int) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            x = x.clone()
+            flat(x, lead)[5] = value if value != value else -2 * flat(x, lead)[3]
+            return x
+
+        return change
+
+    few = slice(3, 10)
+    cut = call(module, seen, lambda x, lead: flat(x, lead)[few][None] if lead == 2 else x[few])
+    return (
+        same(call(module, seen, poisoned(torch.nan)), plain, others)
+        and same(call(module, seen, poisoned(0.0)), plain, others)
+        and all(part.shape[0] == 7 for part in cut)
+        and same(cut, tuple(x[few] for x in plain), slice(None))
+    )
+
+
+def call(module: nn.Module, seen: Seen, change: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+    """The results for changed arguments, as rows."""
+    assert seen.rows is not None
+    args = [change(x, lead) if lead else x for x, lead in zip(seen.args, seen.rows.args, strict=True)]
+    changed = {key: change(seen.kwargs[key], lead) for key, lead in seen.rows.kwargs}
+    with undisturbed(module):
+        results = module(*args, **{**seen.kwargs, **changed})
+    results = results if isinstance(results, tuple) else (results,)
+    return tuple(flat(x, lead) for x, lead in zip(results, seen.rows.results, strict=True))
+
+
+def is_affine(seen: Seen) -> bool:
+    """Whether the module is no more than a matrix, however it is made (LoRA): f(2x) - f(x) = f(x) - f(0)."""
+
+    def times(factor: float) -> Tensor:
+        return call(seen.module, seen, lambda x, lead: x * factor if x.is_floating_point() else x)[0]
+
+    zero, one, two = times(0), times(1), times(2)
+    bar = float((one - zero).abs().max()) * TOLERANCE.get(one.dtype, 5e-2)
+    return bool(((two - one) - (one - zero)).abs().max() <= max(bar, 1e-30))
