@@ -6,13 +6,16 @@ over long sequences; PyTorch's flash attention (`cuda_flash`) takes all other ti
 
 When it may be chosen follows what went wrong with it (threads of pytorch/pytorch unless named):
 
-- It became an option in 2.5.1 (138522) and the default again on 9.0 and 10.x with cuDNN from 9.15.1 on, as before
-  that lengths which 128 does not divide were read out of bounds (169849): the same versions and devices are asked for
-  here. Padded keys overflow in backward up to 9.2x (196678), so that only lengths which 128 divides are given to it.
+- After NaN and errors it became an option in 2.5.1 (138522), and the default again on 9.0 and 10.x with cuDNN from
+  9.15.1 on, which mends lengths that 128 does not divide (169849; sdp_utils.cpp, check_prefer_cudnn_attention). The
+  same devices and versions are asked for here. PyTorch bundles such a cuDNN from 2.11 on (huggingface/transformers,
+  48163); in older ones lse had three dims.
+- Beside a mask tensor, padded keys overflow in backward (196678): there is no mask tensor here, and still only lengths
+  that 128 divides are given to it.
 - One query gives wrong results on 10.x (193893, 194927) or NaN (NVIDIA/cudnn-frontend, 1072): tiles are larger.
 - Backward caches its graph by the shapes and strides of q, k and v alone (aten/src/ATen/native/cudnn/MHA.cpp) and
   takes for granted those of `out`, `dout`, lse and all gradients: every tensor is given dense in BSHD, lse as the
-  `[B, H, C, 1]` that forward returns. Before 2.11 lse had three dims.
+  `[B, H, C, 1]` that forward returns.
 - It is not deterministic, and `torch.backends.cuda.enable_cudnn_sdp(False)`, the advice of those threads, is heeded.
 
 Its causal mask is aligned at the top left, its lse is in natural logarithms, and fewer key/value than query heads are
@@ -63,11 +66,11 @@ def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None
     if max(q.shape[:2]) > _MOST_ROWS:
         return f"{max(q.shape[:2])} rows or heads are more than {_MOST_ROWS}"
     if (version := _pytorch()) < _PYTORCH:
-        return f"PyTorch {dotted(version)} is older than {dotted(_PYTORCH)}, whose operators were read"
+        return f"PyTorch {dotted(version)} is older than {dotted(_PYTORCH)}, the first with a cuDNN that is new enough"
     if (cudnn := _cudnn()) is None:
         return "this build of PyTorch has no cuDNN"
     if cudnn < _CUDNN:
-        return f"cuDNN {cudnn} is older than {_CUDNN} (9.15.1) and reads out of bounds"
+        return f"cuDNN {cudnn} is older than {_CUDNN} (9.15.1), from which on PyTorch trusts it"
     return _refused()
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Tile
-from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, flash_calls
+from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, cuda_flash, flash_calls
 from ring_hf.parallel import local_attention
 from scripts import fuzz
 from tests import aten_stand_ins
@@ -106,6 +106,21 @@ def test_rows_and_heads_of_one_are_exact_whatever_their_strides(adapter, shape, 
         assert (got - want).abs().max() <= 1e-12
 
 
+def test_an_activated_implementation_may_say_minus_infinity_for_rows_that_see_nothing(threads, monkeypatch):
+    with aten_stand_in("cuda_flash") as kernel, monkeypatch.context() as patch:
+        patch.setattr(cuda_flash, "activated", lambda: "FA3")
+        original = cuda_flash._forward
+
+        def forward(*arguments, **maths):
+            out, lse, *rest = original(*arguments, **maths)
+            return out, lse.masked_fill(lse == torch.inf, -torch.inf), *rest
+
+        patch.setattr(cuda_flash, "_forward", forward)
+        for mask in MASKS:
+            case = replace(problem("zigzag", mask, "mla"), kernel=kernel)
+            assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+
+
 def test_a_step_is_dealt_to_both_kernels_by_its_mask():
     bounds = (0, 3, 8, 40, 64)
     q, k, v = (torch.randn(1, 2, 64, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -157,6 +172,40 @@ def test_pytorchs_schemas_are_those_that_were_read(name):
     stands = {x.name: (x.kind is x.KEYWORD_ONLY, None if x.default is x.empty else x.default) for x in read.values()}
     assert list(found.items()) == list(stands.items()), f"PyTorch {torch.__version__}: {schema}"
     assert len(schema.returns) == num_results
+
+
+def _layout(results):
+    return [(x.shape, x.stride()) if isinstance(x, torch.Tensor) and x.dim() else None for x in results]
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["efficient", "cudnn"])
+def test_stand_ins_return_the_shapes_and_strides_that_pytorch_says(kind, heads):
+    (num_heads, num_kv), (dim, v_dim) = heads, (16, 8)
+    num_kv = num_heads if kind == "efficient" else num_kv
+
+    def results(forward, backward, dtype, device):
+        widths = ((num_heads, dim), (num_kv, dim), (num_kv, v_dim), (num_heads, v_dim))
+        q, k, v, dout = (
+            torch.ones(2, n, s, width, dtype=dtype, device=device)
+            if n == 1
+            else torch.ones(2, s, n, width, dtype=dtype, device=device).transpose(1, 2)
+            for s, (n, width) in zip((40, 44, 44, 40), widths, strict=True)
+        )
+        own = (None, True, 0.0, False) + ((False,) if kind == "cudnn" else ())
+        got = out, lse, *_ = forward(q, k, v, *own, scale=0.3)
+        zeros = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
+        if kind == "cudnn":
+            grads = backward(dout, q, k, v, out, lse, *zeros, None, None, None, 40, 44, 0.0, False, scale=0.3)
+        else:
+            grads = backward(dout, q, k, v, None, out, lse, *zeros, 0.0, [True] * 3 + [False], False, scale=0.3)
+        return _layout(got), _layout(grads)
+
+    module = {"efficient": cuda_efficient, "cudnn": cuda_cudnn}[kind]
+    with FakeTensorMode():
+        real = results(module._forward, module._backward, torch.bfloat16, "cuda")
+    with aten_stand_in("cuda_cudnn"):
+        assert results(module._forward, module._backward, torch.float64, "cpu") == real
 
 
 FAKES = [
