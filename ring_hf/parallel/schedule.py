@@ -16,10 +16,11 @@ import torch
 
 from ..geometry import Plan, split
 from ..kernels import Kernel, State, Sum, accumulate_dtype
-from . import direct, gather, relay
+from . import direct, gather, relay, resident
 from .transport import Ring
 
 TRANSPORTS: dict[str, ModuleType] = {"ring": relay, "double_ring": relay, "allgather": gather, "direct": direct}
+TRANSPORTS["resident"] = resident  # of a plan whose every block is in this process (`emulation`)
 
 
 def _transport(plan: Plan) -> ModuleType:

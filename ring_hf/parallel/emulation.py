@@ -1,0 +1,121 @@
+"""A whole ring on one device: every rank's part of the attention computed in turn, from its own plan.
+
+What is exact here is what the kernels and the geometry give on this device; what is not emulated is the exchange.
+
+Letters: B batch, H query heads, K key/value heads, S tokens of the sequence, C of a rank, D and E head dims.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Mask, Plan, WholeSequence, head_split, make_plan
+from ..kernels import choose
+from .resident import Residents
+from .schedule import ring_backward, ring_forward, sinks_gradient
+from .sharding import cut, join
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """A ring and what it computes; `scale` and the rest as in `ring_attention`."""
+
+    sequence: WholeSequence
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    kernel: str = "auto"
+    transport: str = "ring"
+    inner: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequence.ring_size == 1:
+            raise ValueError("num_ranks=1 is no ring. Emulate at least 2 ranks, or call local_attention.")
+
+    def plan(self, rank: int, num_rows: int) -> Plan:
+        """What `rank` computes, with all blocks at hand."""
+        plan = make_plan(self.sequence, self.mask, rank, num_rows, None, self.transport, self.inner)
+        return replace(plan, transport="resident")
+
+    def shards(self, x_BHSD: Tensor) -> list[Tensor]:
+        """The shards of all ranks."""
+        return [cut(x_BHSD, self.sequence.ring_segments(rank), 2) for rank in range(self.sequence.ring_size)]
+
+    def whole(self, shards: list[Tensor]) -> Tensor:
+        """Inverse of `shards`."""
+        return join(shards, [self.sequence.ring_segments(rank) for rank in range(len(shards))], 2)
+
+    def forward(
+        self, rank: int, q_BHCD: Tensor, residents: Residents, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One rank's `(out, lse)`, as its operator would return them."""
+        k, v = residents.k[rank], residents.v[rank]
+        kernel = choose(self.kernel, q_BHCD, v, self.softcap)
+        ring: Any = residents
+        plan = self.plan(rank, q_BHCD.shape[0])
+        out, lse = ring_forward(q_BHCD, k, v, plan, ring, kernel, self.scale, self.softcap, sinks, True)
+        return out.to(q_BHCD.dtype), lse
+
+    def backward(
+        self, rank: int, dout_BHCE: Tensor, q_BHCD: Tensor, out_BHCE: Tensor, lse_BHC: Tensor, residents: Residents
+    ) -> Tensor:
+        """One rank's dq; its shares of dk and dv go into `residents.sums`."""
+        k, v = residents.k[rank], residents.v[rank]
+        kernel = choose(self.kernel, q_BHCD, v, self.softcap)
+        ring: Any = residents
+        plan = self.plan(rank, q_BHCD.shape[0])
+        lse = lse_BHC.masked_fill(lse_BHC == -torch.inf, torch.inf)
+        tensors = dout_BHCE, q_BHCD, k, v, out_BHCE, lse
+        dq, _, _ = ring_backward(*tensors, plan, ring, kernel, self.scale, self.softcap, True)
+        return dq
+
+
+def emulated_attention(
+    q: Tensor, k: Tensor, v: Tensor, emulation: Emulation, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, S, E], lse [B, H, S])` of a whole sequence, computed rank by rank; differentiable but for lse.
+
+    With Ulysses, every rank of a place attends with its share of the heads.
+    """
+    ulysses = emulation.sequence.ulysses
+    if ulysses == 1:
+        return _Emulated.apply(q, k, v, sinks, emulation)
+    parts = []
+    for share in head_split(q.shape[1], k.shape[1], ulysses):
+        if not share.num_q:
+            continue
+        queries, keys = slice(share.q_start, share.q_start + share.num_q), list(share.kv)
+        own_sinks = None if sinks is None else sinks[queries]
+        parts.append(_Emulated.apply(q[:, queries], k[:, keys], v[:, keys], own_sinks, emulation))
+    out, lse = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return out, lse
+
+
+class _Emulated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, emulation: Emulation
+    ) -> tuple[Tensor, Tensor]:
+        residents = Residents(emulation.shards(k), emulation.shards(v))
+        found = [emulation.forward(rank, x, residents, sinks) for rank, x in enumerate(emulation.shards(q))]
+        out, lse = (emulation.whole(list(column)) for column in zip(*found, strict=True))
+        ctx.emulation = emulation
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        emulation: Emulation = ctx.emulation
+        residents = Residents(emulation.shards(k), emulation.shards(v))
+        dout_R, q_R, out_R, lse_R = (emulation.shards(x) for x in (grads[0], q, out, lse))
+        dq = [
+            emulation.backward(rank, dout_R[rank], q_R[rank], out_R[rank], lse_R[rank], residents)
+            for rank in range(len(q_R))
+        ]
+        dk, dv = (emulation.whole(of_ranks).to(k.dtype) for of_ranks in residents.sums)
+        dsinks = None if sinks is None else sinks_gradient(grads[0], out, lse, sinks)
+        return emulation.whole(dq), dk, dv, dsinks, None
