@@ -6,7 +6,7 @@ device shows that its kernels are exact on every tile that any rank would get, a
 Letters: B batch, K key/value heads, C tokens of a rank, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,13 @@ class Residents:
             )
             self._blocks[block] = k, v
         return self._blocks[block]
+
+    def prepare(self, plans: Iterable[Plan]) -> None:
+        """Makes everything that exists before a rank computes: what is timed afterwards is compute alone."""
+        for plan in plans:
+            for step in plan.steps:
+                self.block(step.block)
+        self.sums  # noqa: B018 (made when first asked for)
 
     def whole(self, block: Block) -> bool:
         """Whether a block is the whole shard of one rank."""

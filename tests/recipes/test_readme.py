@@ -70,7 +70,7 @@ def words(number, **replaced):
 
 
 def test_all_commands_and_blocks_are_found():
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
     assert len(blocks("diff")) == 1
     assert README.count("```") == 2 * (len(COMMANDS) + len(blocks("diff")) + 2)  # and a report, and the file tree
 

@@ -1,0 +1,88 @@
+"""The results of `gpu_check.py` as Markdown: a verdict, and a table per section."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .exactness import NAMES
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """All sections that there are."""
+    about = found["about"]
+    parts = [f"# GPU check, {about['device']}, {about['date']}", "", f"`{about['command']}`", ""]
+    parts += [", ".join(f"{name} {version}" for name, version in about["versions"].items()), ""]
+    for name, section in found["sections"].items():
+        verdict = "ok" if section["ok"] else "FAILED"
+        parts += [f"## {name}: {verdict}", "", *_SECTIONS[name](section), ""]
+    return "\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    rule = ["---" if n < left else "---:" for n in range(len(head))]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def _exactness(section: dict[str, Any]) -> list[str]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in section["rows"]:
+        groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    rows = []
+    for (kernel, dtype), each in groups.items():
+        worst = [f"{max(row['errors'][name] for row in each):.1e}" for name in NAMES]
+        exact = sum(row["exact"] for row in each)
+        rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, f"{max(row['ratio'] for row in each):.2f}"])
+    head = ["kernel", "dtype", "exact", *NAMES, "worst error / bar"]
+    lines = ["Relative RMS error against fp64, the worst of all problems.", "", *_table(head, rows, 2)]
+    failed = [row for row in section["rows"] if not row["exact"]]
+    if failed:
+        lines += ["", "Not exact:", ""]
+        lines += [f"- {row['kernel']}, {row['dtype']}, {row['problem']}: {_errors(row)}" for row in failed]
+    if section["left_out"]:
+        lines += ["", "Not tried:", ""]
+        by_reason: dict[str, list[str]] = {}
+        for why, count in section["left_out"].items():
+            who, reason = why.split(": ", 1)
+            by_reason.setdefault(f"{reason} ({count} problem{'s' * (count > 1)})", []).append(who)
+        lines += [f"- {reason}: {'; '.join(who)}" for reason, who in by_reason.items()]
+    return lines
+
+
+def _errors(row: dict[str, Any]) -> str:
+    plain = row["one_process"]
+    pairs = [
+        f"{name} {error:.1e}" + (f" (one process {plain[name]:.1e})" if name in plain else "")
+        for name, error in row["errors"].items()
+    ]
+    return ", ".join(pairs)
+
+
+def _trainer(section: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in section["rows"]:
+        allowed = row["allowed"]
+        differences = [f"{row[name]:.1e} (bar {allowed[name]:.1e})" for name in ("loss", "grad_norm")]
+        rows.append([row["run"], *differences, "same" if row["same"] else "differs"])
+    words = f"{section['steps']} steps of a tiny Llama; the largest relative difference from one process with `sdpa`."
+    return [words, "", *_table(["run", "loss", "grad norm", ""], rows)]
+
+
+def _benchmark(section: dict[str, Any]) -> list[str]:
+    head = ["tokens", "heads", "dtype", "variant", "forward", "TFLOP/s", "efficiency", "overhead"]
+    head += ["forward + backward", "TFLOP/s", "efficiency", "overhead"]
+    rows = []
+    for row in section["rows"]:
+        cells = [f"{row['tokens']:,}", f"{row['heads']}/{row['kv_heads']} x {row['head_dim']}", row["dtype"]]
+        cells.append(row["variant"] + (f", {row['ranks']} ranks" if row["ranks"] > 1 else ""))
+        for key in ("forward", "both"):
+            cells += [f"{1e3 * row[key]:.3g} ms", f"{row[f'tflops_{key}']:.3g}", f"{row[f'efficiency_{key}']:.2f}"]
+            cells += [f"{row[f'overhead_{key}']:.2f}"]
+        rows.append(cells)
+    words = (
+        f"Medians of {section['repeats']} interleaved runs; of a ring, the slowest rank with all blocks resident (no "
+        "exchange). FLOPs are causal: 2 s^2 H D forward, 2.5 times that backward. Efficiency: the fastest single "
+        "device / (ranks x the slowest rank); overhead: all ranks together / the fastest single device."
+    )
+    return [words, "", *_table(head, rows, 4)]
+
+
+_SECTIONS = {"exactness": _exactness, "trainer": _trainer, "benchmark": _benchmark}

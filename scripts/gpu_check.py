@@ -1,0 +1,117 @@
+"""One command for somebody with a GPU: are the kernels exact there, does training stay the same, how fast is it?
+
+Three sections, each of which is kept when it is done, so that a run that was stopped goes on where it was:
+
+    exactness   every attention kernel that fits, on the tiles of all ranks, forward and backward, against fp64
+    trainer     losses and grad norms of a ring, emulated on one device and run on several, against one process
+    benchmark   attention TFLOP/s of rings (all blocks resident) against one device with the whole sequence
+
+    python scripts/gpu_check.py                          # minutes on one GPU; writes scripts/results/gpu_check_...
+    python scripts/gpu_check.py --quick
+    python scripts/gpu_check.py --only exactness         # or several: exactness,benchmark
+    python scripts/gpu_check.py --emulate --quick        # on a CPU, at sizes that say nothing of speed
+
+Writes results.json and results.md. The exit code is 1 if anything is not exact.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ring_hf.doctor import machine
+from scripts.checks import exactness, timing, training
+from scripts.checks.report import markdown
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Progress = Callable[[str, int], None]
+SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress], dict[str, Any]]] = {
+    "exactness": lambda device, options, say: exactness.run(device, options.quick, options.emulate, say),
+    "trainer": lambda device, options, say: training.run(device, options.emulate, say),
+    "benchmark": lambda device, options, say: timing.run(device, options.quick, options.emulate, say),
+}
+
+
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="fewer problems and lengths")
+    parser.add_argument("--emulate", action="store_true", help="run on the CPU, with tiny shapes")
+    parser.add_argument("--output", type=Path, help="folder (default: scripts/results/gpu_check_DEVICE_DATE)")
+    parser.add_argument("--again", action="store_true", help="repeat sections that are done already")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the sections that are missing; 1 if any of the chosen ones failed, 2 if there is nothing to run on."""
+    options = parse_arguments(words)
+    only = options.only.split(",")
+    if unknown := sorted(set(only) - set(SECTIONS)):
+        return refuse(f"--only {','.join(unknown)} is not known. Choose from {', '.join(SECTIONS)}.")
+    if not options.emulate and not torch.cuda.is_available():
+        return refuse(
+            "PyTorch finds no GPU here. Add --emulate to run everything on the CPU, or see `ring-hf doctor`."
+        )
+    device = torch.device("cpu" if options.emulate else "cuda")
+    about = describe(device, sys.argv[1:] if words is None else words)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", about["device"]).strip("-")
+    folder = options.output or RESULTS / f"gpu_check_{name}_{about['date']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    settings = {"quick": options.quick, "emulate": options.emulate, "versions": about["versions"]}
+    found = {"about": about, "settings": settings, "sections": {}}
+    if path.is_file() and (before := json.loads(path.read_text())).get("settings") == settings:
+        found["sections"] = before["sections"]
+    for section in only:
+        if found["sections"].get(section, {}).get("ok") and not options.again:
+            print(f"{section}: done before, kept (--again repeats it)")
+            continue
+        with tqdm(desc=section, disable=None, leave=False) as bar:
+            begin = time.perf_counter()
+            result = SECTIONS[section](device, options, lambda said, total, bar=bar: advance(bar, said, total))
+        found["sections"][section] = {**result, "seconds": round(time.perf_counter() - begin, 1)}
+        path.write_text(json.dumps(found, indent=1))
+        (folder / "results.md").write_text(markdown(found))
+    print(markdown(found))
+    print(f"written: {folder}/results.json and results.md")
+    return int(not all(found["sections"][section]["ok"] for section in only))
+
+
+def refuse(message: str) -> int:
+    print(f"gpu_check.py: {message}", file=sys.stderr)
+    return 2
+
+
+def advance(bar: tqdm, said: str, total: int) -> None:
+    bar.total = total
+    bar.set_postfix_str(said, refresh=False)
+    bar.update()
+
+
+def describe(device: torch.device, words: Sequence[str]) -> dict[str, Any]:
+    """What the results are of."""
+    devices = machine.devices()
+    label = f"{len(devices.names)} x {devices.names[0]}" if device.type == "cuda" else f"CPU, {devices.cores} cores"
+    versions = {one.name: one.found for one in machine.packages() if one.found}
+    libraries = {one.name: one.notes for one in machine.packages() if one.notes}
+    return {
+        "device": label,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python scripts/gpu_check.py", *words]),
+        "versions": {**versions, **{f"{name} with": notes for name, notes in libraries.items()}},
+        "capability": devices.capability,
+        "memory": devices.memory,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
