@@ -7,10 +7,10 @@ the installed one; limits from pytorch/pytorch:aten/src/ATen/native/transformers
 flash_attn/flash_api.cpp beside it.
 
 These operators run FlashAttention-2, or what `torch.nn.attention.activate_flash_attention_impl("FA3")` or `("FA4")`
-put in their place for the whole process (where PyTorch has it; the package must be installed). That is the user's to call,
-once, before training: it changes every attention of PyTorch. Here its limits are heeded and its name is logged. Read
-in PyTorch 2.13's torch/nn/attention/_fa3.py and _fa4.py: the same arguments, no dropout, rows that see nothing have
-lse -inf. FlashAttention-4 must return two results there, so be older than 4.0.0b19.
+put in their place for the whole process (where PyTorch has it; the package must be installed). That is the user's to
+call, once, before training: it changes every attention of PyTorch. Here its limits are heeded and its name is logged.
+Read in PyTorch 2.13's torch/nn/attention/_fa3.py and _fa4.py: the same arguments, no dropout, rows that see nothing
+have lse -inf. FlashAttention-4 must return two results there, so be older than 4.0.0b19.
 
     _flash_attention_forward(query, key, value, cum_seq_q?, cum_seq_k?, max_q, max_k, dropout_p, is_causal,
         return_debug_mask, *, scale, window_size_left, window_size_right, ...) -> output, softmax_logsumexp, rng_state,
