@@ -1,278 +1,298 @@
-"""Stand-ins for flash-attn 2 and PyTorch's CUDA flash attention: their signatures and shapes, in fp64 on a CPU.
+"""Stand-ins for FlashAttention's packages and PyTorch's CUDA flash attention: their calls and results, on a CPU.
 
-Each has the arguments, order, defaults and results of the version it stands for, read in
-Dao-AILab/flash-attention@<tag>:flash_attn/flash_attn_interface.py, and in PyTorch 2.13's schemas, which a test
-compares with the installed ones. All compute with the reference kernel what
-Dao-AILab/flash-attention@v2.8.3:csrc/flash_attn/flash_api.cpp does, its faults included: windows aligned at the bottom
-right and clamped to the longest keys, lse read through a raw pointer, +inf for rows that see nothing, gradients
-overwritten. What the real ones demand of their arguments is asserted; half precision is not, so that fp64 can judge.
-
-Letters: B batch, H query heads, K key/value heads, S tokens, T tokens of a packed call, D head dim.
+Each takes the arguments of the version it stands for (`flash_stand_ins_signatures.py`), returns as many results, and
+is found where the real one would be. What they compute is in `flash_stand_ins_maths.py`.
 """
 
 import contextlib
-import itertools
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
-from ring_hf.geometry import Tile
-from ring_hf.kernels import cuda_flash, flash_attn_2, flash_calls, reference
-
-CALLS: Counter[str] = Counter()
-
-
-def clamped(left: int, right: int, longest_k: int) -> tuple[int | None, int | None]:
-    """What the host code makes of a window: flash_api.cpp:399-400 and 141-142."""
-    left, right = (-1 if x >= longest_k else x for x in (left, right))
-    if left < 0 <= right:
-        left = longest_k
-    elif right < 0 <= left:
-        right = longest_k
-    return (None, None) if left < 0 else (left, right)
-
-
-def _tile(q, k, left, right, longest_k) -> Tile:
-    left, right = clamped(left, right, longest_k)
-    apart = k.shape[1] - q.shape[1]
-    lo, hi = None if left is None else apart - left, None if right is None else apart + right
-    return Tile(0, q.shape[0], 0, q.shape[1], 0, k.shape[1], lo, hi)
+from ring_hf.kernels import KERNELS, Kernel, cuda_flash, flash_attn_2, flash_attn_3, flash_attn_4, flash_calls, hub
+from tests.flash_stand_ins_maths import (
+    CALLS,
+    Bounds,
+    clamped_by_three,
+    clamped_by_two,
+    compute_backward,
+    compute_forward,
+    dims_of_four,
+    dims_of_three,
+    one_head_dim,
+    spans,
+    taken_by_four,
+)
+from tests.flash_stand_ins_signatures import SIGNATURES
 
 
-def _check(q, k, v, *others) -> None:
-    for x in (q, k, v, *others):
-        assert x.stride(-1) == 1 and x.dtype == q.dtype and x.device == q.device
-        assert not any(n % 8 for n in x.stride()[:-1])
-        assert x.shape[-1] == q.shape[-1]
-    assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0
-    assert q.shape[0] > 0
+@dataclass(frozen=True)
+class Rules:
+    """What the versions of a package have in common."""
+
+    bounds: Callable[..., Bounds]
+    fits: Callable[[int, int], bool]
+    unseen: float
+    raw_lse: bool
+    lse: str  # its name in backward
+    no_softcap: tuple[float | None, ...]  # what switches it off in forward
 
 
-def _spans(cu_q, cu_k, max_q, max_k, q, k) -> list[tuple[slice, slice]]:
-    """The documents of a packed call."""
-    assert type(max_q) is int and type(max_k) is int
-    for cu, longest, x in ((cu_q, max_q, q), (cu_k, max_k, k)):
-        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0
-        assert cu[-1] == x.shape[0], "tokens outside all documents stay uninitialised"
-        assert cu.diff().max() <= longest and cu.diff().min() > 0
-    assert len(cu_q) == len(cu_k)
-    q_slices, k_slices = ([slice(a, b) for a, b in itertools.pairwise(cu)] for cu in (cu_q, cu_k))
-    return list(zip(q_slices, k_slices, strict=True))
+TWO = Rules(clamped_by_two, one_head_dim, math.inf, True, "softmax_lse", (0.0,))
+THREE = Rules(clamped_by_three, dims_of_three, -math.inf, True, "softmax_lse", (0.0,))
+FOUR = Rules(taken_by_four, dims_of_four, -math.inf, False, "lse", (0.0, None))
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_USED = {
+    *("dout", "q", "k", "v", "out", "lse", "softmax_lse", "dq", "dk", "dv", *_LENGTHS, "return_lse", "deterministic"),
+    *("softmax_scale", "softcap", "window_size", "window_size_left", "window_size_right"),
+}
 
 
-def compute_forward(q, k, v, documents, max_k, scale, left, right, softcap):
-    """`(out, lse)`: BSHD and BHS, or with `documents` THD and HT."""
-    _check(q, k, v)
-    CALLS["packed" if documents else "dense"] += 1
-    if documents:
-        parts = [
-            compute_one(q[a][None], k[b][None], v[b][None], max_k, scale, left, right, softcap) for a, b in documents
-        ]
-        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1).contiguous()
-    return compute_one(q, k, v, max_k, scale, left, right, softcap)
+class StandIn:
+    """A function with the parameters of `text`; as a custom operator it hides them behind `_init_fn`, as real ones."""
 
+    def __init__(self, name: str, text: str, run: Callable[[SimpleNamespace], object], operator: bool) -> None:
+        signature = eval(f"lambda {text}: None")
+        parameters = inspect.signature(signature)
 
-def compute_one(q, k, v, longest_k, scale, left, right, softcap):
-    out = torch.zeros_like(q).transpose(1, 2)
-    lse = torch.full(out.shape[:3], torch.inf, dtype=q.dtype)
-    tiles = [_tile(q, k, left, right, longest_k)]
-    at = (x.transpose(1, 2) for x in (q, k, v))
-    for queries, one_out, one_lse in reference.forward(*at, tiles, scale, softcap):
-        queries.of(out).copy_(one_out)
-        queries.of(lse).copy_(one_lse)
-    return out.transpose(1, 2), lse
+        def function(*args, **kwargs):
+            bound = parameters.bind(*args, **kwargs)
+            bound.apply_defaults()
+            for name, value in bound.arguments.items():
+                if name not in _USED and value != parameters.parameters[name].default:
+                    assert value is None or value is False or (type(value) is float and value == 0.0), name
+            return run(SimpleNamespace(**bound.arguments))
 
-
-def compute_backward(dout, q, k, v, out, lse, documents, max_k, scale, left, right, softcap):
-    """`(dq, dk, dv)`; lse is read through its pointer, as if it were contiguous BHS or HT."""
-    _check(q, k, v, dout, out)
-    assert lse.dtype == q.dtype and lse.is_contiguous()  # fp32 beside half precision
-    heads, length = q.shape[-2], q.shape[0] if documents else q.shape[1]
-    shape = (heads, length) if documents else (q.shape[0], heads, length)
-    assert lse.numel() == math.prod(shape)
-    lse = lse.view(-1).view(shape)
-    if not documents:
-        return gradients_of_one(dout, q, k, v, out, lse, max_k, scale, left, right, softcap)
-    parts = [
-        gradients_of_one(
-            *(x[None] for x in (dout[a], q[a], k[b], v[b], out[a], lse[:, a])), max_k, scale, left, right, softcap
-        )
-        for a, b in documents
-    ]
-    return tuple(torch.cat([part[n][0] for part in parts]) for n in range(3))
-
-
-def gradients_of_one(dout, q, k, v, out, lse, longest_k, scale, left, right, softcap):
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    tile = _tile(q.transpose(1, 2), k.transpose(1, 2), left, right, longest_k)
-    for queries, keys, *grads in reference.backward(dout, q, k, v, out, lse, [tile], scale, softcap):
-        for total, place, grad in zip((dq, dk, dv), (queries, keys, keys), grads, strict=True):
-            place.of(total).add_(grad)
-    return tuple(x.transpose(1, 2) for x in (dq, dk, dv))
-
-
-def _no_extras(dropout_p, causal, alibi_slopes, *nones) -> None:
-    assert type(dropout_p) is float and dropout_p == 0.0 and causal is False
-    assert alibi_slopes is None and all(x is None for x in nones)
-
-
-def _capped(softcap):
-    assert type(softcap) is float
-    return softcap or None
-
-
-class Operator:
-    """A custom operator: it hides the signature of its function, as `torch.library.custom_op` does."""
-
-    def __init__(self, function) -> None:
-        self._init_fn = function
+        function.__signature__ = parameters
+        function.__name__ = name
+        self.call = function
+        if operator:
+            self._init_fn = function
+        else:
+            self.__signature__ = parameters
 
     def __call__(self, *args, **kwargs):
-        return self._init_fn(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
-# flash-attn 2.6.2 and 2.6.3: the window is a tuple, forward returns 8, backward 4.
-# fmt: off
-def _forward_26(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
-    _no_extras(dropout_p, causal, alibi_slopes)
-    out, lse = compute_forward(q, k, v, None, k.shape[1], softmax_scale, *window_size, _capped(softcap))
-    return out, q, k, v, out, lse, None, torch.empty(2, dtype=torch.int64)
+def _maths(a: SimpleNamespace, rules: Rules) -> tuple[list[tuple[slice, slice]] | None, Bounds, float]:
+    """Documents, window and scale of a call."""
+    scale = a.q.shape[-1] ** -0.5 if a.softmax_scale is None else a.softmax_scale
+    assert type(scale) is float
+    lengths = [getattr(a, name, None) for name in _LENGTHS]
+    if lengths[0] is None:
+        assert lengths == [None] * 4
+    documents = None if lengths[0] is None else spans(*lengths, a.q, a.k)
+    longest = lengths[2:] if documents else (a.q.shape[1], a.k.shape[1])
+    window = a.window_size if hasattr(a, "window_size") else (a.window_size_left, a.window_size_right)
+    assert all((bound is None and rules is FOUR) or type(bound) is int for bound in window)
+    return documents, rules.bounds(*window, *longest), scale
 
 
-def _varlen_forward_26(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                       causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, return_softmax=False,
-                       block_table=None, leftpad_k=None, seqused_k=None):
-    _no_extras(dropout_p, causal, alibi_slopes, block_table, leftpad_k, seqused_k)
-    documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    out, lse = compute_forward(q, k, v, documents, max_seqlen_k, softmax_scale, *window_size, _capped(softcap))
-    return out, q, k, v, out, lse, None, torch.empty(2, dtype=torch.int64)
+def _forward(rules: Rules, results: Callable[..., tuple], a: SimpleNamespace) -> tuple:
+    documents, bounds, scale = _maths(a, rules)
+    softcap = None if a.softcap in rules.no_softcap else a.softcap
+    assert softcap is None or type(softcap) is float
+    out, lse = compute_forward(a.q, a.k, a.v, documents, bounds, scale, softcap, rules.fits, rules.unseen)
+    return results(a, out, lse if getattr(a, "return_lse", True) else None)
 
 
-def _write(grads, dq, dk, dv, deterministic):
-    assert type(deterministic) is bool
-    CALLS["deterministic"] += deterministic
-    for into, grad in zip((dq, dk, dv), grads, strict=True):
+def _backward(rules: Rules, results: Callable[..., object], a: SimpleNamespace) -> object:
+    documents, bounds, scale = _maths(a, rules)
+    assert type(a.softcap) is float and type(a.deterministic) is bool
+    lse = getattr(a, rules.lse)
+    tensors = a.dout, a.q, a.k, a.v, a.out, lse
+    grads = compute_backward(*tensors, documents, bounds, scale, a.softcap or None, rules.fits, rules.raw_lse)
+    CALLS["deterministic"] += a.deterministic
+    for into, grad in zip((a.dq, a.dk, a.dv), grads, strict=True):
         if into is not None:
+            assert into.shape == grad.shape
             into.copy_(grad)
-    return torch.empty(0)  # softmax_d
-
-
-def _backward_26(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
-                 alibi_slopes, deterministic, rng_state=None):
-    _no_extras(dropout_p, causal, alibi_slopes, rng_state)
-    window = (k.shape[1], softmax_scale, *window_size, _capped(softcap))
-    grads = compute_backward(dout, q, k, v, out, softmax_lse, None, *window)
-    return dq, dk, dv, _write(grads, dq, dk, dv, deterministic)
-
-
-def _varlen_backward_26(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                        deterministic, rng_state=None):
-    _no_extras(dropout_p, causal, alibi_slopes, rng_state)
-    documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    window = (max_seqlen_k, softmax_scale, *window_size, _capped(softcap))
-    grads = compute_backward(dout, q, k, v, out, softmax_lse, documents, *window)
-    return dq, dk, dv, _write(grads, dq, dk, dv, deterministic)
-
-
-# flash-attn 2.7.0 to 2.7.2: two bounds, forward returns 4, backward softmax_d alone.
-def _forward_27(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-                return_softmax):
-    _no_extras(dropout_p, causal, alibi_slopes)
-    window = (k.shape[1], softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return *compute_forward(q, k, v, None, *window), torch.empty(0), torch.empty(2, dtype=torch.int64)
-
-
-def _varlen_forward_27(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                       causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-                       return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None):
-    _no_extras(dropout_p, causal, alibi_slopes, block_table, leftpad_k, seqused_k)
-    documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    window = (max_seqlen_k, softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return *compute_forward(q, k, v, documents, *window), torch.empty(0), torch.empty(2, dtype=torch.int64)
-
-
-def _backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-                 window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
-    _no_extras(dropout_p, causal, alibi_slopes, rng_state)
-    window = (k.shape[1], softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return _write(compute_backward(dout, q, k, v, out, softmax_lse, None, *window), dq, dk, dv, deterministic)
-
-
-def _varlen_backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-                        alibi_slopes, deterministic, rng_state=None):
-    _no_extras(dropout_p, causal, alibi_slopes, rng_state)
-    documents = _spans(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
-    window = (max_seqlen_k, softmax_scale, window_size_left, window_size_right, _capped(softcap))
-    return _write(compute_backward(dout, q, k, v, out, softmax_lse, documents, *window), dq, dk, dv, deterministic)
-
-
-# flash-attn 2.7.3 to 2.8.3: the packed ones can clear their results first.
-def _varlen_forward_28(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                       causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-                       return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False):
-    return _varlen_forward_27(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-                              softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-                              return_softmax, block_table, leftpad_k, seqused_k)
-
-
-def _varlen_backward_28(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-                        alibi_slopes, deterministic, rng_state=None, zero_tensors=False):
-    return _varlen_backward_27(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                               max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-                               softcap, alibi_slopes, deterministic, rng_state)
+    return results(a)
 
 
 # PyTorch 2.13.
+# fmt: off
 def aten_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
                  scale=None, window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None,
                  block_table=None, num_splits=None):
-    _no_extras(dropout_p, is_causal, alibi_slopes, seqused_k, block_table, num_splits)
-    documents = None if cum_seq_q is None else _spans(cum_seq_q, cum_seq_k, max_q, max_k, query, key)
+    assert type(dropout_p) is float and dropout_p == 0.0 and is_causal is False and return_debug_mask is False
+    assert all(x is None for x in (alibi_slopes, seqused_k, block_table, num_splits))
+    documents = None if cum_seq_q is None else spans(cum_seq_q, cum_seq_k, max_q, max_k, query, key)
     assert documents or (max_q, max_k) == (query.shape[1], key.shape[1])
     window = (-1 if x is None else x for x in (window_size_left, window_size_right))
-    out, lse = compute_forward(query, key, value, documents, max_k, scale, *window, None)
+    bounds = clamped_by_two(*window, max_q, max_k)
+    out, lse = compute_forward(query, key, value, documents, bounds, scale, None)
     return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64), torch.empty(0)
 
 
 def aten_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
                   is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):
-    _no_extras(dropout_p, is_causal, None)
+    assert type(dropout_p) is float and dropout_p == 0.0 and is_causal is False
     assert rng_state.dtype == unused.dtype == torch.uint64
-    documents = None if cum_seq_q is None else _spans(cum_seq_q, cum_seq_k, max_q, max_k, query, key)
+    documents = None if cum_seq_q is None else spans(cum_seq_q, cum_seq_k, max_q, max_k, query, key)
     assert documents or (max_q, max_k) == (query.shape[1], key.shape[1])
     window = (-1 if x is None else x for x in (window_size_left, window_size_right))
-    return compute_backward(grad_out, query, key, value, out, logsumexp, documents, max_k, scale, *window, None)
+    bounds = clamped_by_two(*window, max_q, max_k)
+    return compute_backward(grad_out, query, key, value, out, logsumexp, documents, bounds, scale, None)
 # fmt: on
 
 
-def _module(wrap, *functions) -> SimpleNamespace:
-    return SimpleNamespace(**{name: wrap(function) for name, function in zip(_NAMES, functions, strict=True)})
+# What forward returns: version 2 before and since 2.7, version 3, version 4 before and since beta19.
+_RANDOM, _NOTHING = torch.empty(2, dtype=torch.int64), torch.empty(0)
 
 
-_NAMES = ("_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward")
-PACKAGES = {
-    "2.6.3": _module(lambda f: f, _forward_26, _varlen_forward_26, _backward_26, _varlen_backward_26),
-    "2.7.2.post1": _module(Operator, _forward_27, _varlen_forward_27, _backward_27, _varlen_backward_27),
-    "2.8.3": _module(Operator, _forward_27, _varlen_forward_28, _backward_27, _varlen_backward_28),
+def _eight(a, out, lse):
+    return out, a.q, a.k, a.v, out, lse, None, _RANDOM
+
+
+def _four_of_two(a, out, lse):
+    return out, lse, _NOTHING, _RANDOM
+
+
+def _with_parts(a, out, lse):
+    return out, lse, None, None
+
+
+def _pair(a, out, lse):
+    return out, lse
+
+
+# What backward returns: gradients and what it needed for them, gradients, or what nobody asked for.
+def _and_more(a):
+    return a.dq, a.dk, a.dv, _NOTHING
+
+
+def _gradients(a):
+    return a.dq, a.dk, a.dv
+
+
+def _other(a):
+    return _NOTHING
+
+
+# Rules, results forward and backward, whether they are custom operators, and the version that the package says.
+BEHAVIOUR: dict[str, tuple[Rules, Callable, Callable, bool, str]] = {
+    "2.6.3": (TWO, _eight, _and_more, False, "2.6.3"),
+    "2.7.2.post1": (TWO, _four_of_two, _other, True, "2.7.2.post1"),
+    "2.8.3": (TWO, _four_of_two, _other, True, "2.8.3"),
+    "3-2.8.3": (THREE, _with_parts, _and_more, False, "3.0.0b1"),
+    "3-2025-09": (THREE, _with_parts, _other, True, "3.0.0"),
+    "4-beta4": (FOUR, _pair, _gradients, False, "4.0.0b4"),
+    "4-beta10": (FOUR, _pair, _gradients, False, "4.0.0b10"),
+    "4-beta24": (FOUR, _with_parts, _gradients, False, "4.0.0b24"),
+    "4-beta26": (FOUR, _with_parts, _gradients, False, "4.0.0b26"),
+    "kernels-community/flash-attn2": (TWO, _four_of_two, _other, True, "3"),
+    "kernels-community/flash-attn3": (THREE, _with_parts, _other, True, "1"),
+    "kernels-community/vllm-flash-attn3": (THREE, _with_parts, _and_more, False, "1"),
+    "kernels-community/flash-attn4": (FOUR, _pair, _gradients, False, "4.0.0.beta8"),
 }
+
+
+def module(signatures: dict[str, str], rules: Rules, forward, backward, operators: bool) -> SimpleNamespace:
+    """A module with functions of these signatures."""
+    runs = functools.partial(_forward, rules, forward), functools.partial(_backward, rules, backward)
+    functions = {
+        name: StandIn(name, text, runs["bwd" in name or "backward" in name], operators)
+        for name, text in signatures.items()
+    }
+    return SimpleNamespace(**functions)
+
+
+MODULES = {name: module(SIGNATURES[name], *BEHAVIOUR[name][:4]) for name in SIGNATURES}
+TWOS = ("2.6.3", "2.7.2.post1", "2.8.3")
+PACKAGES = tuple(MODULES)
 ADAPTERS = ("aten", *PACKAGES)
+# Where soft-capping has no backward, or not that of packed calls.
+UNCAPPED = ("aten", "4-beta4", "4-beta10", "kernels-community/flash-attn4")
+
+
+# Major version -> the module of its functions, and the package as installers call it.
+_NAMES = {
+    "2": ("flash_attn.flash_attn_interface", "flash-attn"),
+    "3": ("flash_attn_interface", "flash_attn_3"),
+    "4": ("flash_attn.cute.interface", "flash-attn-4"),
+    "k": ("kernels", "kernels"),
+}
+
+
+def _import_module(real, adapter: str, name: str) -> object:
+    """What importing a module gives where this stand-in, and no other, is installed."""
+    if name not in {module for module, _ in _NAMES.values()}:
+        return real(name)
+    if name != _NAMES[adapter[0]][0]:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    if name != "kernels":
+        return MODULES[adapter]
+    functions = {hub.REPOSITORIES[adapter].submodule: MODULES[adapter]}
+    loaded = SimpleNamespace(**functions, __version__=BEHAVIOUR[adapter][4])
+    return SimpleNamespace(get_kernel=functools.partial(_get_kernel, adapter, loaded))
+
+
+def _version(real, adapter: str, name: str) -> str:
+    if name not in {package for _, package in _NAMES.values()}:
+        return real(name)
+    if name != _NAMES[adapter[0]][1]:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return BEHAVIOUR[adapter][4]
+
+
+def _find_spec(real, adapter: str, name: str) -> object:
+    return (adapter[0] == "3" or None) if name == "flash_attn_interface" else real(name)
+
+
+def _get_kernel(adapter: str, loaded: object, repo_id, revision=None, version=None, backend=None, user_agent=None):
+    """`kernels.get_kernel` (huggingface/kernels, kernels/src/kernels/load.py:47), of what is in the cache."""
+    if (revision is None) == (version is None):
+        raise ValueError("Either a revision or a version must be specified.")
+    CALLS["loaded"] += 1
+    if repo_id != adapter:
+        raise FileNotFoundError(f"Cannot find {repo_id} in the cache, and the hub cannot be reached")
+    return loaded
 
 
 @contextlib.contextmanager
-def stand_in(adapter: str, large: int = 12) -> Iterator[str]:
+def installed(adapter: str) -> Iterator[None]:
+    """As if the package of a stand-in, and no other, were installed."""
+
+    searches = flash_attn_2.installed, flash_attn_3.installed, flash_attn_4.installed, hub.load
+    for search in searches:
+        search.cache_clear()
+    with contextlib.ExitStack() as patches:
+        for module, name, stand in (
+            (importlib, "import_module", _import_module),
+            (importlib.metadata, "version", _version),
+            (importlib.util, "find_spec", _find_spec),
+        ):
+            instead = functools.partial(stand, getattr(module, name), adapter)
+            patches.enter_context(mock.patch.object(module, name, instead))
+        yield
+    for search in searches:
+        search.cache_clear()
+
+
+def kernel_named(name: str) -> Kernel:
+    """A kernel by its own name."""
+    return hub.KERNELS[name] if name in hub.KERNELS else KERNELS[name]
+
+
+@contextlib.contextmanager
+def stand_in(adapter: str, large: int = 12, capability: tuple[int, int] = (9, 0)) -> Iterator[str]:
     """Puts a stand-in where the adapter looks, for tensors on a CPU in fp64; gives the kernel's name.
 
     Tiles from `large` queries on are dense calls.
     """
+    # No Blackwell, no FlashAttention-4 of the first betas: their backward has no windows on Hopper.
+    capability = (10, 0) if adapter == "4-beta4" else capability
     flash_calls._grouped.cache_clear()
     with contextlib.ExitStack() as patches:
 
@@ -282,14 +302,13 @@ def stand_in(adapter: str, large: int = 12) -> Iterator[str]:
         patch(flash_calls, "DEVICE", "cpu")
         patch(flash_calls, "DTYPES", (torch.float64,))
         patch(flash_calls, "LARGE", large)
-        patch(flash_calls, "capability", lambda device: (9, 0))
+        patch(flash_calls, "capability", lambda device: capability)
         if adapter == "aten":
             patch(cuda_flash, "_forward", aten_forward)
             patch(cuda_flash, "_backward", aten_backward)
             patch(cuda_flash, "_is_built", lambda: True)
             yield cuda_flash.KERNEL.NAME
         else:
-            found = adapter, flash_attn_2.form_of(adapter), PACKAGES[adapter]
-            patch(flash_attn_2, "installed", lambda: found)
-            yield flash_attn_2.KERNEL.NAME
+            patches.enter_context(installed(adapter))
+            yield adapter if "/" in adapter else f"flash_attn_{adapter[0]}"
     flash_calls._grouped.cache_clear()

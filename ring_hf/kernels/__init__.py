@@ -2,7 +2,8 @@
 
 Whatever has the shape of `Kernel` is one, a module or an object. `choose` picks one by name, by the name of a family,
 or "auto": the first of `KERNELS` that fits, so flash-attn where it is installed, else PyTorch's CUDA operators, else
-PyTorch's CPU operator, else the eager reference.
+PyTorch's CPU operator, else the eager reference. A kernel of the hub is only taken by its own name, as it is loaded
+over the network.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..geometry import Tile
-from . import cpu, cuda_cudnn, cuda_efficient, cuda_flash, flash_attn_2, reference
+from . import cpu, cuda_cudnn, cuda_efficient, cuda_flash, flash_attn_2, flash_attn_3, flash_attn_4, hub, reference
 from .merge import State, Sum, accumulate_dtype, merge_
 from .places import Place, Tokens, Windows
 
@@ -53,6 +54,8 @@ class Kernel(Protocol):
 
 
 _IN_ORDER: tuple[Kernel, ...] = (
+    flash_attn_3.KERNEL,
+    flash_attn_4.KERNEL,
     flash_attn_2.KERNEL,
     cuda_cudnn.KERNEL,
     cuda_flash.KERNEL,
@@ -70,10 +73,12 @@ _told: set[str] = set()
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError if no kernel or family has this name."""
-    if name != "auto" and name not in FAMILIES and name not in KERNELS:
+    """Raises ValueError if no kernel or family has this name; nothing is looked for or loaded."""
+    if name != "auto" and not any(name in known for known in (FAMILIES, KERNELS, hub.KERNELS)):
         known = ", ".join(("auto", *FAMILIES, *KERNELS))
-        raise ValueError(f"kernel={name!r} is not known. Choose one of {known}.")
+        raise ValueError(
+            f"kernel={name!r} is not known. Choose one of {known}, or of the hub {', '.join(hub.KERNELS)}."
+        )
 
 
 @torch.compiler.disable  # packages and devices are looked for, which no graph can hold
@@ -88,7 +93,7 @@ def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = 
         if reason is None:
             if fitting != name:
                 _tell(fitting, reasons)
-            return KERNELS[fitting]
+            return _kernel(fitting)
     why = "; ".join(reason if other == name else f"{other}: {reason}" for other, reason in reasons.items() if reason)
     if name == "auto":
         raise ValueError(f"No attention kernel fits: {why}.")
@@ -99,7 +104,11 @@ def candidates(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     """The kernels that `name` stands for in order of preference, each with the reason why it does not fit, or None."""
     check_name(name)
     names = FAMILIES.get(name, (name,)) if name != "auto" else tuple(KERNELS)
-    return {one: KERNELS[one].unfit(q, v, softcap) for one in names}
+    return {one: _kernel(one).unfit(q, v, softcap) for one in names}
+
+
+def _kernel(name: str) -> Kernel:
+    return hub.KERNELS[name] if name in hub.KERNELS else KERNELS[name]
 
 
 def _tell(fitting: str, reasons: dict[str, str | None]) -> None:

@@ -1,17 +1,20 @@
-"""From tiles to calls of FlashAttention-2, however a package spells them (Dao 2023, arXiv 2307.08691).
+"""From tiles to calls of FlashAttention, however a package spells them (Dao 2023, arXiv 2307.08691).
 
-Its window is aligned at the bottom right: query i of Sq sees key j of Sk iff `i + Sk - Sq - left <= j <= i + Sk - Sq +
+The window is aligned at the bottom right: query i of Sq sees key j of Sk iff `i + Sk - Sq - left <= j <= i + Sk - Sq +
 right`. A band `lo <= j - i <= hi` is therefore `left = (Sk - Sq) - lo` and `right = hi - (Sk - Sq)`, and both are >= 0
-once the band is trimmed (read in Dao-AILab/flash-attention@v2.8.3:csrc/flash_attn/src/mask.h). The host code clamps
-windows to Sk and forgets part of the band where Sq > Sk + 1 (same tag, csrc/flash_attn/flash_api.cpp, and its copy in
-PyTorch; their issue 895), so such tiles are cut into rows that see every key and rows that do not.
+once the band is trimmed (read in Dao-AILab/flash-attention@v2.8.3:csrc/flash_attn/src/mask.h). FlashAttention-2's
+host code clamps windows to Sk and forgets part of the band where Sq > Sk + 1 (same tag, csrc/flash_attn/flash_api.cpp,
+and its copy in PyTorch; their issue 895), so for it such tiles are cut into rows that see every key and rows that do
+not.
 
 A large tile is one dense call on views. Short tiles of a step that share a window are the documents of one packed call
-(varlen), in which every query and every key appears at most once.
+(varlen), in which every query and every key appears at most once, the longest first, as blocks are started in that
+order. A short tile without company is a dense call. Every layer of a model has the same tiles, forward and backward,
+so the indices of packed calls stay on the device for the calls to come.
 
-What goes in: fp16 or bf16; head dims padded with zeros to one size, a multiple of 8, which changes neither scores nor
-sums (the scale is passed); lse contiguous in fp32, as kernels read it through a raw pointer. What comes out: lse in
-natural logarithms, +inf for rows that saw nothing where ours is -inf.
+What goes in: fp16 or bf16; head dims padded with zeros to multiples of 8, and for most kernels to one size, which
+changes neither scores nor sums (the scale is passed); lse contiguous in fp32, as kernels read it through a raw
+pointer. What comes out: lse in natural logarithms, +inf for rows that saw nothing where ours is -inf.
 
 Letters: B batch, H query heads, K key/value heads, C queries of the shard, S keys of the block, T tokens of a packed
 call, N documents of it, D and E head dims. Dense calls take BSHD and give lse BHS, packed ones take THD and give HT.
@@ -19,7 +22,9 @@ call, N documents of it, D and E head dims. Dense calls take BSHD and give lse B
 
 import functools
 import itertools
+import threading
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -61,10 +66,11 @@ Forward = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, KernelCall, float, float | None], tuple[torch.Tensor, torch.Tensor]
 ]
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Widths = Callable[[torch.Tensor, torch.Tensor], tuple[int, int]]
 
 
 def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why no FlashAttention-2 can serve such tensors, or None."""
+    """Why no FlashAttention can serve such tensors, or None."""
     if q.device.type != DEVICE:
         return f"the tensors are on {q.device.type}"
     if q.dtype not in DTYPES:
@@ -87,18 +93,31 @@ def dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
 
 
+def eights(width: int) -> int:
+    """The next multiple of 8: what 16 byte loads of half precision need."""
+    return -(-width // 8) * 8
+
+
+def one_width(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int]:
+    """One head dim for queries, keys and values."""
+    return (eights(max(q.shape[-1], v.shape[-1])),) * 2
+
+
 @dataclass(frozen=True, slots=True)
 class FlashKernel:
     """A kernel made of the calls of a package.
 
     `attend(q, k, v, call, scale, softcap)` returns `(out, lse)`, `differentiate(dout, q, k, v, out, lse, call, scale,
-    softcap)` returns `(dq, dk, dv)`.
+    softcap)` returns `(dq, dk, dv)`. `widths(q, v)` are the head dims that q, k and v, out are padded to. With
+    `cuts_rows` no tile has more queries than keys and one.
     """
 
     NAME: str
     unfit: Callable[[torch.Tensor, torch.Tensor, float | None], str | None]
     attend: Forward
     differentiate: Backward
+    widths: Widths = one_width
+    cuts_rows: bool = True
 
     def forward(
         self,
@@ -111,8 +130,9 @@ class FlashKernel:
     ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, out, lse)` call by call."""
         value_dim = v_BKSE.shape[-1]
-        q, k, v = one_head_dim(q_BHCD, k_BKSD, v_BKSE)
-        for call in calls(tiles, q.device):
+        width, value_width = self.widths(q_BHCD, v_BKSE)
+        q, k, v = padded(q_BHCD, width), padded(k_BKSD, width), padded(v_BKSE, value_width)
+        for call in calls(tiles, q.device, self.cuts_rows):
             at = taken(q, call.queries), taken(k, call.keys), taken(v, call.keys)
             out, lse = self.attend(*at, call, scale, softcap)
             del at
@@ -135,9 +155,10 @@ class FlashKernel:
     ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`."""
         key_dim, value_dim = k_BKSD.shape[-1], v_BKSE.shape[-1]
-        same = (x.to(q_BHCD.dtype) for x in (dout_BHCE, out_BHCE))
-        dout, out, q, k, v = one_head_dim(*same, q_BHCD, k_BKSD, v_BKSE)
-        for call in calls(tiles, q.device):
+        width, value_width = self.widths(q_BHCD, v_BKSE)
+        q, k, v = padded(q_BHCD, width), padded(k_BKSD, width), padded(v_BKSE, value_width)
+        dout, out = (padded(x.to(q.dtype), value_width) for x in (dout_BHCE, out_BHCE))
+        for call in calls(tiles, q.device, self.cuts_rows):
             at_q, at_k = (functools.partial(taken, place=place) for place in (call.queries, call.keys))
             lse = lse_for(lse_BHC, call.queries, accumulate_dtype(q.dtype))
             tensors = at_q(dout), at_q(q), at_k(k), at_k(v), at_q(out), lse
@@ -153,15 +174,12 @@ class FlashKernel:
             del dq, dk, dv
 
 
-def one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """All with one head dim, a multiple of 8, and with rows where 16 byte loads may begin."""
-    width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
-
-    def loadable(x: torch.Tensor) -> bool:
-        return x.stride(-1) == 1 and not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
-
-    padded = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
-    return tuple(x if loadable(x) else x.contiguous() for x in padded)
+def padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """With zeros up to this head dim, a multiple of 8, and with rows where 16 byte loads may begin."""
+    if x.shape[-1] < width:
+        x = pad(x, (0, width - x.shape[-1]))
+    loadable = x.stride(-1) == 1 and not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
+    return x if loadable else x.contiguous()
 
 
 def taken(x_BHSD: torch.Tensor, place: Place) -> torch.Tensor:
@@ -180,19 +198,15 @@ def lse_for(lse_BHC: torch.Tensor, place: Place, dtype: torch.dtype) -> torch.Te
     return (lse.transpose(0, 1) if isinstance(place, Tokens) else lse).contiguous()
 
 
-def calls(tiles: Iterable[Tile], device: torch.device) -> Iterator[KernelCall]:
+def calls(tiles: Iterable[Tile], device: torch.device, cuts_rows: bool = True) -> Iterator[KernelCall]:
     """The calls that together hold every visible pair of the tiles exactly once."""
-    for part in _grouped(tuple(tiles)):
+    for part in _grouped(tuple(tiles), cuts_rows):
         if len(part) == 1:
             (tile,) = part
-            queries, keys = Piece(0, tile.num_q, 0, tile.num_k, "full"), Piece(0, tile.num_q, 0, tile.num_k, "full")
-            yield KernelCall(Windows.queries(tile, queries), Windows.keys(tile, keys), *window(tile))
+            whole = Piece(0, tile.num_q, 0, tile.num_k, "full")
+            yield KernelCall(Windows.queries(tile, whole), Windows.keys(tile, whole), *window(tile))
         else:
-            rows = [replace(tile, row=tile.row + n, num_rows=1) for tile in part for n in range(tile.num_rows)]
-            queries_T, cu_q = _tokens([(tile.row, tile.q, tile.num_q) for tile in rows], device)
-            keys_T, cu_k = _tokens([(tile.row, tile.k, tile.num_k) for tile in rows], device)
-            longest = max(tile.num_q for tile in rows), max(tile.num_k for tile in rows)
-            yield KernelCall(queries_T, keys_T, *window(part[0]), Documents(cu_q, cu_k, *longest))
+            yield _packed_calls.get(part, device)
 
 
 def window(tile: Tile) -> tuple[int | None, int | None]:
@@ -201,13 +215,22 @@ def window(tile: Tile) -> tuple[int | None, int | None]:
     return None if tile.lo is None else apart - tile.lo, None if tile.hi is None else tile.hi - apart
 
 
-def cut_rows(tile: Tile) -> Iterator[Tile]:
+def trimmed(tile: Tile) -> Iterator[Tile]:
+    """The tile without queries and keys that see nothing, if anything is left."""
+    found = trim(tile.num_q, tile.num_k, tile.lo, tile.hi)
+    if found is not None:
+        q, num_q, k, num_k, lo, hi = found
+        yield Tile(tile.row, tile.num_rows, tile.q + q, num_q, tile.k + k, num_k, lo, hi)
+
+
+def cut_rows(whole: Tile) -> Iterator[Tile]:
     """Trimmed tiles that no host code gets wrong: without bounds, or with at most one query more than keys."""
-    trimmed = trim(tile.num_q, tile.num_k, tile.lo, tile.hi)
-    if trimmed is None:
-        return
-    q, num_q, k, num_k, lo, hi = trimmed
-    tile = Tile(tile.row, tile.num_rows, tile.q + q, num_q, tile.k + k, num_k, lo, hi)
+    for tile in trimmed(whole):
+        yield from _cut(tile)
+
+
+def _cut(tile: Tile) -> Iterator[Tile]:
+    num_q, num_k, lo, hi = tile.num_q, tile.num_k, tile.lo, tile.hi
     if (lo is None and hi is None) or num_q <= num_k + 1:
         yield tile
         return
@@ -243,11 +266,11 @@ class _Pack:
 
 
 @functools.lru_cache(maxsize=256)
-def _grouped(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], ...]:
+def _grouped(tiles: tuple[Tile, ...], cuts_rows: bool) -> tuple[tuple[Tile, ...], ...]:
     """The tiles of each call."""
     large: list[tuple[Tile, ...]] = []
     packs: dict[tuple[int | None, int | None], list[_Pack]] = {}
-    for tile in itertools.chain.from_iterable(cut_rows(tile) for tile in tiles):
+    for tile in itertools.chain.from_iterable((cut_rows if cuts_rows else trimmed)(tile) for tile in tiles):
         if tile.num_q >= LARGE:
             large.append((tile,))
             continue
@@ -255,7 +278,57 @@ def _grouped(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], ...]:
         if not any(pack.take(tile) for pack in fitting):
             fitting.append(_Pack())
             fitting[-1].take(tile)
-    return *large, *(tuple(pack.tiles) for found in packs.values() for pack in found)
+    short = (sorted(pack.tiles, key=_work, reverse=True) for found in packs.values() for pack in found)
+    return *large, *map(tuple, short)
+
+
+def _work(tile: Tile) -> int:
+    """Pairs of one of its rows, an upper bound."""
+    return tile.num_q * tile.num_k
+
+
+class _PackedCalls:
+    """The packed calls made last, with their indices on the device: at most `most` tokens, at least one call.
+
+    What is made under a tensor mode (fake tensors of a compiler) is not kept, nor is what was kept given to it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._tokens = most, 0
+        self._kept: OrderedDict[tuple[tuple[Tile, ...], torch.device], KernelCall] = OrderedDict()
+        self._lock = threading.Lock()  # autograd runs backward in a thread of its own
+
+    def get(self, tiles: tuple[Tile, ...], device: torch.device) -> KernelCall:
+        """The one call of these tiles, which share a window."""
+        if type(torch.empty(0)) is not torch.Tensor:
+            return _packed(tiles, device)
+        with self._lock:
+            call = self._kept.pop((tiles, device), None)
+            if call is None:
+                # Kept for training too if the first to need it is an evaluation in inference mode.
+                with torch.inference_mode(False):
+                    call = _packed(tiles, device)
+                self._tokens += _num_tokens(call)
+            self._kept[tiles, device] = call
+            while self._tokens > self._most and len(self._kept) > 1:
+                self._tokens -= _num_tokens(self._kept.popitem(last=False)[1])
+        return call
+
+
+_packed_calls = _PackedCalls(most=1 << 23)  # 128 MiB
+
+
+def _num_tokens(call: KernelCall) -> int:
+    assert isinstance(call.queries, Tokens) and isinstance(call.keys, Tokens)
+    return len(call.queries.rows_T) + len(call.keys.rows_T)
+
+
+def _packed(tiles: tuple[Tile, ...], device: torch.device) -> KernelCall:
+    rows = [replace(tile, row=tile.row + n, num_rows=1) for tile in tiles for n in range(tile.num_rows)]
+    queries_T, cu_q = _tokens([(tile.row, tile.q, tile.num_q) for tile in rows], device)
+    keys_T, cu_k = _tokens([(tile.row, tile.k, tile.num_k) for tile in rows], device)
+    longest = max(tile.num_q for tile in rows), max(tile.num_k for tile in rows)
+    return KernelCall(queries_T, keys_T, *window(tiles[0]), Documents(cu_q, cu_k, *longest))
 
 
 def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> tuple[Tokens, torch.Tensor]:
