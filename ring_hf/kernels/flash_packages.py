@@ -2,8 +2,8 @@
 
 The low-level functions are called, which return lse and take the global `out` and `lse` in backward; the public ones
 do neither. Every argument goes by keyword, and before anything is called the signatures found are compared with what
-will be passed. Packages are imported when they are first asked for, and only for tensors they could serve. Where each
-form was read stands beside it (`Read`), and in one list in tests/kernels/README.md.
+will be passed. Packages are imported when they are first asked for. Where each form was read stands beside it
+(`Read`), and in one list in tests/kernels/README.md.
 """
 
 import inspect
@@ -145,11 +145,11 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def _unfit(find: Find, limits: Limits, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
-    if (reason := flash_calls.unfit(q, v)) is not None:
-        return reason
     found = find()
     if isinstance(found, str):
         return found
+    if (reason := flash_calls.unfit(q, v)) is not None:
+        return reason
     capability = flash_calls.capability(q.device)
     assert capability is not None
     reason = limits(found, Wanted(capability, q.shape[-1], v.shape[-1], softcap))

@@ -9,6 +9,7 @@ which is taken from the loaded one as it cannot be imported by name. Versions as
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,13 +84,24 @@ def load(name: str) -> Package | str:
 
 def _kernel(name: str, repository: Repository) -> FlashKernel:
     cuts_rows = repository.form is _TWO
-    return flash_packages.kernel(
+    made = flash_packages.kernel(
         name, functools.partial(_loaded, name), repository.limits, repository.widths, cuts_rows
     )
+    return replace(made, unfit=functools.partial(_unfit, made.unfit))
 
 
 def _loaded(name: str) -> Package | str:
     return load(name)
+
+
+def _unfit(
+    unfit: Callable[[torch.Tensor, torch.Tensor, float | None], str | None],
+    q: torch.Tensor,
+    v: torch.Tensor,
+    softcap: float | None,
+) -> str | None:
+    """Nothing is downloaded for tensors that it cannot serve."""
+    return flash_calls.unfit(q, v) or unfit(q, v, softcap)
 
 
 KERNELS: dict[str, FlashKernel] = {name: _kernel(name, repository) for name, repository in REPOSITORIES.items()}

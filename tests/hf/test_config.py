@@ -48,6 +48,12 @@ def test_unset_fields_come_from_the_environment(monkeypatch):
     assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("double_ring", 2, 2)
 
 
+@pytest.mark.parametrize("kernel", ["flash_attn", "cuda", "flash_attn_3", "kernels-community/vllm-flash-attn3"])
+def test_names_of_kernels_are_checked_without_looking_for_them(kernel, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} is imported"))
+    assert ContextParallelConfig(context_parallel_size=2, kernel=kernel).kernel == kernel
+
+
 def test_what_is_left_out_is_chosen_later():
     config = ContextParallelConfig(context_parallel_size=4)
     assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("auto", None, 1)

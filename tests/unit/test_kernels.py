@@ -196,7 +196,7 @@ def _attend(q=None, k=None, v=None, length=37, **settings):
 REFUSALS = {
     "kernel": (
         lambda: _attend(kernel="flesh"),
-        r"kernel='flesh' is not known\. Choose one of auto, flash_attn, cuda, flash_attn_2, .*cpu, reference\.",
+        r"kernel='flesh' is not known\. Choose one of auto, flash_attn, cuda, .*reference, or of the hub ",
     ),
     "dtype": (
         lambda: choose("cpu", torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1)),
