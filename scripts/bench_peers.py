@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.contenders import CONTENDERS
-from scripts.teams import Team, Variants, add_options, measure, report, table
+from scripts.teams import Team, Variants, add_options, alone, measure, report, table
 
 # What the two packages import besides PyTorch.
 _ALSO = ("einops>=0.8", "beartype", "jaxtyping", "wadler-lindig")
@@ -60,7 +60,7 @@ def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, A
     for name, variant in variants.items():
         for kv_heads in sorted({arguments.heads, arguments.kv_heads}):
             job = {**vars(arguments), **variant, "check": True, "length": 512, "dtype": "float32"}
-            rows.append({"variant": name, "kv_heads": kv_heads, **team.run({**job, "kv_heads": kv_heads})})
+            rows.append({"variant": name, "kv_heads": kv_heads, **team.run({**job, "kv_heads": kv_heads}, alone(job))})
     team.stop()
     return rows
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from scripts.contenders import CONTENDERS, Attend
 
 Variants = dict[str, dict[str, Any]]
 # Large blocks straight from the system and back: peak memory is then what is alive, not what malloc keeps.
-_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 _PATIENCE = 3600.0
 
 
@@ -98,13 +99,33 @@ def check_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) 
     return dict(zip(("out", "dq", "dk", "dv"), map(float, errors), strict=True))
 
 
+def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> None:
+    """Ranks below `processes` form the ring with one thread each; the last worker is the single process."""
+    torch.set_num_threads(1 if rank < processes else processes)
+    group = None
+    if rank < processes:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+        group = dist.group.WORLD
+    while (job := jobs.get()) is not None:
+        results.put((check_once if job.get("check") else run_once)(job, rank, group))
+
+
 class Team:
     """A ring of one-thread processes and the single process it is compared with, ready to run jobs."""
 
-    def __init__(self, processes: int, name: str, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        processes: int,
+        name: str,
+        env: dict[str, str],
+        target: Callable[..., None] = worker,
+        prepare: Callable[[Path], Any] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = processes
         self.store = Path(tempfile.mkdtemp()) / name
+        if prepare is not None:
+            prepare(self.store)
         self.queues = [context.Queue() for _ in range(processes + 1)]
         self.results = context.Queue()
         kept = {key: os.environ.get(key) for key in env}
@@ -112,7 +133,7 @@ class Team:
         self.workers = []
         for rank, jobs in enumerate(self.queues):
             arguments = (rank, processes, str(self.store), jobs, self.results)
-            self.workers.append(context.Process(target=worker, args=arguments, daemon=True))
+            self.workers.append(context.Process(target=target, args=arguments, daemon=True))
             self.workers[-1].start()
         for key, value in kept.items():
             if value is None:
@@ -120,9 +141,9 @@ class Team:
             else:
                 os.environ[key] = value
 
-    def run(self, job: dict[str, Any]) -> dict[str, float]:
-        """The slowest (or largest) figure of the processes that take part."""
-        ranks = [self.processes] if CONTENDERS[job["contender"]].layout is None else range(self.processes)
+    def run(self, job: dict[str, Any], alone: bool = False) -> dict[str, float]:
+        """The slowest (or largest) figure of the ring, or that of the single process."""
+        ranks = [self.processes] if alone else range(self.processes)
         for rank in ranks:
             self.queues[rank].put(job)
         answers = [self._answer(job) for _ in ranks]
@@ -145,15 +166,9 @@ class Team:
             process.join(10)
 
 
-def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> None:
-    """Ranks below `processes` form the ring with one thread each; the last worker is the single process."""
-    torch.set_num_threads(1 if rank < processes else processes)
-    group = None
-    if rank < processes:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-        group = dist.group.WORLD
-    while (job := jobs.get()) is not None:
-        results.put((check_once if job.get("check") else run_once)(job, rank, group))
+def alone(job: dict[str, Any]) -> bool:
+    """Whether a job is for the single process."""
+    return CONTENDERS[job["contender"]].layout is None
 
 
 def measure(
@@ -166,7 +181,7 @@ def measure(
             length above which it is left out.
         documents: cumulative boundaries of packed documents.
     """
-    timing, memory = Team(arguments.processes, "timing", {}), Team(arguments.processes, "memory", _MEMORY)
+    timing, memory = Team(arguments.processes, "timing", {}), Team(arguments.processes, "memory", MEMORY)
     problems = list(itertools.product(arguments.dtypes, arguments.lengths))
     progress = tqdm(total=len(problems) * (arguments.repeats + 1) * len(variants), desc="attention", disable=None)
     rows = []
@@ -179,11 +194,11 @@ def measure(
             for job, seen in zip(jobs, runs, strict=True):
                 if repeat == 0:  # the warm-up of the timing team is when the other team measures memory
                     # What a first call brings in: code and buffers; for documents, compiled code for each length.
-                    memory.run(job if documents else {**job, "length": 256})
-                    job["peaks"] = memory.run(job)
-                    timing.run(job)
+                    memory.run(job if documents else {**job, "length": 256}, alone(job))
+                    job["peaks"] = memory.run(job, alone(job))
+                    timing.run(job, alone(job))
                 else:
-                    seen.append(timing.run(job))
+                    seen.append(timing.run(job, alone(job)))
                 progress.update()
         for job, seen in zip(jobs, runs, strict=True):
             row = {key: job[key] for key in ("dtype", "length", "variant")}
