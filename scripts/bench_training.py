@@ -81,10 +81,10 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
     set_seed(0)
     before = peak_bytes(reset=True)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag" if shared else "sdpa"))
-    levers = {f"{name}_block": "auto" for name in job["levers"].split("+") if name}
+    blocks = {f"{name}_block": "auto" if name in job["levers"].split("+") else None for name in ("ffn", "loss")}
     attention = "save" if job["checkpointing"] == "saved" else "none"
-    if levers or attention == "save":
-        apply(model, MemoryConfig(attention=attention, **levers))  # type: ignore[arg-type]
+    if attention == "save" or any(blocks.values()):
+        apply(model, MemoryConfig(attention=attention, **blocks))
     rows = [{"input_ids": tokens, "labels": tokens} for tokens in sequences(job)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -97,7 +97,7 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",
-            logging_strategy="no",
+            logging_steps=1,  # a loss that was logged is that of all processes
             parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=job["processes"])
             if shared
             else None,
@@ -105,7 +105,8 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
         clock = Clock()
         collator = ring_hf.ContextParallelCollator(model) if shared else None
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])  # type: ignore[arg-type]
-        loss = trainer.train().training_loss
+        trainer.train()
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return {"seconds": clock.took, "memory": float(peak_bytes() - before), "loss": loss}
 
 

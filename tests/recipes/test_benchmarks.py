@@ -10,6 +10,7 @@ from PIL import Image
 from ring_hf.cli import main
 from ring_hf.tools import command_bench
 from scripts.bench_lengths import FIGURES, exponents
+from scripts.bench_longest import BAR
 from scripts.bench_peers import VARIANTS
 from scripts.contenders import CONTENDERS
 from tests.harness import ROOT, run_command
@@ -57,6 +58,25 @@ def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path
         (name, heads) for name in names for heads in (1, 2)
     ]
     assert all(row[key] < 2e-6 for row in errors for key in ("out", "dq", "dk", "dv"))
+
+
+def test_training_steps_are_timed_with_every_lever(tmp_path):
+    model = ["--layers", "1", "--hidden", "64", "--vocabulary", "48"]
+    words = ["training", "--lengths", "256", *model, "--repeats", "1", "--checkpointing", "none", "saved"]
+    run_command([*COMMAND, *words, "--levers", "", "ffn+loss", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    found = [(row["processes"], row["checkpointing"], row["levers"]) for row in rows]
+    assert found == [
+        (1, "none", "none"),
+        *((2, way, levers) for way in ("none", "saved") for levers in ("none", "ffn+loss")),
+    ]
+    assert all(row["seconds"] > 0 and len(row["runs"]) == 1 for row in rows)
+
+
+def test_the_longest_sequence_has_the_loss_of_one_process(tmp_path):
+    run_command([*COMMAND, "longest", "--length", "512", "--vocabulary", "48", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "longest.json").read_text())["rows"]
+    assert row["difference"] <= BAR and 3 < row["loss"] < 5
 
 
 def test_packages_to_install_are_named_with_their_versions():
