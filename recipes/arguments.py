@@ -115,6 +115,28 @@ class ParallelArguments:
 
 
 @dataclass
+class MemoryArguments:
+    """How a training step fits; none of it changes a number."""
+
+    memory_attention: str = option(
+        "none",
+        "What a layer keeps for the backward pass: none (everything), recompute (its input) or save (its input and "
+        "the result of attention, so that attention runs once). Leave activation_checkpointing off with it.",
+    )
+    memory_offload: str | None = option(
+        None, "What of that waits in host memory: attention (its results), layers (the inputs) or all."
+    )
+    ffn_block: str | None = option(None, "Tokens at a time in feed-forward layers, or `auto`. Default: all.")
+    loss_block: str | None = option(None, "Tokens at a time in the LM head and the loss, or `auto`. Default: all.")
+
+    def config(self) -> ring_hf.memory.MemoryConfig:
+        """What `ring_hf.memory.apply` takes."""
+        blocks: list[Any] = [self.ffn_block, self.loss_block]  # text on the command line, perhaps numbers in YAML
+        ffn, loss = (int(block) if isinstance(block, str) and block.isdigit() else block for block in blocks)
+        return ring_hf.memory.MemoryConfig(self.memory_attention, self.memory_offload, ffn, loss)
+
+
+@dataclass
 class PerplexityArguments:
     """What to measure, and where to write it."""
 

@@ -15,7 +15,7 @@ import os
 import datasets
 import torch
 import transformers
-from arguments import DataArguments, ModelArguments, ParallelArguments, parse
+from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, parse
 from loading import load_model, load_sequences, load_tokenizer
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,8 +24,8 @@ import ring_hf
 
 
 def main() -> None:
-    model_args, data_args, parallel_args, training_args = parse(
-        (ModelArguments, DataArguments, ParallelArguments, TrainingArguments),
+    model_args, data_args, parallel_args, memory_args, training_args = parse(
+        (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments),
         description=str(__doc__),
         use_cpu=not torch.accelerator.is_available(),  # else each process would look for its GPU
         ddp_find_unused_parameters=False,  # a causal language model uses all of them
@@ -45,6 +45,7 @@ def main() -> None:
         train, heldout = load_sequences(data_args, tokenizer)
     model = load_model(model_args, tokenizer, data_args.max_length)
     use_cache, model.config.use_cache = model.config.use_cache, False
+    ring_hf.memory.apply(model, memory_args.config())
 
     training_args.parallelism_config = parallel_args.config()
     trainer = Trainer(

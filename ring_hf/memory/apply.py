@@ -67,6 +67,8 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
             f"memory.apply was called with {before.config} before, and now with {config}. Build the model anew to "
             "change it."
         )
+    if (config.attention, config.ffn_block, config.loss_block) == ("none", None, None):
+        return Applied(config, {}, None)
     _refuse_model(inner)
     # Everything is found and proven first; then nothing can fail halfway.
     layers = None if config.attention == "none" else Layers(inner, config)

@@ -27,27 +27,27 @@ def find(model: Any) -> tuple[list[Seen], str | None]:
     recorded = tuple(_recorded(model))
     called = {seen.module: seen for seen in watch(model, lambda module: _num_weights(module) > 0)}
     found: list[Seen] = []
-    rest: list[str] = []
+    missed: list[str] = []
+    bare: list[str] = []
     for name, layer in _layers(model, called):
         here = list(_inside(layer, called, recorded))
         found += here
         covered = {id(weight) for seen in here for weight in seen.module.parameters()}
         for path, module in layer.named_modules():
-            missed = _looks_like_experts(module) and not {id(w) for w in module.parameters(recurse=False)} <= covered
-            if missed:
-                rest.append(f"{name}.{path} ({type(module).__name__})")
+            if _looks_like_experts(module) and not {id(w) for w in module.parameters(recurse=False)} <= covered:
+                missed.append(f"{name}.{path} ({type(module).__name__})")
         if not here:
-            rest.append(name)
-    if not found:
+            bare.append(name)
+    if missed:
+        return [], (
+            f"{len(missed)} feed-forward parts of {type(model).__name__}, for example {missed[0]}, do not treat each "
+            "token by itself (experts with a capacity, or that get their tokens sorted), so they cannot be cut into "
+            "blocks of tokens. Set ffn_block=None."
+        )
+    if bare or not found:
         return [], (
             f"{type(model).__name__} has no feed-forward layer that is a module of its own and treats each token by "
-            "itself. Set ffn_block=None."
-        )
-    if rest:
-        return [], (
-            f"{len(rest)} feed-forward parts of {type(model).__name__}, for example {rest[0]}, are not called with "
-            "one row per token (experts with a capacity, or that get their tokens sorted), so they cannot be cut into "
-            "blocks of tokens. Set ffn_block=None."
+            f"itself{f' in {bare[0]}' if found else ''}. Set ffn_block=None."
         )
     return found, _dropping(found)
 

@@ -26,18 +26,8 @@ NOT_SAVED = {  # values of another head dim, in one process: PyTorch has no fuse
     *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
 }
 NO_CHECKPOINTS = {"ctrl", "jetmoe"}
-NO_MODULE = {
-    "bert",
-    "bert/decoder",
-    "electra",
-    "electra/decoder",
-    "ernie",
-    "ernie/decoder",
-    "jetmoe",
-    "opt",
-    "roc_bert",
-}
-SORTED = {"llama4", "llama4_text"}
+NO_MODULE = set("bert bert/decoder electra electra/decoder ernie ernie/decoder opt roc_bert".split())
+SORTED = {"jetmoe", "llama4", "llama4_text"}
 REFUSED = {
     "save": {
         **dict.fromkeys(NOT_SAVED, "no attention operator ran in the"),
@@ -45,7 +35,7 @@ REFUSED = {
     },
     "ffn": {
         **dict.fromkeys(NO_MODULE, "has no feed-forward layer that is a module of its own"),
-        **dict.fromkeys(SORTED, "are not called with one row per token"),
+        **dict.fromkeys(SORTED, "do not treat each token by itself"),
     },
     "loss": {},
 }

@@ -1,11 +1,13 @@
 """One parser for all recipes: YAML, then the command line, and nothing that is not a key."""
 
 import pytest
-from arguments import DataArguments, ModelArguments, ParallelArguments, PerplexityArguments, parse
+from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, PerplexityArguments, parse
 from loading import load_tokenizer, set_positions
 from transformers import AutoConfig, TrainingArguments
 
-FINETUNE = (ModelArguments, DataArguments, ParallelArguments, TrainingArguments)
+from ring_hf.memory import MemoryConfig
+
+FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 
 
 def parse_run(*argv, yaml=None, tmp_path=None, types=FINETUNE):
@@ -18,7 +20,7 @@ def parse_run(*argv, yaml=None, tmp_path=None, types=FINETUNE):
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
     yaml = "model: a\nmax_length: 64\nlearning_rate: 1e-3\npacking: stream\nmask_boundaries: false\n"
-    model, data, parallel, training = parse_run(
+    model, data, parallel, memory, training = parse_run(
         "--max_length", "128", "--packing=separate", yaml=yaml, tmp_path=tmp_path
     )
     assert (model.model, model.attn_implementation) == ("a", "ring_zigzag")
@@ -26,6 +28,10 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
     assert training.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as a string
     assert training.use_cpu
     assert parallel == ParallelArguments()
+    assert memory == MemoryArguments() and memory.config() == MemoryConfig("none", None, None, None)
+    yaml += "memory_attention: save\nmemory_offload: all\nffn_block: 512\n"
+    memory = parse_run("--loss_block", "auto", "--memory_offload", "layers", yaml=yaml, tmp_path=tmp_path)[3]
+    assert memory.config() == MemoryConfig("save", "layers", 512, "auto")
 
 
 def test_mappings_come_from_yaml_or_as_text(tmp_path):

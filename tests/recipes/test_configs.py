@@ -4,7 +4,15 @@ expect."""
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from arguments import DataArguments, ModelArguments, ParallelArguments, PerplexityArguments, SourceArguments, parse
+from arguments import (
+    DataArguments,
+    MemoryArguments,
+    ModelArguments,
+    ParallelArguments,
+    PerplexityArguments,
+    SourceArguments,
+    parse,
+)
 from transformers import TrainingArguments
 
 from tests.harness import ROOT
@@ -15,7 +23,7 @@ RUNS = {
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
     if path.parent.name != "accelerate"
 }
-FINETUNE = (ModelArguments, DataArguments, ParallelArguments, TrainingArguments)
+FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 PERPLEXITY = (PerplexityArguments, SourceArguments)
 
 

@@ -1,0 +1,136 @@
+"""Token-wise functions over blocks: values, gradients, what is computed how often, and how parameters hear of it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ring_hf.memory import apply, ffn
+from ring_hf.memory.blocks import in_blocks, spans
+from tests.memory.models import CountOperators, apart, batch, model_of, step
+
+
+def problem(num_tokens: int = 23):
+    torch.manual_seed(0)
+    shapes = ((num_tokens, 4), (num_tokens, 2), (4, 6), (6, 3))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def function(x, scale, up, down):
+    hidden = (x @ up).sin()
+    return hidden @ down * scale[:, :1], x.argmax(-1)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 22, 23, 50])
+def test_values_and_gradients_are_those_of_all_tokens_at_once(block):
+    x, scale, up, down = problem()
+    weights = torch.randn(23, 3, dtype=torch.float64)
+    want, which = function(x, scale, up, down)
+    found, places = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), block)
+    assert torch.equal(places, which) and (found - want).abs().max() <= 1e-14
+    inputs = (x, scale, up, down)
+    right = torch.autograd.grad((want * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((found * weights).sum(), inputs), right, strict=True):
+        assert (a - b).abs().max() <= 1e-13
+    assert [stop - start for start, stop in spans(5, 2)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("trained", [(0,), (2,), (3, 1), ()])
+def test_only_what_is_trained_gets_a_gradient(trained):
+    tensors = problem()
+    for n, x in enumerate(tensors):
+        x.requires_grad_(n in trained)
+    x, scale, up, down = tensors
+    found, _ = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), 5)
+    assert found.requires_grad == bool(trained)
+    if trained:
+        found.sum().backward()
+        want, _ = function(x, scale, up, down)
+        right = torch.autograd.grad(want.sum(), [tensors[n] for n in trained])
+        assert all((tensors[n].grad - g).abs().max() <= 1e-13 for n, g in zip(trained, right, strict=True))
+        assert all((x.grad is not None) == (n in trained) for n, x in enumerate(tensors))
+
+
+def test_parameters_hear_of_their_gradient_once():
+    """DDP takes the second time for an error."""
+    x, scale, up, down = problem()
+    heard = []
+    for parameter in (up, down):
+        parameter.register_post_accumulate_grad_hook(lambda p: heard.append(p.shape))
+    in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), 5)[0].sum().backward()
+    assert sorted(heard) == [(4, 6), (6, 3)]
+
+
+def test_sums_over_blocks_are_in_fp32():
+    """200 blocks of bf16 gradients: about as far from the truth as one product."""
+    torch.manual_seed(0)
+    x, w = torch.randn(800, 8), torch.randn(8, 8)
+    truth = x.double().T @ torch.ones(800, 8, dtype=torch.double)
+    half, weight = x.bfloat16(), w.bfloat16().requires_grad_()
+    errors = []
+    for block in (800, 4):
+        weight.grad = None
+        in_blocks(lambda a: (a @ weight,), (half,), (weight,), block)[0].sum().backward()
+        errors.append((weight.grad.double() - truth).abs().max().item())
+    naive = torch.zeros(8, 8, dtype=torch.bfloat16)
+    for part in half.split(4):
+        naive += part.T @ torch.ones(4, 8, dtype=torch.bfloat16)
+    assert errors[1] <= 2 * errors[0] < (naive.double() - truth).abs().max().item() / 2
+
+
+def test_checkpointing_around_blocks_stops_at_their_input():
+    """Forward once, recomputed once: not once more for the checkpoint around."""
+    x, scale, up, down = problem()
+
+    def layer(x):
+        return x + in_blocks(lambda a, b: function(a, b, up, down), (x.cos(), scale), (up, down), 23)[0].sum()
+
+    with CountOperators() as count:
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    # Forward, recomputed, and as the derivative of the other: a sine more if the checkpoint ran the blocks too.
+    assert (count.calls["aten::sin"], count.calls["aten::cos"]) == (3, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 13), (2, 40), (3, 7)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "cohere2_moe", "dbrx"])
+def test_rows_of_any_number_and_length(name, shape):
+    plain, model = model_of(name), model_of(name)
+    apply(model, attention="none", ffn_block=5, loss_block=None)
+    assert apart(step(model, batch(*shape)), step(plain, batch(*shape))) <= 1e-10
+
+
+def test_what_is_found():
+    """By structure: dense layers whole, experts behind their router, shared experts beside them."""
+    found = {name: {seen.name.split(".", 2)[2] for seen in ffn.find(model_of(name))[0]} for name in FOUND}
+    assert found == FOUND
+
+
+FOUND = {
+    "llama": {"0.mlp", "1.mlp"},
+    "mixtral": {"0.mlp.experts", "1.mlp.experts"},
+    "qwen2_moe": {"0.mlp.experts", "1.mlp.experts", "0.mlp.shared_expert", "1.mlp.shared_expert"},
+    "deepseek_v3": {"0.mlp", "1.mlp.experts", "1.mlp.shared_experts"},
+    "gpt2": {"0.mlp", "1.mlp"},
+}
+
+
+def test_a_matrix_with_lora_is_no_feed_forward_layer():
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model_of("llama"), settings).get_base_model()
+    assert {seen.name.split(".", 2)[2] for seen in ffn.find(model)[0]} == {"0.mlp", "1.mlp"}
+
+
+def test_automatic_blocks_make_activations_as_large_as_weights(monkeypatch):
+    monkeypatch.setattr(ffn, "SMALLEST", 1)
+    (dense, _), _ = ffn.find(model_of("llama", hidden_size=64, intermediate_size=256))
+    # Weights 3 * 64 * 256; per token the input, and up to five intermediates (gate, its activation, up, product).
+    assert 3 * 64 * 256 // (64 + 6 * 256) <= ffn.automatic_block(dense) <= 3 * 64 * 256 // (64 + 3 * 256)
+    (experts, _), _ = ffn.find(model_of("mixtral"))
+    assert ffn.automatic_block(experts) > 4 * 32 * 48 * 3 // (2 * (2 * 32 + 6 * 48))
+    monkeypatch.undo()
+    assert ffn.automatic_block(dense) == 1024
+    plain, model = model_of("llama"), model_of("llama")
+    apply(model, attention="none", ffn_block="auto", loss_block=None)
+    assert type(model.model.layers[0].mlp) is type(plain.model.layers[0].mlp) and isinstance(model, nn.Module)

@@ -1,0 +1,219 @@
+"""What `memory.apply` cannot do, by message: which model, which setting, and the way out. A refused model is as it
+was."""
+
+import copy
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ring_hf.hf.models import MODEL_RULES
+from ring_hf.hf.supported import check_memory, first_error
+from ring_hf.memory import MemoryConfig, applied_to, apply, ffn
+from tests.memory.models import apart, batch, model_of, step
+
+CONFIGS = {
+    "attention": ({"attention": "keep"}, "attention='keep' is not known. Choose one of save, recompute, none"),
+    "offload": ({"offload": "disk"}, "offload='disk' is not known. Choose one of None, attention, layers, all"),
+    "nothing to move": (
+        {"attention": "none", "offload": "layers"},
+        "offload='layers' moves what attention='none' does not keep apart. Set attention='save' or 'recompute'",
+    ),
+    "nothing saved": (
+        {"attention": "recompute", "offload": "attention"},
+        "offload='attention' moves what attention='recompute' does not",
+    ),
+    "block of nothing": ({"ffn_block": 0}, 'ffn_block=0 must be a number of tokens, "auto" or None'),
+    "block of words": ({"loss_block": "big"}, "loss_block='big' must be a number of tokens"),
+    "block of truth": ({"loss_block": True}, "loss_block=True must be a number of tokens"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_refuses(name):
+    settings, message = CONFIGS[name]
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig(**settings)
+
+
+def already_on():
+    model = model_of("llama")
+    model.activation_checkpointing_enable()
+    return model
+
+
+def dropping():
+    model = model_of("llama")
+    model.model.layers[1].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
+    return model
+
+
+def another_loss():
+    model = model_of("llama")
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    return model
+
+
+def trained_scale():
+    """Logits times a parameter, which no block can do alone."""
+    model = model_of("cohere")
+    model.logit_scale = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    return model
+
+
+def mixing():
+    """A feed-forward layer whose rows see each other: what a capacity, or a norm over the batch, would do."""
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Mean()
+    return model
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.silu(x - x.mean(1, keepdim=True))
+
+
+class Capacity(torch.nn.Module):
+    """Experts that keep the first few of the tokens that chose them."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        self.compute = functools.partial(type(experts).forward, experts)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        first = torch.nn.functional.one_hot(top_k_index, 4).sum(1).cumsum(0) <= 6
+        return self.compute(hidden_states, top_k_index, top_k_weights * first.gather(1, top_k_index))
+
+
+def with_capacity():
+    model = model_of("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts = Capacity(layer.mlp.experts)
+    return model
+
+
+def replaced_forward():
+    model = model_of("llama")
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
+    return model
+
+
+def without_weights():
+    with torch.device("meta"):
+        return model_of("llama")
+
+
+NOTHING = {"attention": "none", "ffn_block": None, "loss_block": None}
+MODELS = {
+    "checkpointing": (already_on, {"attention": "save"}, "has activation checkpointing .* on already"),
+    "no layers": (
+        lambda: model_of("ctrl"),
+        {"attention": "recompute"},
+        "has no decoder layers that can be checkpointed",
+    ),
+    "eager": (
+        lambda: model_of("llama", "eager"),
+        {"attention": "save"},
+        "attn_implementation='eager': it is no operator",
+    ),
+    "dropout": (dropping, {"ffn_block": 7}, r"layers.1.mlp.act_fn.1 drops with p=0.1, and blocks would draw"),
+    "mixing rows": (mixing, {"ffn_block": 7}, "has no feed-forward layer that is a module of its own"),
+    "capacity": (
+        with_capacity,
+        {"ffn_block": 7},
+        "2 feed-forward parts of MixtralForCausalLM, for example model.layers.0",
+    ),
+    "loss": (another_loss, {"loss_block": 7}, "and not the causal language modelling loss, which alone"),
+    "scale": (trained_scale, {"loss_block": 7}, "changes the logits between its head and its loss in a way that"),
+    "forward": (replaced_forward, {"ffn_block": 7}, "The forward of 1 modules was replaced .model.layers.0.mlp"),
+    "meta": (without_weights, {"ffn_block": 7}, "are on the meta device, so nothing can be tried"),
+    "no model": (lambda: torch.nn.Linear(1, 1), {}, "Linear holds no Transformers model"),
+    "compiled": (lambda: _compiled(), {"ffn_block": 7}, "The model is compiled"),
+}
+
+
+def _compiled():
+    model = model_of("llama")
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_refused_and_left_as_it_was(name):
+    build, settings, message = MODELS[name]
+    model = build()
+    before = {path: set(vars(module)) for path, module in model.named_modules()}
+    hooks = {path: len(module._forward_hooks) for path, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        apply(model, **{**NOTHING, "loss_block": 5, **settings})
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == before
+    assert {path: len(module._forward_hooks) for path, module in model.named_modules()} == hooks
+
+
+def test_capacity_is_seen_by_the_probe_and_not_by_a_name():
+    found, message = ffn.find(with_capacity())
+    assert found == [] and "experts with a capacity" in str(message)
+    assert len(ffn.find(model_of("mixtral"))[0]) == 2
+
+
+def test_the_same_call_twice_changes_nothing_and_another_one_is_refused():
+    model, plain = model_of("llama"), model_of("llama")
+    config = MemoryConfig(ffn_block=7, loss_block=7)
+    first = apply(model, config)
+    hooks = len(model._forward_hooks)
+    assert apply(model, config) is first is applied_to(model) and len(model._forward_hooks) == hooks
+    assert "2 feed-forward parts in blocks of 7 tokens" in str(first) and "attention save" in str(first)
+    with pytest.raises(ValueError, match=r"memory.apply was called with .*ffn_block=7.*and now with .*ffn_block=9"):
+        apply(model, ffn_block=9)
+    with pytest.raises(ValueError, match="were both given"):
+        apply(model, config, ffn_block=9)
+    assert apart(step(model, batch()), step(plain, batch())) <= 1e-10
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_no_lever_is_no_change():
+    model = model_of("llama")
+    apply(model, **NOTHING)
+    assert applied_to(model) is None and not model._forward_pre_hooks
+
+
+def test_copies_have_their_own_levers():
+    model = model_of("llama")
+    apply(model, ffn_block=7, loss_block=7, attention="none")
+    twin = copy.deepcopy(model)
+    wanted = step(model_of("llama"), batch())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+    assert apart(step(twin, batch()), wanted) <= 1e-10
+
+
+def test_checkpointing_that_is_switched_on_again_is_refused():
+    model = model_of("llama")
+    apply(model, attention="save", ffn_block=None, loss_block=None)
+    off, on = (
+        SimpleNamespace(gradient_checkpointing=value, activation_checkpointing=value) for value in (False, True)
+    )
+    assert check_memory(off, model) is None and check_memory(on, model_of("llama")) is None
+    assert "activation_checkpointing=True" in check_memory(on, model) and "'save'" in check_memory(on, model)
+    model.activation_checkpointing_enable()  # as the Trainer does when it is not asked first
+    with pytest.raises(ValueError, match="its layers did not ask what to save: checkpointing was switched on anew"):
+        step(model, batch())
+
+
+def test_attention_without_an_operator_is_refused_when_it_runs():
+    model = model_of("llama", "sdpa")
+    apply(model, attention="save", ffn_block=None, loss_block=None)
+    kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with kernels, pytest.raises(ValueError, match="no attention operator ran in the 2 layers of LlamaForCausalLM"):
+        step(model, batch())
+
+
+def test_the_rules_of_context_parallelism_know_the_loss_in_blocks():
+    model = model_of("llama")
+    del model._loss_function  # Transformers' own again
+    apply(model, loss_block=7)
+    assert first_error(MODEL_RULES, model) is None

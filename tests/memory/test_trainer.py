@@ -1,0 +1,27 @@
+"""The Trainer with two processes that share sequences and every lever pulled, against one process with none."""
+
+import json
+
+import pytest
+
+from tests.harness import accelerate_launch
+from tests.memory.train_script import CASES, run
+from tests.trainer.compare import assert_same_run
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    path = tmp_path_factory.mktemp("memory") / "results.json"
+    accelerate_launch(["tests/memory/train_script.py", str(path)], 2)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_with_levers_follows_one_process_without(launched, tmp_path, name):
+    case, _, _ = CASES[name]
+    reference = run(case.reference(), None, False, tmp_path)
+    found = launched[name]
+    assert_same_run(name, found, reference)
+    if "evaluation" in reference:
+        assert found["evaluation"] == pytest.approx(reference["evaluation"], rel=2e-5)
+        assert found["loss alone"] == pytest.approx(reference["evaluation"][0], rel=1e-5)
