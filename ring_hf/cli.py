@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from .doctor import command as command_doctor
+from .planner import command as command_plan
 from .tools import command_bench, command_show, command_simulate
 from .tools.options import Formatter
 
 COMMANDS: dict[str, ModuleType] = {
     "doctor": command_doctor,
+    "plan": command_plan,
     "show": command_show,
     "simulate": command_simulate,
     "bench": command_bench,
 }
-_DESCRIPTION = """Exact context parallelism for Hugging Face models: what a machine can do, pictures, simulations.
+_DESCRIPTION = """Exact context parallelism for Hugging Face models: what a machine can do, what a run needs, pictures,
+simulations.
 
 Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --help` has examples."""
 

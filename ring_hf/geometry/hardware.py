@@ -44,16 +44,19 @@ class Hardware:
 
 
 # Peaks and links from NVIDIA's data sheets: A100 312 TFLOP/s, 2.0 TB/s HBM, 300 GB/s NVLink, HDR 200 Gb/s; H100 SXM
-# 989, 3.35, 450, NDR 400; one network card per device. 80 % of NVLink and HBM and 90 % of the network are taken as
-# reachable. Kernels: FlashAttention-2 on A100 (Dao 2023, arXiv 2307.08691: up to 73 % of the peak forward and 63 %
-# backward; here 200 and 175), FlashAttention-3 on H100 (Shah et al. 2024, arXiv 2407.08608, causal, head dim 128: 616
-# forward, 561 backward). Latencies and launch: assumed. CPU: measured with PyTorch's operator on one core of an Intel
-# Xeon with AMX (bf16 370 and 205 GFLOP/s, fp32 134 and 133), and gloo over loopback between two processes (16 MiB: 1.8
+# 989, 3.35, 450, NDR 400; H200 as H100 with 4.8 TB/s; B200 2,250, 8.0, 900, NDR 400; one network card per device. 80
+# % of NVLink and HBM and 90 % of the network are taken as reachable. Kernels: FlashAttention-2 on A100 (Dao 2023,
+# arXiv 2307.08691: up to 73 % of the peak forward and 63 % backward; here 200 and 175), FlashAttention-3 on H100
+# (Shah et al. 2024, arXiv 2407.08608, causal, head dim 128: 616 forward, 561 backward), the same share of the peak on
+# B200 (assumed). Latencies and launch: assumed. CPU: measured with PyTorch's operator on one core of an Intel Xeon
+# with AMX (bf16 370 and 205 GFLOP/s, fp32 134 and 133), and gloo over loopback between two processes (16 MiB: 1.8
 # GB/s point to point, 0.42 gathering, 0.34 reduce-scattering); one machine is one node, whatever its processes.
 HARDWARE = {
     "cpu": Hardware("cpu", 3.7e11, 2.0e11, 2.0, 6e9, 1e-4, 1.8e9, 1.5e-4, 1.0e8, 1e-3, 1024, gather=0.22, room=1e9),
     "a100": Hardware("a100", 2.0e14, 1.75e14, 8.0, 1.6e12, 1e-5, 2.4e11, 1e-5, 2.25e10, 2e-5, 8),
     "h100": Hardware("h100", 6.0e14, 5.6e14, 8.0, 2.7e12, 1e-5, 3.6e11, 1e-5, 4.5e10, 2e-5, 8),
+    "h200": Hardware("h200", 6.0e14, 5.6e14, 8.0, 3.8e12, 1e-5, 3.6e11, 1e-5, 4.5e10, 2e-5, 8),
+    "b200": Hardware("b200", 1.4e15, 1.28e15, 8.0, 6.4e12, 1e-5, 7.2e11, 1e-5, 4.5e10, 2e-5, 8),
 }
 
 

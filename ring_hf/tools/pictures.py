@@ -73,7 +73,7 @@ def draw(
         _draw_bytes(figure.add_subplot(grid[row, 2]), cost, sequence.ulysses)
     buffer = BytesIO()
     canvas.print_png(buffer)
-    _save(buffer, Path(path))
+    save_png(buffer, Path(path))
     return facts
 
 
@@ -212,7 +212,7 @@ def _short(tokens: int) -> str:
     return f"{tokens:,}"
 
 
-def _save(buffer: BytesIO, path: Path) -> None:
+def save_png(buffer: BytesIO, path: Path) -> None:
     """PNG files with a palette: a third of the size, for pictures of few colours."""
     from PIL import Image
 

@@ -9,7 +9,7 @@ from .simulation import Balance, Row
 def layout_table(balances: Sequence[Balance]) -> str:
     """A row per layout: how evenly it deals the work."""
     rows = [[b.layout, f"{b.tokens:,}", f"{b.imbalance:.4f}", f"{b.lockstep:.4f}"] for b in balances]
-    return _markdown([["layout", "tokens, padded", "busiest / mean", "in lockstep"], *rows])
+    return markdown([["layout", "tokens, padded", "busiest / mean", "in lockstep"], *rows])
 
 
 def transport_table(rows: Sequence[Row]) -> str:
@@ -22,10 +22,11 @@ def transport_table(rows: Sequence[Row]) -> str:
         times = [row.exposed_forward, row.exposed_backward, row.forward + row.backward]
         ends = [f"{row.efficiency:.2f}", amount(row.buffers)]
         table.append([row.layout, row.algorithm, f"{row.steps}", *sent, *map(duration, times), *ends])
-    return _markdown(table, left=2)
+    return markdown(table, left=2)
 
 
-def _markdown(table: list[list[str]], left: int = 1) -> str:
+def markdown(table: list[list[str]], left: int = 1) -> str:
+    """Rows, the first of them the heading, with the first `left` columns set to the left."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
 
     def line(row: list[str]) -> str:

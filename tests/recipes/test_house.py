@@ -18,6 +18,7 @@ FLOORS = {
     "data": set(),
     "evaluation": set(),
     "tools": {"geometry"},
+    "planner": {"geometry", "tools"},
     "doctor": {"geometry", "kernels", "parallel", "hf", "tools"},
 }
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}

@@ -70,7 +70,7 @@ def words(number, **replaced):
 
 
 def test_all_commands_and_blocks_are_found():
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 14
     assert len(blocks("diff")) == 1
     assert README.count("```") == 2 * (len(COMMANDS) + len(blocks("diff")) + 2)  # and a report, and the file tree
 
@@ -132,9 +132,10 @@ def test_perplexity_command_writes_table_and_plot(model, corpus, tmp_path):
 def test_pictures_are_drawn_by_the_commands_beside_them(tmp_path):
     shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
     commands = {words(n)[-1]: words(n, output=str(tmp_path / f"{n}.png")) for n in (5, 6, 7, 8)}
-    assert set(shown) == set(commands) and len(shown) == 4
+    commands |= {words(13)[-1]: words(13, png=str(tmp_path / "13.png"))}
+    assert set(shown) == set(commands) and len(shown) == 5
     for path, command in commands.items():
-        assert command[:2] == ["ring-hf", "show"]
+        assert command[:2] in (["ring-hf", "show"], ["ring-hf", "plan"])
         run_command([sys.executable, "-m", "ring_hf.cli", *command[1:]])
         old, new = (ROOT / path).read_bytes(), (tmp_path / command[-1]).read_bytes()
         assert old.startswith(b"\x89PNG") and new.startswith(b"\x89PNG") and len(old) < 60_000
@@ -170,6 +171,19 @@ def test_the_examination_has_the_shape_of_what_its_command_prints(capsys):
     assert set(kernels) <= set(KERNELS) and kernels[-1] == "reference"
     said_layers = re.findall(r"^  gemma2, .*$", said, re.MULTILINE)
     assert len(said_layers) == 2 and re.findall(r"^  gemma2, .*$", excerpt[2], re.MULTILINE) == said_layers
+
+
+def test_the_planned_table_is_of_the_one_its_command_prints(capsys):
+    command = words(13)
+    excerpt = re.search(r"<!-- planned: (.*?) -->\n(.*?)<!-- end planned -->", README, re.DOTALL)
+    assert excerpt is not None and " ".join(command[2:]).startswith(excerpt[1])
+    assert main(["plan", *shlex.split(excerpt[1])]) == 0
+    said = [[cell.strip() for cell in line.split("|")[1:6]] for line in capsys.readouterr().out.splitlines()]
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in excerpt[2].splitlines())
+    assert names in said and len(rows) >= 10
+    assert [row for row in rows if row not in said] == []
+    assert main(words(12)[1:]) == 0
+    assert "fits: " in capsys.readouterr().out
 
 
 def test_the_diff_trains_with_two_processes(model, tmp_path):

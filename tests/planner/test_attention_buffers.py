@@ -1,0 +1,97 @@
+"""What the planner says the ring holds, against what the schedule really allocates, byte by byte."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from ring_hf.geometry import Mask, WholeSequence, make_plan
+from ring_hf.kernels import choose
+from ring_hf.parallel import transport
+from ring_hf.parallel.groups import group_of
+from ring_hf.parallel.schedule import ring_backward, ring_forward
+from ring_hf.parallel.transport import Ring
+from ring_hf.planner import attention as formulas
+from ring_hf.planner.attention import Held, Widths, backward_bytes, forward_bytes
+from tests.planner.live import Live, uncounted
+from tests.threads import threads_as_ranks
+
+HEADS, KV_HEADS, DIM, TOKENS = 8, 2, 32, 256
+WIDTHS = Widths(HEADS * DIM, 2 * KV_HEADS * DIM, HEADS * DIM, HEADS, True)
+CASES = [
+    ("ring", 1, 1, "zigzag"),
+    ("ring", 2, 1, "zigzag"),
+    ("ring", 4, 1, "zigzag"),
+    ("ring", 8, 1, "zigzag"),
+    ("ring", 4, 1, "contiguous"),
+    ("double_ring", 4, 2, "zigzag"),
+    ("double_ring", 8, 4, "zigzag"),
+    ("allgather", 4, 1, "zigzag"),
+    ("direct", 4, 1, "zigzag"),
+    ("direct", 8, 1, "zigzag"),
+]
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def held(name, ring, inner, layout, element):
+    """Most bytes that any rank holds in a forward and a backward pass, besides inputs and gradient of out."""
+
+    def one(rank, group):
+        sequence = WholeSequence(layout, ring * TOKENS, ring)
+        shapes = [(1, TOKENS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
+        plan = make_plan(sequence, Mask(), rank, 1, None, name, inner)
+        kernel, exchange = choose("cpu", q, v, None), Ring(group_of(group)) if ring > 1 else None
+        with Live(q, k, v) as forward:
+            out, lse = ring_forward(q, k, v, plan, exchange, kernel, DIM**-0.5, None, None, True)
+            out = out.to(q.dtype)
+        dout = torch.ones_like(out)
+        with Live(q, k, v, out, lse, dout) as backward:
+            ring_backward(dout, q, k, v, out, lse, plan, exchange, kernel, DIM**-0.5, None, True)
+        return forward.peak, backward.peak
+
+    with threads_as_ranks() as run:
+        stand_ins = {name: uncounted(getattr(transport, name)) for name in ("_all_gather", "_reduce_scatter")}
+        with mock.patch.multiple(transport, **stand_ins):
+            peaks = run(ring, one)
+    return [max(direction) for direction in zip(*peaks, strict=True)]
+
+
+@pytest.mark.parametrize("element", DTYPES, ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("name", "ring", "inner", "layout"), CASES, ids=lambda value: str(value))
+def test_the_schedule_holds_what_the_planner_says_and_no_more(name, ring, inner, layout, element):
+    said = [fn(WIDTHS, element, ring, name) * TOKENS for fn in (forward_bytes, backward_bytes)]
+    for direction, found, most in zip(
+        ("forward", "backward"), held(name, ring, inner, layout, element), said, strict=True
+    ):
+        ratio = found / most
+        print(f"{name} of {ring} {direction}: {found:,} of {most:,.0f} bytes ({ratio:.3f})")
+        assert ratio <= 1.0, f"{direction} holds {found - most:,.0f} bytes more than the planner says"
+        assert ratio >= 0.75
+
+
+def test_a_ring_holds_exactly_this():
+    """Contiguous shards have no half blocks: the formula is the peak, up to the lse of a few tiles."""
+    found = held("ring", 4, 1, "contiguous", 2)
+    d_q, d_kv, c = HEADS * DIM, KV_HEADS * DIM, TOKENS
+    # fp32 output, a tile, two blocks; fp32 dq, a tile, own dk and dv, two blocks, two fp32 sums
+    forward = c * (4 * d_q + 2 * d_q + 2 * 4 * d_kv)
+    backward = c * (4 * d_q + 2 * d_q + 4 * d_kv + 4 * d_kv + 2 * 4 * d_kv + 2 * 8 * d_kv)
+    assert forward <= found[0] <= forward + 5 * 4 * c * HEADS
+    assert found[1] == backward
+
+
+def test_one_buffer_more_would_be_noticed(monkeypatch):
+    monkeypatch.setitem(formulas.HELD, "ring", Held(1, 2))
+    said = forward_bytes(WIDTHS, 2, 4, "ring") * TOKENS
+    assert held("ring", 4, 1, "contiguous", 2)[0] > said
+
+
+def test_heads_of_ulysses_count_uneven_and_copied_ones():
+    from ring_hf.planner import read_model
+
+    model = read_model("Llama-3.1-8B")
+    assert Widths.of(model, 1) == Widths.of(model, 8) == Widths(4096, 2048, 4096, 32, True)
+    copied = Widths.of(model, 32)  # one query head and a copy of its key/value head each
+    assert (copied.query, copied.keys, copied.heads, copied.grouped) == (4096, 32 * 256, 32, False)
+    assert Widths.of(model, 3).query == 3 * 11 * 128  # 10, 11 and 11 heads: the busiest counts

@@ -1,0 +1,124 @@
+"""`ring-hf plan` as a command: report, JSON, pictures, its own examples, and what it refuses."""
+
+import json
+import shlex
+
+import numpy
+import pytest
+from PIL import Image
+
+from ring_hf.cli import main
+from ring_hf.planner import command
+from ring_hf.planner.job import OFFLOADS, OPTIMIZERS
+
+JOB = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--offload", "layers", "--loss-block", "2048"]
+
+
+def test_the_report_says_what_fits_how_long_and_what_helps(capsys):
+    assert main(JOB) == 0
+    said = capsys.readouterr().out
+    assert "Qwen/Qwen3-8B: 8.19B parameters, 36 layers" in said
+    assert "fits: " in said and "the longest that fits with these settings: " in said
+    for part in ("optimizer states", "MLP backward: ", "attention ", "in a node", "8 x 1 (this job)", "levers, one"):
+        assert part in said
+    assert "--checkpoint save-attention --offload attention" in said
+    assert all(len(line) <= 130 or line.startswith(("|", "allgather", "ring")) for line in said.splitlines())
+
+
+def test_json_holds_every_number(tmp_path, capsys):
+    path = tmp_path / "deep" / "plan.json"
+    assert main([*JOB, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert set(found) == {
+        *("command", "model", "job", "memory", "step", "ring_step", "thresholds", "longest", "splits", "levers"),
+        "cost_ratio_to_4096",
+    }
+    assert found["command"][1:] == [*JOB[1:], "--json", str(path)]
+    assert found["model"]["parameters"] == 8_190_735_360 and found["job"]["tokens_per_rank"] == 131072
+    memory = found["memory"]
+    assert set(memory) == {"items", "moment", "allocated", "allowance", "total", "device", "host", "fits"}
+    now = [i["num_bytes"] for i in memory["items"] if i["moment"] in ("", memory["moment"]) and not i["on_host"]]
+    assert sum(now) == pytest.approx(memory["allocated"]) and memory["fits"] is True
+    step = found["step"]
+    assert step["seconds"] == pytest.approx(sum(part["seconds"] for part in step["parts"]))
+    assert {"tokens_per_second_per_device", "mfu", "hfu", "model_flops", "executed_flops"} < set(step)
+    assert {s["ulysses"] for s in found["splits"]} == {1, 2, 4, 8}
+    assert "8.19B" in capsys.readouterr().out
+
+
+def examples():
+    text = command._EXAMPLES.split("models of the built-in")[0].replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("    ring-hf")]
+
+
+def test_the_examples_of_the_help_text_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = examples()
+    assert len(found) == 6
+    for words in found:
+        words = [str(tmp_path) if word == "path/to/folder" else word for word in words]
+        assert main(words[1:]) == 0, words
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "plan.png").is_file() and (tmp_path / "price.png").is_file()
+
+
+@pytest.mark.parametrize("table", command.TABLES)
+def test_tables_are_printed(table, capsys):
+    assert main(["plan", "--table", table]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("| ") and len(said.splitlines()) > 8
+
+
+@pytest.mark.parametrize("words", [JOB, ["plan", "--table", "appendix-d"], ["plan", "--table", "published"]])
+def test_pictures_are_drawn(words, tmp_path):
+    path = tmp_path / "deep" / "picture.png"
+    assert main([*words, "--png", str(path)]) == 0
+    pixels = numpy.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[1] > 900 and len(numpy.unique(pixels.reshape(-1, 3), axis=0)) > 30
+    assert (pixels[:, -1] > 250).all()  # nothing is cut at the right edge
+    assert path.stat().st_size < 120_000
+
+
+REFUSED = [
+    ("--seq 1M", "--model is missing. Name a folder, a config.json or a known model, or ask for a --table"),
+    ("--model Qwen3-9B", "'Qwen3-9B' is neither a folder, nor a file, nor a name in the built-in table"),
+    ("--model Qwen3-8B --cp 3", "--cp 3 does not divide --devices 8"),
+    ("--model Qwen3-8B --ulysses 3", "--ulysses 3 does not divide --cp 8"),
+    ("--model Qwen3-8B --ulysses two", "--ulysses 'two' is no number of ranks"),
+    ("--model Qwen2.5-0.5B --devices 16 --ulysses 16", "--ulysses 16: Qwen/Qwen2.5-0.5B has 14 query heads"),
+    ("--model Qwen3-8B --inner 3", "--inner 3 does not cut a ring of 8"),
+    ("--model Qwen3-8B --inner 2 --transport ring", "--inner 2 means a double ring, but --transport is ring"),
+    ("--model Qwen3-8B --transport double_ring", "--transport double_ring needs --inner"),
+    ("--model Qwen3-8B --offload disk", "--offload 'disk' is not known. Choose from optimizer, weights"),
+    (
+        "--model Qwen3-8B --offload attention",
+        "--offload attention moves saved attention outputs, but --checkpoint full",
+    ),
+    (
+        "--model Qwen3-8B --checkpoint none --offload layers",
+        "--offload layers moves the inputs of checkpointed layers",
+    ),
+    ("--model Qwen3-8B --zero 2 --offload weights", "--offload weights needs --zero 3, not 2"),
+    ("--model Qwen3-8B --kernel magic", "--kernel 'magic' has no published rate on H100 80 GB. Choose one of auto"),
+    ("--model Qwen3-8B --devices 0", "There is nothing to plan with 0 devices"),
+    ("--table 100m --png x.png", "--png with --table 100m: there is no picture of it"),
+    ("--table published --json x.json", "--json with --table published: tables are text"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refuses(words, message, capsys):
+    assert main(["plan", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ring-hf plan: ") and message in error
+
+
+def test_the_help_text_names_every_choice(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    for name in (*OFFLOADS, *OPTIMIZERS, *command.TABLES, "Qwen3-30B-A3B", "h200"):
+        assert name in said

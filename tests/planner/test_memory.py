@@ -1,0 +1,214 @@
+"""Memory: what a layer really saves, the published formulas, and what must hold for every job."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ring_hf  # noqa: F401  registers the attention backends
+from ring_hf.planner import Job, longest, read_model
+from ring_hf.planner.config import parse
+from ring_hf.planner.device import GIB, RUNTIME
+from ring_hf.planner.memory import (
+    attention_bytes,
+    layer_bytes,
+    memory_of,
+    mlp_bytes,
+    norm_bytes,
+    trained_parameters,
+)
+from tests.planner.live import Live
+
+LLAMA, QWEN = read_model("Llama-3.1-8B"), read_model("Qwen3-8B")
+SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+SMALL |= {"attn_logit_softcapping": None}  # the reference kernel, which serves it here, copies its result
+SMALL |= {"head_dim": 32, "intermediate_size": 352, "vocab_size": 512}
+TOKENS = 256
+
+
+def layer_of(kind):
+    """One decoder layer in bf16, its inputs, and everything that is there without it."""
+    config = AutoConfig.for_model(kind, **SMALL, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="ring_zigzag").to(torch.bfloat16).model
+    x = torch.ones(1, TOKENS, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(TOKENS)[None]
+    angles = model.rotary_emb(x, positions)
+
+    def run():
+        out = model.layers[0](x, position_embeddings=angles, attention_mask=None, position_ids=positions)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run, [*model.parameters(), x, *angles]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_a_layer_keeps_what_autograd_saves_of_it(kind):
+    run, known = layer_of(kind)
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    for tensor in known:
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    found = sum(size for size, _ in saved.values()) / TOKENS
+    said = layer_bytes(Job(parse({**SMALL, "model_type": kind}, kind, ""), TOKENS, devices=1, checkpoint="none"), 0)
+    statistics = 64  # one number a norm and token
+    print(f"{kind}: {found:.1f} bytes a token saved, {said:.1f} said")
+    assert said <= found <= said + statistics + 0.01 * said
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_worst_moment_of_a_layers_backward_is_that_of_its_mlp(kind):
+    run, known = layer_of(kind)
+    with Live(*known) as live:
+        out = run()
+        gradient = torch.ones_like(out)
+        live.peak = live.now
+        out.backward(gradient)
+    job = Job(parse({**SMALL, "model_type": kind}, kind, ""), TOKENS, devices=1, checkpoint="none")
+    said = layer_bytes(job, 0) + mlp_bytes(job, 0)[1] + 2 * 2 * SMALL["hidden_size"]
+    weights = 2 * SMALL["intermediate_size"] * SMALL["hidden_size"] / TOKENS  # the gradient of down_proj
+    print(f"{kind}: {live.peak / TOKENS:.1f} bytes a token at the peak, {said + weights:.1f} said")
+    assert live.peak / TOKENS == pytest.approx(said + weights, rel=0.01)
+
+
+def test_the_loss_holds_fourteen_bytes_a_logit():
+    tokens, vocab = 64, 4096
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{**SMALL, "vocab_size": vocab}, pad_token_id=0)
+    ).to(torch.bfloat16)
+    hidden = torch.ones(1, tokens, SMALL["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(1, tokens, dtype=torch.long)
+    with Live(*model.parameters(), hidden, labels) as live:
+        logits = model.lm_head(hidden)
+        loss = model.loss_function(logits, labels, vocab)
+        loss.backward()
+    found = live.peak / tokens / vocab
+    (item,) = [i for i in memory_of(Job(LLAMA, 8192, loss_block=64)).items if i.name.startswith("logits")]
+    assert item.num_bytes == 14 * LLAMA.vocab * 64
+    print(f"{found:.2f} bytes a logit")
+    assert found == pytest.approx(14, rel=0.01)
+
+
+def per_layer(job, name, moment=""):
+    (item,) = [item for item in memory_of(job).items if item.name == name and item.moment == moment]
+    return item.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("length", "devices", "hidden_gib", "saved_gib", "mlp_gib"),
+    [
+        (2**17, 8, 4.0, 4.1, 1.3),
+        (2**20, 8, 32.0, 32.5, 10.5),
+        (2**20, 32, 8.0, 8.1, 2.6),
+        (3_800_000, 8, 116, 118, 38),
+    ],
+)
+def test_items_are_those_of_the_closed_formulas(length, devices, hidden_gib, saved_gib, mlp_gib):
+    """2 c h L; L (2 c d_q + 4 c H); 6 c ff: three tensors of MLP width."""
+    job = Job(LLAMA, length, devices=devices, checkpoint="save-attention", fused=True)
+    c = job.tokens
+    assert per_layer(job, "layer inputs") == 2 * c * 4096 * 32
+    assert per_layer(job, "saved attention") == 32 * (2 * c * 4096 + 4 * c * 32)
+    for found, gib in (
+        (per_layer(job, "layer inputs"), hidden_gib),
+        (per_layer(job, "saved attention"), saved_gib),
+        (mlp_bytes(job, 0)[0] * c, mlp_gib),
+    ):
+        assert found / GIB == pytest.approx(gib, rel=0.03)
+
+
+def test_states_are_those_of_zero():
+    states = ("weights", "gradients", "optimizer states")
+    P = LLAMA.parameters
+
+    def found(**more):
+        return [item.num_bytes for item in memory_of(Job(LLAMA, 8192, **more)).items if item.name in states]
+
+    assert found(zero=0) == [4 * P, 4 * P, 8 * P]
+    assert found(zero=1) == [4 * P, 4 * P, P]
+    assert found(zero=2) == [4 * P, P / 2, P]
+    assert found(zero=3) == [P / 2, P / 2, P]
+    eighteen = sum(found(optimizer="adamw-bf16-master"))
+    assert eighteen == 18 * P / 8 and eighteen / GIB == pytest.approx(16.8, rel=0.01)
+
+
+def test_adapters_are_two_thin_matrices_beside_each_projection():
+    h, q, kv, ff = 4096, 4096, 1024, 14336
+    beside = [(h, q), (h, kv), (h, kv), (q, h), (h, ff), (h, ff), (ff, h)]
+    assert trained_parameters(LLAMA, 16) == 16 * 32 * sum(a + b for a, b in beside) == 41_943_040  # as PEFT counts
+    memory = memory_of(Job(LLAMA, 8192, devices=1, lora=16))
+    names = {item.name: item.num_bytes for item in memory.items}
+    assert names["frozen weights"] == 2 * LLAMA.parameters and names["optimizer states"] == 8 * 41_943_040
+
+
+def test_offload_moves_items_to_the_host_and_leaves_what_is_on_its_way():
+    on, off = Job(QWEN, 2**20, loss_block=2048), Job(QWEN, 2**20, loss_block=2048, offload=("layers", "optimizer"))
+    a, b = memory_of(on), memory_of(off)
+    moved = per_layer(on, "layer inputs") + per_layer(on, "optimizer states") + per_layer(on, "gradients")
+    assert b.host == moved
+    assert a.allocated - b.allocated == pytest.approx(moved - 2 * 2 * off.tokens * 4096)
+
+
+def test_the_total_is_everything_once_and_the_worst_moment():
+    memory = memory_of(Job(QWEN, 2**20))
+    assert memory.worst == "loss"
+    always = sum(item.num_bytes for item in memory.items if not item.moment)
+    assert memory.allocated == always + max(memory.moments.values())
+    assert RUNTIME < memory.allowance < RUNTIME + 0.05 * memory.allocated
+    assert memory.total == memory.allocated + memory.allowance
+
+
+JOBS = st.builds(
+    dict,
+    devices=st.sampled_from((1, 2, 8, 16)),
+    zero=st.sampled_from((0, 1, 2, 3)),
+    checkpoint=st.sampled_from(("none", "full", "save-attention")),
+    layout=st.sampled_from(("zigzag", "contiguous", "striped")),
+    ffn_block=st.sampled_from((0, 1024)),
+    loss_block=st.sampled_from((0, 1024)),
+    fused=st.booleans(),
+    rows=st.integers(1, 2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(JOBS, st.integers(4, 64), st.sampled_from(("Llama-3.1-8B", "gpt-oss-20b", "gemma-2-2b", "DeepSeek-V3")))
+def test_memory_grows_with_the_length_and_shrinks_with_every_lever(settings_of, thousands, name):
+    job = Job(read_model(name), 4096 * thousands, **settings_of)
+    total = memory_of(job).total
+    assert total < memory_of(job.but(length=2 * job.length)).total
+    assert memory_of(job.but(ffn_block=512)).total <= total * (1 + 1e-9)
+    assert memory_of(job.but(fused=True)).total <= total * (1 + 1e-9)
+    assert memory_of(job.but(zero=3)).allocated <= memory_of(job.but(zero=0)).allocated * 1.2
+    kept = [memory_of(job.but(checkpoint=kind)).always for kind in ("full", "save-attention", "none")]
+    assert kept == sorted(kept)
+    if job.devices > 1:
+        assert memory_of(job.but(devices=2 * job.devices, cp=0)).total <= total * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("more", [{}, {"offload": ("layers",), "loss_block": 512}, {"devices": 1, "lora": 8}])
+def test_the_longest_fits_and_the_next_does_not(more):
+    job = Job(LLAMA, 8192, **more)
+    found = longest(job)
+    assert found % job.multiple == 0
+    room = job.device_facts.memory
+    assert memory_of(job.but(length=found)).total <= room < memory_of(job.but(length=found + job.multiple)).total
+
+
+def test_nothing_fits_where_the_states_do_not():
+    assert longest(Job(read_model("Llama-3.1-405B"), 8192)) == 0
+
+
+def test_norms_and_attention_count_their_tensors():
+    job = Job(LLAMA, 8192)
+    assert sum(norm_bytes(job)) == 2 * (4 + 2 + 2) * 4096  # a copy in fp32, its rounding, the result
+    assert attention_bytes(job) == 2 * (4096 + 2 * 1024 + 4096) + 4 * 32
+    assert attention_bytes(job.but(model=QWEN)) - attention_bytes(job) == 6 * (4096 + 1024)  # q and k normed
+    assert sum(norm_bytes(job.but(fused=True))) == 3 * 2 * 4096
