@@ -63,7 +63,7 @@ def _no_kernel(facts: Facts) -> Advice | None:
 def _links(facts: Facts) -> Advice | None:
     if facts.links.error is None:
         return None
-    return Advice("repair the exchange between ranks first", facts.links.error, True)
+    return Advice("repair what the measurement ran into", facts.links.error, True)
 
 
 def _unused_gpu(facts: Facts) -> Advice | None:

@@ -16,7 +16,7 @@ import torch
 
 from ..parallel import local_attention, probe
 from .facts import Speed
-from .ranks import Job
+from .ranks import ATTENDING, MEETING, Job
 
 BACKWARD = 2.5  # five matrix products instead of two
 _PATIENCE = {"cpu": 1.0, "cuda": 2.0}  # seconds that one run of forward and backward may be expected to take
@@ -32,7 +32,7 @@ def measure(
         torch.cuda.set_device(device)
     if size == 1:
         return speeds(job, device, say), []
-    say("meeting the other ranks")
+    say(MEETING)
     with probe.joined(rank, size, device, store, job.seconds):
         links = probe.measure_links(device, job.messages, job.repeats, say)
         found = speeds(job, device, say)
@@ -48,7 +48,7 @@ def speeds(job: Job, device: torch.device, say: Callable[[str], None]) -> list[S
             # The ranks do the same, or they would wait for each other for ever.
             tokens = min(probe.gather([tokens]))
         if not found or tokens > found[-1].tokens:
-            say(f"measuring attention over {tokens:,} tokens")
+            say(f"{ATTENDING} over {tokens:,} tokens")
             found.append(_speed(job, tokens, device))
     return found
 

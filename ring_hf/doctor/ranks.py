@@ -39,6 +39,17 @@ class Job:
     seconds: float  # until a rank that does not answer is given up
 
 
+MEETING = "meeting the other ranks"
+ATTENDING = "measuring attention"
+
+
+def hint(device: str, words: str) -> str:
+    """What to check after a failure at these words."""
+    if words.startswith(ATTENDING):
+        return "The kernel itself fails here: see the section on kernels, and try another dtype or version."
+    return CHECKS[device]
+
+
 Work = Callable[[int, int, Job, str | None, Callable[[str], None]], Any]
 
 
@@ -57,7 +68,7 @@ def run_here(work: Work, job: Job) -> Any:
     words = ["starting"]
 
     def give_up() -> None:
-        message = f"rank {rank} of {size} waited {job.seconds:g} s, {words[-1]}. {CHECKS[job.device]}"
+        message = f"rank {rank} of {size} waited {job.seconds:g} s, {words[-1]}. {hint(job.device, words[-1])}"
         sys.stderr.write(f"ring-hf doctor: {message}\n")
         sys.stderr.flush()
         os._exit(1)  # the rank hangs inside a collective, which no exception reaches
@@ -68,7 +79,9 @@ def run_here(work: Work, job: Job) -> Any:
     try:
         return work(rank, size, job, None, words.append)
     except RuntimeError as error:
-        raise Unanswered(f"rank {rank} of {size} failed, {words[-1]}: {error}. {CHECKS[job.device]}") from error
+        raise Unanswered(
+            f"rank {rank} of {size} failed, {words[-1]}: {error}. {hint(job.device, words[-1])}"
+        ) from error
     finally:
         timer.cancel()
 
@@ -118,7 +131,7 @@ def _listen(pipes: list[Connection], job: Job) -> list[Any]:
             except EOFError:
                 kind, value = "failed", "the process ended"
             if kind == "failed":
-                raise Unanswered(f"rank {rank} failed, {words[rank]}: {value}. {CHECKS[job.device]}")
+                raise Unanswered(f"rank {rank} failed, {words[rank]}: {value}. {hint(job.device, words[rank])}")
             if kind == "done":
                 results[rank] = value
             else:

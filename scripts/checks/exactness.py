@@ -11,6 +11,7 @@ Letters: B batch, H query heads, K key/value heads, S tokens, D and E head dims.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -174,8 +175,9 @@ class Row:
     problem: str
     errors: dict[str, float]
     one_process: dict[str, float]
-    ratio: float  # the largest error over its bar
+    ratio: float | None  # the largest error over its bar
     exact: bool
+    failure: str | None = None  # what the kernel raised instead of an answer
 
 
 def judge(kernel: str, dtype: str, problem: Problem, found: dict[str, float], plain: dict[str, float]) -> Row:
@@ -185,7 +187,7 @@ def judge(kernel: str, dtype: str, problem: Problem, found: dict[str, float], pl
         bars = {name: max(FULL_PRECISION[name], FACTOR * plain.get(name, 0.0)) for name in found}
     ratios = [found[name] / bars[name] for name in found]
     exact = all(ratio <= 1 for ratio in ratios)
-    worst = max(ratios) if all(ratio == ratio for ratio in ratios) else float("nan")
+    worst = max(ratios) if all(math.isfinite(ratio) for ratio in ratios) else None
     return Row(kernel, dtype, problem.describe(), found, plain, worst, exact)
 
 
@@ -207,7 +209,13 @@ def check(problem: Problem, device: torch.device, kernels: list[str], dtypes: li
                 continue
             emulation = Emulation(sequence, problem.rules, scale, problem.softcap, kernel, problem.transport, inner)
             attention = functools.partial(emulated_attention, emulation=emulation)
-            yield judge(kernel, name, problem, errors(results(attention, tensors, dtype), want), plain)
+            try:
+                got = results(attention, tensors, dtype)
+            except Exception as error:  # whatever a kernel raises is a result of this check
+                failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                yield Row(kernel, name, problem.describe(), {}, plain, None, False, failure)
+            else:
+                yield judge(kernel, name, problem, errors(got, want), plain)
 
 
 def run(device: torch.device, quick: bool, tiny: bool, progress: Callable[[str, int], None]) -> dict[str, Any]:

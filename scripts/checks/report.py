@@ -28,9 +28,12 @@ def _exactness(section: dict[str, Any]) -> list[str]:
         groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
     rows = []
     for (kernel, dtype), each in groups.items():
-        worst = [f"{max(row['errors'][name] for row in each):.1e}" for name in NAMES]
         exact = sum(row["exact"] for row in each)
-        rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, f"{max(row['ratio'] for row in each):.2f}"])
+        answered = [row for row in each if row["errors"]]
+        worst = [f"{max(row['errors'][name] for row in answered):.1e}" if answered else "" for name in NAMES]
+        ratios = [row["ratio"] for row in each]
+        ratio = "too large" if None in ratios else f"{max(ratios):.2f}"
+        rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, ratio])
     head = ["kernel", "dtype", "exact", *NAMES, "worst error / bar"]
     lines = ["Relative RMS error against fp64, the worst of all problems.", "", *_table(head, rows, 2)]
     failed = [row for row in section["rows"] if not row["exact"]]
@@ -48,6 +51,8 @@ def _exactness(section: dict[str, Any]) -> list[str]:
 
 
 def _errors(row: dict[str, Any]) -> str:
+    if row["failure"]:
+        return row["failure"]
     plain = row["one_process"]
     pairs = [
         f"{name} {error:.1e}" + (f" (one process {plain[name]:.1e})" if name in plain else "")
@@ -82,7 +87,7 @@ def _benchmark(section: dict[str, Any]) -> list[str]:
         "exchange). FLOPs are causal: 2 s^2 H D forward, 2.5 times that backward. Efficiency: the fastest single "
         "device / (ranks x the slowest rank); overhead: all ranks together / the fastest single device."
     )
-    return [words, "", *_table(head, rows, 4)]
+    return [words, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
 
 
 _SECTIONS = {"exactness": _exactness, "trainer": _trainer, "benchmark": _benchmark}

@@ -178,6 +178,10 @@ def run(device: torch.device, quick: bool, tiny: bool, progress: Callable[[str, 
         shapes = shapes[:1]
     repeats = 2 if tiny else 5 if quick else 11
     rows: list[dict[str, Any]] = []
+    left_out = []
     for shape in shapes:
-        rows += measure(shape, device, repeats, lambda words, total: progress(words, total * len(shapes)))
-    return {"ok": True, "repeats": repeats, "rows": rows}
+        try:
+            rows += measure(shape, device, repeats, lambda words, total: progress(words, total * len(shapes)))
+        except torch.OutOfMemoryError:
+            left_out.append(f"{shape.tokens:,} tokens, {shape.heads} heads of {shape.head_dim}: not enough memory")
+    return {"ok": bool(rows), "repeats": repeats, "rows": rows, "left_out": left_out}

@@ -6,6 +6,7 @@ import threading
 import tomllib
 from dataclasses import replace
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ CASES = {
     "links": (
         replace(NODE, links=Links(8, "nccl", error="no answer in 120 s")),
         True,
-        "repair the exchange between ranks first",
+        "repair what the measurement ran into",
         "no answer in 120 s",
     ),
     "processes-do-not-divide": (
@@ -334,6 +335,14 @@ def test_a_rank_that_fails_or_ends_is_named():
         ranks._listen([ours for ours, _ in pipes], JOB)
 
 
+def test_a_kernel_that_fails_is_not_blamed_on_the_links():
+    ours, theirs = Pipe()
+    theirs.send(("says", f"{ranks.ATTENDING} over 512 tokens"))
+    theirs.send(("failed", "RuntimeError: no kernel image"))
+    with pytest.raises(ranks.Unanswered, match=r"over 512 tokens: RuntimeError: no kernel image\. The kernel itself"):
+        ranks._listen([ours], JOB)
+
+
 def test_a_rank_of_a_launcher_that_hangs_ends_with_a_message(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -362,6 +371,18 @@ def test_a_rank_of_a_launcher_that_fails_says_where(monkeypatch):
 
     with pytest.raises(ranks.Unanswered, match="rank 0 of 2 failed, meeting the other ranks: connection refused"):
         ranks.run_here(fail, JOB)
+
+
+def test_gpus_are_counted_and_asked_for_each_other(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: {a, b} != {0, 2})
+    found = machine.devices()
+    assert (found.kind, found.names, found.capability, found.peers) == ("cuda", ("NVIDIA H100",) * 3, (9, 0), False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert machine.devices().peers is None
 
 
 def test_cards_are_described_on_one_line():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ring_hf.kernels import KERNELS
-from scripts.checks import exactness, timing, training
+from scripts.checks import exactness, report, timing, training
 from scripts.gpu_check import SECTIONS, main
 from tests.harness import ROOT, run_command
 
@@ -111,6 +111,20 @@ def test_a_wrong_kernel_makes_the_command_fail_until_it_is_repaired(tmp_path, mo
     assert main(words) == 0  # what is done is
     assert "exactness: done before, kept (--again repeats it)" in capsys.readouterr().out
     assert (tmp_path / "results.md").read_text() == text
+
+
+def test_a_kernel_that_raises_is_reported_and_the_others_go_on(monkeypatch):
+    class Raising(Broken):
+        def forward(self, *args):
+            raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(KERNELS, "cpu", Raising(None))
+    monkeypatch.setattr(exactness, "problems", lambda quick, unit: [exactness.Problem(unit=13)])
+    section = exactness.run(torch.device("cpu"), True, True, lambda words, total: None)
+    assert not section["ok"] and sum(row["exact"] for row in section["rows"]) == 2
+    text = "\n".join(report._SECTIONS["exactness"](section))
+    assert "- cpu, bfloat16, zigzag, ring, causal, 8/2 heads x 128: RuntimeError: no kernel image is available" in text
+    assert "| cpu | bfloat16 | 0 of 1 |" in text
 
 
 def test_nan_is_not_exact():
