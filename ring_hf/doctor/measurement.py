@@ -69,14 +69,17 @@ def _speed(job: Job, tokens: int, device: torch.device) -> Speed:
     q, k, v = make(num_heads, head_dim), make(num_kv_heads, head_dim), make(num_kv_heads, v_head_dim)
     dout = torch.randn(1, num_heads, tokens, v_head_dim, device=device, dtype=dtype)
     times: list[tuple[float, float]] = []
-    for repeat in range(4):  # the first warms up
+    patience = _PATIENCE[device.type]
+    for repeat in range(4):  # the first warms up, unless it takes so long that this cannot matter
         marks: list[Any] = [_now(device)]
         out, _ = local_attention(q, k, v, softcap=job.softcap)
         marks.append(_now(device))
         out.backward(dout)
         marks.append(_now(device))
         q.grad = k.grad = v.grad = None
-        times += [(marks[1] - marks[0], marks[2] - marks[1])] if repeat else []
+        times += [(marks[1] - marks[0], marks[2] - marks[1])] if repeat or marks[2] - marks[0] > patience else []
+        if sum(map(sum, times)) > patience:
+            break
     flops = tokens * (tokens + 1) / 2 * 2 * num_heads * (head_dim + v_head_dim)
     forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
     return Speed(tokens, flops, forward, backward)

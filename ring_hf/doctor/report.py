@@ -1,5 +1,6 @@
 """The facts and the advice as plain text, aligned and short enough for one screen."""
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 
@@ -56,13 +57,16 @@ def _devices(facts: Facts) -> list[str]:
 
 
 def _kernels(facts: Facts) -> list[str]:
-    lines = [_head("kernels", "" if facts.probed or not facts.layers else "layers as the configuration names them")]
-    for one in facts.layers:
-        count = "1 layer" if one.count == 1 else f"{one.count} layers"
-        lines.append(f"  {facts.model_type}, {count}: {one.describe()}")
+    words = "no attention layers found" if not facts.layers else "layers as the configuration names them"
+    lines = [_head("kernels", "" if facts.probed and facts.layers else words)]
+    for _, group in itertools.groupby(facts.layers, lambda one: (one.kernel, tuple(one.kernels.items()))):
+        alike = list(group)
+        for one in alike:
+            count = "1 layer" if one.count == 1 else f"{one.count} layers"
+            lines.append(f"  {facts.model_type}, {count}: {one.describe()}")
         rows = []
-        for name, reason in one.kernels.items():
-            verdict = "used" if name == one.kernel else "fits, slower" if reason is None else "no"
+        for name, reason in alike[0].kernels.items():
+            verdict = "used" if name == alike[0].kernel else "fits, slower" if reason is None else "no"
             rows.append(["", name, verdict, reason or ""])
         lines += _columns(rows)
     return lines
@@ -86,9 +90,13 @@ def _speed(facts: Facts) -> list[str]:
     rows = [["tokens", "forward", "", "backward", ""]]
     for one in facts.speeds:
         forward, backward = one.flops / one.forward, 2.5 * one.flops / one.backward
-        rates = [f"{rate / 1e12:.3g} TFLOP/s" for rate in (forward, backward)]
+        rates = [_rate(forward), _rate(backward)]
         rows.append([f"{one.tokens:,}", duration(one.forward), rates[0], duration(one.backward), rates[1]])
     return [_head("attention", "one causal layer on one device"), *_columns(rows)]
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
 def _overlap(facts: Facts) -> list[str]:

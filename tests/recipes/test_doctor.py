@@ -127,7 +127,7 @@ CASES = {
         replace(NODE, layers=(replace(LAYERS, kernel="reference", kernels={"cpu": "dtype float16"}),)),
         False,
         "find a faster kernel",
-        "would run on the eager reference, far too slow for 131,072 tokens (cpu: dtype float16)",
+        "would run on the eager reference, far too slow for 131,072 tokens: no other kernel fits",
     ),
     "no-peers": (
         replace(NODE, devices=replace(NODE.devices, peers=False)),
