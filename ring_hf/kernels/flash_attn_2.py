@@ -7,7 +7,6 @@ tiles with more queries than keys wrong (`flash_calls.cut_rows`).
 """
 
 import functools
-import importlib
 import importlib.metadata
 
 from . import flash_calls, flash_packages
@@ -51,10 +50,9 @@ def installed() -> Package | str:
             f"flash-attn {version} is not one whose functions are known here; install flash-attn>=2.6.2,<2.9 "
             "(2.6.0 and 2.6.1 ignore soft-capping in backward)"
         )
-    try:
-        module = importlib.import_module("flash_attn.flash_attn_interface")
-    except (ImportError, OSError) as error:  # built for another PyTorch, or no CUDA libraries
-        return f"flash-attn {version} cannot be imported ({error})"
+    module = flash_packages.imported(f"flash-attn {version}", "flash_attn.flash_attn_interface")
+    if isinstance(module, str):
+        return module
     return flash_packages.fitting(f"flash-attn {version}", numbers(version), module, (form,))
 
 

@@ -10,7 +10,6 @@ of 136 to 192 dims beside values of 104 to 128 (multi-head latent attention) nee
 """
 
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 
@@ -51,10 +50,9 @@ def installed() -> Package | str:
         name = f"flash-attn-3 {importlib.metadata.version('flash_attn_3')}"
     except importlib.metadata.PackageNotFoundError:
         name = "flash_attn_interface"
-    try:
-        module = importlib.import_module("flash_attn_interface")
-    except (ImportError, OSError) as error:  # built for another PyTorch, or no CUDA libraries
-        return f"{name} cannot be imported ({error})"
+    module = flash_packages.imported(name, "flash_attn_interface")
+    if isinstance(module, str):
+        return module
     return flash_packages.fitting(name, numbers(name.rpartition(" ")[2]), module, FORMS)
 
 

@@ -11,7 +11,6 @@ documents in backward since beta24 (before: asserted, or ignored), head dim 256 
 """
 
 import functools
-import importlib
 import importlib.metadata
 import re
 from collections.abc import Mapping
@@ -65,10 +64,9 @@ def installed() -> Package | str:
         version = importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         return "the package flash-attn-4 is not installed"
-    try:
-        module = importlib.import_module("flash_attn.cute.interface")
-    except (ImportError, OSError) as error:
-        return f"flash-attn-4 {version} cannot be imported ({error})"
+    module = flash_packages.imported(f"flash-attn-4 {version}", "flash_attn.cute.interface")
+    if isinstance(module, str):
+        return module
     return flash_packages.fitting(f"flash-attn-4 {version}", beta(version), module, (FORM,))
 
 

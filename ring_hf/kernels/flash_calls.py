@@ -290,26 +290,28 @@ def _work(tile: Tile) -> int:
 class _PackedCalls:
     """The packed calls made last, with their indices on the device: at most `most` tokens, at least one call.
 
-    What is made under a tensor mode (fake tensors of a compiler) is not kept, nor is what was kept given to it.
+    A stream has its own: another one could read what is not written yet. What is made under a tensor mode (fake
+    tensors of a compiler) is not kept, nor is what was kept given to it.
     """
 
     def __init__(self, most: int) -> None:
         self._most, self._tokens = most, 0
-        self._kept: OrderedDict[tuple[tuple[Tile, ...], torch.device], KernelCall] = OrderedDict()
+        self._kept: OrderedDict[tuple[tuple[Tile, ...], torch.device, int], KernelCall] = OrderedDict()
         self._lock = threading.Lock()  # autograd runs backward in a thread of its own
 
     def get(self, tiles: tuple[Tile, ...], device: torch.device) -> KernelCall:
         """The one call of these tiles, which share a window."""
         if type(torch.empty(0)) is not torch.Tensor:
             return _packed(tiles, device)
+        key = tiles, device, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
         with self._lock:
-            call = self._kept.pop((tiles, device), None)
+            call = self._kept.pop(key, None)
             if call is None:
                 # Kept for training too if the first to need it is an evaluation in inference mode.
                 with torch.inference_mode(False):
                     call = _packed(tiles, device)
                 self._tokens += _num_tokens(call)
-            self._kept[tiles, device] = call
+            self._kept[key] = call
             while self._tokens > self._most and len(self._kept) > 1:
                 self._tokens -= _num_tokens(self._kept.popitem(last=False)[1])
         return call

@@ -6,6 +6,7 @@ will be passed. Packages are imported when they are first asked for. Where each 
 (`Read`), and in one list in tests/kernels/README.md.
 """
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -95,6 +96,15 @@ def kernel(
     return FlashKernel(
         name, partial(_unfit, find, limits), partial(_attend, find), partial(_differentiate, find), widths, cuts_rows
     )
+
+
+def imported(name: str, module: str) -> ModuleType | str:
+    """A module of an installed package, or why it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    # Whatever a package raises that was built for another PyTorch, or misses its libraries: another kernel may do.
+    except Exception as error:
+        return f"{name} cannot be imported ({type(error).__name__}: {error})"
 
 
 def fitting(name: str, version: tuple[int, ...], functions: ModuleType, forms: tuple[Form, ...]) -> Package | str:

@@ -7,8 +7,7 @@ which is taken from the loaded one as it cannot be imported by name. Versions as
 """
 
 import functools
-import importlib
-import inspect
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -60,25 +59,33 @@ REPOSITORIES: dict[str, Repository] = {
 }
 
 
+# Kernels are numbered in the hub's present way; before, versions were read as specifiers such as ">=1".
+_SINCE, _KERNELS = (0, 13, 0), "kernels>=0.13"
+
+
 @functools.lru_cache(maxsize=len(REPOSITORIES))
 def load(name: str) -> Package | str:
     """The kernel of this repository, or why there is none."""
     wanted = REPOSITORIES[name]
     try:
-        get_kernel = importlib.import_module("kernels").get_kernel
-    except (ImportError, AttributeError) as error:
-        return f"the package kernels, which loads it from the hub, is not installed ({error}); pip install kernels"
-    if "version" not in inspect.signature(get_kernel).parameters:
-        return "the installed package kernels cannot load a kernel by version; pip install -U kernels"
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return f"the package kernels, which loads it from the hub, is not installed; pip install '{_KERNELS}'"
+    if flash_packages.numbers(version) < _SINCE:
+        return f"kernels {version} loads no kernel by the number of its version; pip install '{_KERNELS}'"
+    package = flash_packages.imported(f"kernels {version}", "kernels")
+    if isinstance(package, str):
+        return package
     try:
-        module = get_kernel(name, version=wanted.version)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # no build for this machine, or no network
+        module = package.get_kernel(name, version=wanted.version)
+    # No network, no build for this machine, or a build that cannot be loaded: the hub's client has many words for it.
+    except Exception as error:
         return f"version {wanted.version} of it could not be loaded from the hub ({type(error).__name__}: {error})"
     functions = getattr(module, wanted.submodule, None)
     if functions is None:
         return f"version {wanted.version} of it has no submodule {wanted.submodule}"
-    version = str(getattr(module, "__version__", wanted.like))
-    of_form = flash_attn_4.beta(version) if wanted.form is _FOUR else flash_packages.numbers(wanted.like)
+    itself = str(getattr(module, "__version__", wanted.like))
+    of_form = flash_attn_4.beta(itself) if wanted.form is _FOUR else flash_packages.numbers(wanted.like)
     return flash_packages.fitting(f"{name} (version {wanted.version})", of_form, functions, (wanted.form,))
 
 

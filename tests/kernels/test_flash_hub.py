@@ -1,6 +1,7 @@
 """Kernels of the hub: loaded when they are named, through a stand-in for the package `kernels`, never by chance."""
 
 import importlib
+import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
@@ -37,33 +38,52 @@ def test_names_of_the_hub_are_checked_without_loading():
         assert CALLS["loaded"] == 0
 
 
+def _get_kernel(repo_id, revision=None, version=None):
+    return SimpleNamespace()
+
+
+# Version of the package `kernels`, what importing it gives -> what is said.
 HUB_REFUSALS = {
     "no package": (
         None,
-        r"the package kernels, which loads it .*, is not installed .*; pip install kernels",
+        None,
+        r"the package kernels, which loads it from the hub, is not installed; pip install 'kern",
     ),
-    "another package of this name": (SimpleNamespace(), "the package kernels, .* is not installed"),
     "an old package": (
-        SimpleNamespace(get_kernel=lambda repo_id, revision="main": None),
-        "cannot load a kernel by version; pip install -U kernels",
+        "0.9.1",
+        None,
+        r"kernels 0.9.1 loads no kernel by the number of its version; pip install 'kern",
     ),
-    "no submodule": (
-        SimpleNamespace(get_kernel=lambda repo_id, revision=None, version=None: SimpleNamespace()),
-        "version 1 of it has no submodule flash_attn_interface",
+    "broken": (
+        "0.18.2",
+        None,
+        r"kernels 0.18.2 cannot be imported \(ModuleNotFoundError: No module named 'tomlkit'\)",
     ),
+    "another package of this name": (
+        "1.0.0",
+        SimpleNamespace(),
+        "could not be loaded .*: .*no attribute 'get_kernel'",
+    ),
+    "no submodule": ("0.18.2", SimpleNamespace(get_kernel=_get_kernel), "version 1 .* no submodule flash_attn_interf"),
 }
 
 
 @pytest.mark.parametrize("name", HUB_REFUSALS)
 def test_hub_kernels_that_cannot_be_had_are_refused_by_why(name, monkeypatch):
-    package, message = HUB_REFUSALS[name]
+    version, package, message = HUB_REFUSALS[name]
+
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
 
     def import_module(module):
         if package is None:
-            raise ModuleNotFoundError(f"No module named {module!r}")
+            raise ModuleNotFoundError("No module named 'tomlkit'")
         return package
 
     with stand_in("kernels-community/flash-attn3") as kernel, monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", installed)
         patch.setattr(importlib, "import_module", import_module)
         with pytest.raises(ValueError, match=message):
             choose(kernel, *_half())

@@ -128,14 +128,15 @@ def test_cute_of_another_package_is_not_flash_attention_4():
         choose("flash_attn_4", *_half())
 
 
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
 @pytest.mark.parametrize("adapter", ["2.8.3", "3-2025-09", "4-beta26"])
-def test_a_package_that_cannot_be_imported_is_refused_by_why(adapter, monkeypatch):
+def test_a_package_that_cannot_be_imported_is_refused_by_why(adapter, error, monkeypatch):
     def broken(name):
-        raise ImportError("undefined symbol")
+        raise error("undefined symbol")
 
     with stand_in(adapter) as kernel, monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", broken)
-        with pytest.raises(ValueError, match=r"cannot be imported \(undefined symbol\)"):
+        with pytest.raises(ValueError, match=rf"cannot be imported \({error.__name__}: undefined symbol\)"):
             choose(kernel, *_half())
 
 
