@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, rank_work
 from ring_hf.parallel import context_attention
+from ring_hf.parallel.buffers import Buffer
 from ring_hf.parallel.transport import Ring
 from scripts.bench_algorithms import mixed_documents
 
@@ -59,10 +60,10 @@ def worker(rank: int, store: str, arguments: argparse.Namespace, results: Any) -
     q, k, v = (torch.randn(1, 1, arguments.length // world, 8) for _ in range(3))
     original, sent = Ring.post, 0
 
-    def post(self: Ring, send: torch.Tensor | None, *rest: Any) -> Any:
+    def post(self: Ring, send: Buffer | None, *rest: Any, **more: Any) -> Any:
         nonlocal sent
-        sent += 0 if send is None else send.numel()
-        return original(self, send, *rest)
+        sent += 0 if send is None else send.flat.numel()
+        return original(self, send, *rest, **more)
 
     found = []
     for _, layout, mask, documents in cases(arguments):

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ring_hf.parallel import buffers
+
 ROOT = Path(__file__).resolve().parents[1]
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -33,7 +35,7 @@ def free_port() -> int:
 
 
 def poison_empty() -> None:
-    """Makes `torch.empty`, `empty_like` and `Tensor.new_empty` return NaN for floating point tensors."""
+    """Makes `torch.empty`, `empty_like`, `Tensor.new_empty` and the buffers of exchanges NaN where they can be."""
     with torch.device("meta"):
         torch.empty(0)  # torch now remembers the true functions as those that a device context redirects
 
@@ -47,6 +49,14 @@ def poison_empty() -> None:
     torch.empty = poisoned(torch.empty)
     torch.empty_like = poisoned(torch.empty_like)
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
+    take = buffers.Pool.take
+
+    def poisoned_take(*args: Any) -> buffers.Buffer:
+        buffer = take(*args)
+        buffer.flat.fill_(torch.nan)
+        return buffer
+
+    buffers.Pool.take = poisoned_take  # type: ignore[method-assign]
 
 
 def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:

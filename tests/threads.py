@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ring_hf.parallel import groups, transport
+from ring_hf.parallel import groups, transport, ulysses
 
 _PATIENCE = 60.0
 _thread = threading.local()
@@ -27,13 +27,13 @@ _thread = threading.local()
 class ThreadGroup(dist.ProcessGroup):
     """Some of the ranks, by their numbers in the whole world."""
 
-    def __init__(self, members: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[int], purpose: str = "all") -> None:
         super().__init__(0, len(members))
-        self.members = list(members)
+        self.members, self.purpose = list(members), purpose
 
     @property
     def group_name(self) -> str:
-        return f"threads {self.members}"
+        return f"threads {self.members} {self.purpose}"
 
 
 @dataclass
@@ -81,7 +81,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size, self.failed = size, threading.Event()
-        self.channels: dict[tuple[int, int, int], queue.SimpleQueue] = defaultdict(queue.SimpleQueue)
+        self.channels: dict[tuple[str, int, int, int], queue.SimpleQueue] = defaultdict(queue.SimpleQueue)
         self.meetings: dict[str, tuple[threading.Barrier, dict[int, Any]]] = {}
         self._lock = threading.Lock()
 
@@ -126,20 +126,38 @@ def _start(ops: list[_Op]) -> list[_Send | _Receive]:
     for op in ops:
         if op.op is dist.isend:
             message = _Message(op.tensor, threading.Event())
-            world.channels[_thread.rank, op.peer, op.tag].put(message)
+            world.channels[op.group.group_name, _thread.rank, op.peer, op.tag].put(message)
             works.append(_Send(world, message))
         else:
-            works.append(_Receive(world, world.channels[op.peer, _thread.rank, op.tag], op.tensor))
+            channel = world.channels[op.group.group_name, op.peer, _thread.rank, op.tag]
+            works.append(_Receive(world, channel, op.tensor))
     return works
 
 
-def _all_gather(out: torch.Tensor, x: torch.Tensor, group: ThreadGroup) -> None:
-    out.copy_(torch.cat(_thread.world.exchange(group, x.clone())))
+class _Collective:
+    """Done when it is waited for, from what each rank's tensor held when it was posted."""
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        self._finish = finish
+
+    def wait(self) -> None:
+        self._finish()
 
 
-def _reduce_scatter(out: torch.Tensor, x: torch.Tensor, group: ThreadGroup) -> None:
+def _all_gather(out: torch.Tensor, x: torch.Tensor, group: ThreadGroup, async_op: bool) -> _Collective:
+    assert async_op
+    parts = _thread.world.exchange(group, x.clone())
+    return _Collective(lambda: out.copy_(torch.cat(parts)))
+
+
+def _reduce_scatter(out: torch.Tensor, x: torch.Tensor, group: ThreadGroup, async_op: bool) -> _Collective:
+    assert async_op
     total = torch.stack(_thread.world.exchange(group, x.clone())).sum(0)
-    out.copy_(total.chunk(len(group.members))[_rank(group)])
+    return _Collective(lambda: out.copy_(total.chunk(len(group.members))[_rank(group)]))
+
+
+def _own_group(group: ThreadGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ThreadGroup:
+    return ThreadGroup([group.members[rank] for rank in ranks], purpose)
 
 
 def _all_to_all(out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int], group: ThreadGroup) -> None:
@@ -157,7 +175,6 @@ def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], li
         "get_rank": _rank,
         "get_world_size": lambda group=None: len(group.members) if group else _thread.world.size,
         "get_global_rank": lambda group, rank: group.members[rank],
-        "new_group": lambda members, **_: ThreadGroup(members),
         "P2POp": _Op,
         "batch_isend_irecv": _start,
         "all_to_all_single": lambda out, x, received, sent, group: _all_to_all(out, x, received, sent, group),
@@ -184,7 +201,8 @@ def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], li
 
     with (
         mock.patch.multiple(dist, **stand_ins),
-        mock.patch.multiple(transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter),
+        mock.patch.multiple(transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter, own_group=_own_group),
+        mock.patch.object(ulysses, "own_group", _own_group),
         pool,
     ):
         yield run

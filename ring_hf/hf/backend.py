@@ -152,6 +152,7 @@ def attention(
         transport=batch.transport,
         inner_ring_size=batch.inner_ring_size,
         overlap=batch.overlap,
+        return_lse=False,
     )
     return out_BHSE.transpose(1, 2).contiguous(), None
 

@@ -6,7 +6,7 @@ Start at `ring_attention`; `agree` is how ranks refuse together.
 from .agreement import agree
 from .attention import check_tensors, local_attention, ring_attention
 from .functional import context_attention
-from .groups import all_gather, group_of, rank_in, register_group
+from .groups import all_gather, forget_group, group_of, rank_in, register_group
 from .sharding import cut, join, shard, unshard
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "check_tensors",
     "context_attention",
     "cut",
+    "forget_group",
     "group_of",
     "join",
     "local_attention",

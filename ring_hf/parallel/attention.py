@@ -38,6 +38,7 @@ def ring_attention(
     transport: str = "auto",
     inner_ring_size: int = 1,
     overlap: bool = True,
+    return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention over a sequence whose tokens are dealt to the ranks of `group`; every rank calls it.
 
@@ -55,6 +56,7 @@ def ring_attention(
         transport: how keys and values travel, one of `geometry.TRANSPORTS`, or "auto" for the cheapest by estimate.
         inner_ring_size: ranks of an inner ring, for "double_ring" and what "auto" chooses from.
         overlap: compute while the next block travels; False only to measure what that is worth.
+        return_lse: False saves an exchange with Ulysses; the lse is then an empty tensor.
 
     Returns:
         `out [B, H, C, E]` in q's dtype and `lse [B, H, C]` (natural log, at least fp32, no gradient).
@@ -76,7 +78,8 @@ def ring_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = encode(Call(sequence, mask, scale, softcap, group, kernel, transport, inner_ring_size, overlap))
     if sequence.ulysses == 1:
-        return ring_attention_op(q, k, v, sinks, call)
+        out, lse = ring_attention_op(q, k, v, sinks, call)
+        return out, lse if return_lse else lse.new_empty(0)
     shares = head_split(q.shape[1], k.shape[1], sequence.ulysses)
     mine = shares[torch.distributed.get_rank(group_of(group)) % sequence.ulysses]
     q, k, v = to_heads(q, k, v, shares, group)
@@ -89,7 +92,7 @@ def ring_attention(
         out = out if sinks is None else out + sinks[:0].sum()
         lse = q.new_zeros(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     with torch.no_grad():
-        lse = to_tokens(lse, shares, group)
+        lse = to_tokens(lse, shares, group) if return_lse else lse.new_empty(0)
     return to_tokens(out, shares, group), lse
 
 

@@ -101,6 +101,7 @@ def context_attention(
         transport=transport,
         inner_ring_size=inner_ring_size,
         overlap=overlap,
+        return_lse=return_lse,
     )
     out = out.transpose(1, 2) if input_layout == "BSHD" else out
     return (out, lse) if return_lse else out

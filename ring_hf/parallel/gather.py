@@ -7,34 +7,55 @@ import torch
 
 from ..geometry import Plan
 from ..kernels import Sum, accumulate_dtype
-from .transport import Ring
+from .buffers import Buffer
+from .transport import Exchange, Ring
 
 
 class Blocks:
-    """One block: everything. There is nothing to compute while it comes."""
+    """One block: everything. Values come while keys are put in order; nothing can be computed before."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring, overlap: bool) -> None:
-        self._own, self._plan, self._ring = (k, v), plan, ring
+        self._own, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
+        self._block: list[Buffer] = []
 
     def post(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gathers the keys and values of all ranks."""
-        k, v = (self._gather(x) for x in self._own)
+        coming = []
+        for x in self._own:
+            coming.append(self._ring.all_gather(x))
+            if not self._overlap:
+                coming[-1].wait()
+        for x, exchange in zip(self._own, coming, strict=True):
+            self._block.append(self._ordered(x, exchange))
+        k, v = (block.parts[0] for block in self._block)
         return k, v
 
-    def _gather(self, x_BKCD: torch.Tensor) -> torch.Tensor:
-        x_RBKCD = self._ring.all_gather(x_BKCD)
-        parts = [x_RBKCD[part.rank, :, :, part.start : part.stop] for part in self._plan.steps[0].block]
-        return torch.cat(parts, dim=2)
+    def _ordered(self, x_BKCD: torch.Tensor, exchange: Exchange) -> Buffer:
+        exchange.wait()
+        assert exchange.receive is not None
+        batch, heads, tokens, dim = x_BKCD.shape
+        block = self._ring.take(((batch, heads, tokens * self._ring.size, dim),), x_BKCD.dtype, compute=True)
+        torch.cat(self._slices(exchange.receive.parts[0]), dim=2, out=block.parts[0])
+        self._ring.touched(exchange.receive)
+        self._ring.give(exchange.receive)
+        return block
+
+    def _slices(self, x_RBKCD: torch.Tensor) -> list[torch.Tensor]:
+        return [x_RBKCD[part.rank, :, :, part.start : part.stop] for part in self._plan.steps[0].block]
 
     def wait(self, step: int) -> None:
-        """Nothing is under way."""
+        """The compute is queued."""
+        while self._block:
+            block = self._block.pop()
+            self._ring.touched(block)
+            self._ring.give(block)
 
 
 class Gradients:
     """dK and dV of all keys, summed over the ranks in at least fp32 and returned to their owners."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring, overlap: bool) -> None:
-        self._like, self._plan, self._ring = (k, v), plan, ring
+        self._like, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._dtype = accumulate_dtype(k.dtype)
         batch, heads, tokens = k.shape[:3]
         whole = (batch, heads, tokens * ring.size)
@@ -50,16 +71,27 @@ class Gradients:
 
     def home(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(dk, dv)` of this rank's own keys in their dtype, summed over all ranks and rounded once."""
-        grads: list[torch.Tensor] = []
+        coming: list[Exchange] = []
         while self._sums:
             total_BKSD = self._sums.pop(0).total.to(self._dtype)
-            x_BKCD = self._like[len(grads)]
-            by_owner_RBKCD = total_BKSD.new_empty(self._ring.size, *x_BKCD.shape)
-            place = 0
-            for part in self._plan.steps[0].block:
-                size = part.stop - part.start
-                by_owner_RBKCD[part.rank, :, :, part.start : part.stop] = total_BKSD[:, :, place : place + size]
-                place += size
+            coming.append(self._ring.reduce_scatter(self._by_owner(total_BKSD, self._like[len(coming)])))
             del total_BKSD
-            grads.append(self._ring.reduce_scatter(by_owner_RBKCD).to(x_BKCD.dtype))
+            if not self._overlap:
+                coming[-1].wait()
+        grads = []
+        for x_BKCD, exchange in zip(self._like, coming, strict=True):
+            exchange.wait()
+            assert exchange.receive is not None
+            grads.append(exchange.receive.parts[0].to(x_BKCD.dtype))
+            self._ring.give(exchange.send)
         return grads[0], grads[1]
+
+    def _by_owner(self, total_BKSD: torch.Tensor, x_BKCD: torch.Tensor) -> Buffer:
+        buffer = self._ring.take(((self._ring.size, *x_BKCD.shape),), self._dtype, compute=True)
+        place = 0
+        for part in self._plan.steps[0].block:
+            size = part.stop - part.start
+            buffer.parts[0][part.rank, :, :, part.start : part.stop] = total_BKSD[:, :, place : place + size]
+            place += size
+        self._ring.touched(buffer)
+        return buffer

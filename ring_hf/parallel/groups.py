@@ -1,14 +1,19 @@
-"""Process groups by name, so that an operator (whose arguments are plain values) can find its ring again."""
+"""Process groups by name, so that an operator (whose arguments are plain values) can find its ring again; and groups
+of our own, so that exchanges never wait in the queue of a group on which FSDP or Accelerate post theirs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 _GROUPS: dict[str, ProcessGroup] = {}
-_SUBGROUPS: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
+# By name of the group they were made for, purpose, ranks: that group and ours.
+_OWN: dict[tuple[str, str, tuple[int, ...]], tuple[ProcessGroup, ProcessGroup]] = {}
 
 
 @torch.compiler.disable  # a compiled caller would replay the registration only after the operator has asked for it
@@ -38,20 +43,92 @@ def rank_in(name: str) -> int:
     return dist.get_rank(group_of(name))
 
 
-def subgroup(group: ProcessGroup, ranks: Sequence[int]) -> ProcessGroup:
-    """The group of some ranks of a group, for collectives; made when they first need it, by them alone.
+def own_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ProcessGroup:
+    """A process group of ours for some ranks of a group, on which nobody else posts anything; made when first needed.
 
-    Its members must come here in the same order, which they do: they run the same layers.
+    A collective call of `group` then: all its ranks come here in the same order, as they run the same layers. It has
+    the timeout of `group`, is bound to the device, and has done its first collective, as the first call on an NCCL
+    group must come from all of its members.
+
+    Raises:
+        ValueError: if ranks of `group` belong to different numbers of groups, which would have them wait for ever.
     """
-    if len(ranks) == dist.get_world_size(group):
-        return group
-    key = group.group_name, tuple(ranks)
-    if key not in _SUBGROUPS:
-        members = [dist.get_global_rank(group, rank) for rank in ranks]
-        made = dist.new_group(members, use_local_synchronization=True)
-        assert isinstance(made, ProcessGroup)
-        _SUBGROUPS[key] = made
-    return _SUBGROUPS[key]
+    key = group.group_name, purpose, tuple(ranks)
+    parent, made = _OWN.get(key, (None, None))
+    if made is None or parent is not group or not _alive(made):
+        made = _make(group, ranks, purpose, device)
+        _OWN[key] = group, made
+    return made
+
+
+def forget_group(group: ProcessGroup) -> None:
+    """Destroys what was made for a registered group, and forgets its name. A collective call, before its own end.
+
+    `torch.distributed.destroy_process_group()` ends everything, ours too: then there is nothing to do here.
+    """
+    for key in [key for key, (parent, _) in _OWN.items() if parent is group]:
+        _, made = _OWN.pop(key)
+        if _alive(made):
+            dist.destroy_process_group(made)
+    _GROUPS.pop(group.group_name, None)
+
+
+def _alive(group: ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):  # torch has forgotten it
+        return False
+    return True
+
+
+def _make(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ProcessGroup:
+    members = [dist.get_global_rank(group, rank) for rank in ranks]
+    local = len(members) < dist.get_world_size()
+    settings: dict[str, Any] = {"timeout": _timeout(group, device), "use_local_synchronization": local}
+    if device.type == "cuda":
+        settings["device_id"] = device
+    if local:
+        _check_names(group)
+    with _no_split() if local else contextlib.nullcontext():
+        made = dist.new_group(members, group_desc=f"ring_hf {purpose}", **settings)
+    assert isinstance(made, ProcessGroup)
+    dist.all_reduce(torch.zeros(1, device=device), group=made)
+    return made
+
+
+def _check_names(group: ProcessGroup) -> None:
+    """torch names a group that only its members make after its ranks and how many groups a process has."""
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, len(getattr(distributed_c10d._world, "pg_names", ())), group=group)
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"rank {dist.get_global_rank(group, n)}: {count}" for n, count in enumerate(counts))
+        raise ValueError(
+            f"The ranks that share a sequence belong to different numbers of process groups ({listed}), and torch "
+            "could not make another for some of them. Make groups so that each of these ranks is in as many, for "
+            "example all axes of one device mesh, or make the others after the first attention."
+        )
+
+
+@contextlib.contextmanager
+def _no_split() -> Iterator[None]:
+    """Bound to a device, the default group would be split, for which all processes must come, not the members alone
+    (pytorch pull request 129965)."""
+    world = dist.group.WORLD
+    assert world is not None
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
+def _timeout(group: ProcessGroup, device: torch.device) -> timedelta | None:
+    """That of a group; None (torch's default) for a backend that does not say."""
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:

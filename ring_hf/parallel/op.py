@@ -21,7 +21,9 @@ from .transport import Ring
 
 def _prepare(q: Tensor, text: str) -> tuple[Call, Plan, Ring | None]:
     call = decode(text)
-    ring = Ring(group_of(call.group), call.sequence.ulysses) if call.sequence.ring_size > 1 else None
+    ring = None
+    if call.sequence.ring_size > 1:
+        ring = Ring(group_of(call.group), q.device, call.sequence.ulysses, call.transport == "double_ring")
     place = ring.rank if ring else 0
     plan = make_plan(call.sequence, call.mask, place, q.shape[0], q.shape[2], call.transport, call.inner)
     return call, plan, ring

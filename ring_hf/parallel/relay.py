@@ -7,15 +7,16 @@ import torch
 
 from ..geometry import Move, Plan
 from ..kernels import Sum, accumulate_dtype
-from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Packed, Ring
+from .buffers import Buffer
+from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Ring
 
 
 def _post(
-    ring: Ring | None, plan: Plan, move: Move, send: torch.Tensor, receive: torch.Tensor, tag: int, overlap: bool
+    ring: Ring | None, plan: Plan, move: Move, send: Buffer, receive: Buffer, tag: int, overlap: bool
 ) -> Exchange:
     assert ring is not None
     to, source = plan.ahead(move.outer, move.inner), plan.ahead(-move.outer, -move.inner)
-    exchange = ring.post(send, to, receive, source, tag)
+    exchange = ring.post(send, to, receive, source, tag, between=bool(move.outer and not move.inner))
     if not overlap:
         exchange.wait()
     return exchange
@@ -26,34 +27,45 @@ class Blocks:
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring | None, overlap: bool) -> None:
         self._own, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
-        self._left = len(plan.moves)
-        self._held = {0: Packed.of(k, v)} if plan.moves else {}  # by step
-        self._coming: dict[int, tuple[Exchange, Packed, Packed]] = {}  # by step: from which buffer, into which
-        self._free: list[Packed] = []
+        self._held: dict[int, Buffer] = {}  # by step
+        self._coming: dict[int, Exchange] = {}  # by step that needs it
+        if plan.moves:
+            assert ring is not None
+            self._held[0] = packed = ring.take((k.shape, v.shape), k.dtype, compute=True)
+            for copy, x in zip(packed.parts, self._own, strict=True):
+                copy.copy_(x)
+            ring.touched(packed)
 
     def post(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends the block of this step to those that need it next, and returns it for this step's compute."""
         here = self._held.get(step)
         for move in self._plan.moves:
             if move.posted == step:
-                assert here is not None
-                there = self._free.pop() if self._free else Packed(*here.shapes, here.flat.dtype, here.flat.device)
-                exchange = _post(self._ring, self._plan, move, here.flat, there.flat, KEYS_AND_VALUES, self._overlap)
-                self._coming[move.due] = exchange, here, there
-                self._left -= 1
-        return (here.first, here.second) if here is not None and step else self._own
+                assert here is not None and self._ring is not None
+                there = self._ring.take(here.shapes, here.flat.dtype)
+                self._coming[move.due] = _post(
+                    self._ring, self._plan, move, here, there, KEYS_AND_VALUES, self._overlap
+                )
+        if here is None or not step:
+            return self._own
+        k, v = here.parts
+        return k, v
 
     def wait(self, step: int) -> None:
-        """The block of the next step is here."""
+        """This step's compute is queued, and the block of the next step is here."""
+        if self._ring is None:
+            return
+        if step and step in self._held:
+            self._ring.touched(self._held[step])
         if step + 1 in self._coming:
-            exchange, _, there = self._coming.pop(step + 1)
+            exchange = self._coming.pop(step + 1)
             exchange.wait()
-            self._held[step + 1] = there
+            assert exchange.receive is not None
+            self._held[step + 1] = exchange.receive
         # The block that a turn began with goes on leaving until the turn ends.
-        leaving = {id(here) for _, here, _ in self._coming.values()}
-        for done in [n for n, packed in self._held.items() if n <= step and id(packed) not in leaving]:
-            self._free.append(self._held.pop(done))
-        del self._free[self._left :]
+        leaving = {id(exchange.send) for exchange in self._coming.values()}
+        for done in [n for n, block in self._held.items() if n <= step and id(block) not in leaving]:
+            self._ring.give(self._held.pop(done))
 
 
 class Gradients:
@@ -67,7 +79,7 @@ class Gradients:
         self._like, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._dtype = accumulate_dtype(k.dtype)
         self._own = Sum(k, self._dtype), Sum(v, self._dtype)
-        self._outgoing: Packed | None = None
+        self._outgoing: Buffer | None = None
         self._moves = {move.posted: move for move in plan.gradient_moves}
         self._coming: dict[int, list[Exchange]] = {}
 
@@ -77,38 +89,56 @@ class Gradients:
             return self._own
         k, v = self._like
         self._outgoing = None
-        return Sum(k, self._dtype, lambda: self._packed().first), Sum(v, self._dtype, lambda: self._packed().second)
+        return Sum(k, self._dtype, lambda: self._packed().parts[0]), Sum(
+            v, self._dtype, lambda: self._packed().parts[1]
+        )
 
-    def _packed(self) -> Packed:
+    def _packed(self) -> Buffer:
         if self._outgoing is None:
-            k, v = self._like
-            self._outgoing = Packed(k.shape, v.shape, self._dtype, k.device)
+            self._outgoing = self._take(compute=True)
             self._outgoing.flat.zero_()
         return self._outgoing
+
+    def _take(self, compute: bool = False) -> Buffer:
+        assert self._ring is not None
+        k, v = self._like
+        return self._ring.take((k.shape, v.shape), self._dtype, compute)
 
     def send(self, step: int) -> None:
         """After a step: adds what has come for its block and passes the sum on."""
         if step == 0:
             return
+        assert self._ring is not None
         outgoing, self._outgoing = self._packed(), None
         for exchange in self._coming.pop(step, ()):
-            outgoing.flat.add_(exchange.wait())
+            outgoing.flat.add_(self._arrived(exchange).flat)
+            self._done(exchange)
+        self._ring.touched(outgoing)
         move = self._moves[step]
-        receive = torch.empty_like(outgoing.flat)
-        exchange = _post(self._ring, self._plan, move, outgoing.flat, receive, GRADIENTS, self._overlap)
+        exchange = _post(self._ring, self._plan, move, outgoing, self._take(), GRADIENTS, self._overlap)
         self._coming.setdefault(move.due, []).append(exchange)
+
+    def _arrived(self, exchange: Exchange) -> Buffer:
+        exchange.wait()
+        assert exchange.receive is not None
+        return exchange.receive
+
+    def _done(self, exchange: Exchange) -> None:
+        """What came was added up: both buffers are free."""
+        assert self._ring is not None and exchange.receive is not None
+        self._ring.touched(exchange.receive)
+        self._ring.give(exchange.send, exchange.receive)
 
     def home(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(dk, dv)` of this rank's own keys in their dtype, summed over all ranks and rounded once."""
-        last = self._coming.pop(len(self._plan.steps), None)
-        arrived = last[0].wait() if last else None
+        (last,) = self._coming.pop(len(self._plan.steps), (None,))
+        arrived = self._arrived(last).parts if last is not None else (None, None)
         assert not self._coming
-        grads, place = [], 0
-        for own, x in zip(self._own, self._like, strict=True):
-            total = own.total
-            if arrived is not None:
-                total = total + arrived[place : place + x.numel()].view(x.shape)
-                place += x.numel()
+        grads = []
+        for own, x, coming in zip(self._own, self._like, arrived, strict=True):
+            total = own.total if coming is None else own.total + coming
             grads.append(total.to(x.dtype))
             del total
+        if last is not None:
+            self._done(last)
         return grads[0], grads[1]

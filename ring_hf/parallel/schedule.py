@@ -86,8 +86,8 @@ def ring_backward(
             del one_dk, one_dv
         del tensors
         del k, v, dk, dv
-        blocks.wait(number)
         grads.send(number)
+        blocks.wait(number)
     return dq.total.to(q_BHCD.dtype), *grads.home()
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..geometry import HeadShare
-from .groups import group_of, subgroup
+from .groups import group_of, own_group
 
 
 @torch.library.custom_op("ring_hf::all_to_all", mutates_args=())
@@ -22,7 +22,8 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> 
     whole, ulysses = group_of(group), len(sent)
     first = dist.get_rank(whole) // ulysses * ulysses
     out = x.new_empty(sum(received))
-    dist.all_to_all_single(out, x, received, sent, group=subgroup(whole, range(first, first + ulysses)))
+    place = own_group(whole, range(first, first + ulysses), "ulysses", x.device)
+    dist.all_to_all_single(out, x, received, sent, group=place)
     return out
 
 

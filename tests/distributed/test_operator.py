@@ -33,11 +33,11 @@ def count_exchanges(rank: int, world_size: int, case: Case) -> tuple[int, int, i
     tags, sent = [], []
     original = Ring.post
 
-    def post(self, send, to, receive, source, tag):
+    def post(self, send, to, receive, source, tag, **more):
         if send is not None:
             tags.append(tag)
             sent.append(send.nbytes)
-        return original(self, send, to, receive, source, tag)
+        return original(self, send, to, receive, source, tag, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ring, "post", post)
