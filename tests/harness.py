@@ -6,6 +6,7 @@ traceback of any worker fails the test, and a hang fails it after a timeout. In 
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import socket
@@ -51,6 +52,7 @@ def poison_empty() -> None:
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
     take = buffers.Pool.take
 
+    @functools.wraps(take)
     def poisoned_take(*args: Any) -> buffers.Buffer:
         buffer = take(*args)
         buffer.flat.fill_(torch.nan)

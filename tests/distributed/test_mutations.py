@@ -20,10 +20,10 @@ def _stale_block(patch):
     original = relay.Blocks.wait
 
     def wait(self, step):
-        before = self._held.get(step)
+        before = self._held[step].flat.clone() if step in self._held else None
         original(self, step)
         if before is not None and step + 1 in self._held:
-            self._held[step + 1] = before
+            self._held[step + 1].flat.copy_(before)
 
     patch.setattr(relay.Blocks, "wait", wait)
 

@@ -1,0 +1,364 @@
+"""Exchanges on streams, proven on a model of CUDA's (`tests/streams.py`): exact under every schedule, nothing read
+before it is written or written while it is read, exchanges beside compute, no deadlock beside other collectives; and
+each wait, mark and hold is needed."""
+
+import contextlib
+import functools
+import gc
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from ring_hf.geometry import make_plan
+from ring_hf.kernels import reference
+from ring_hf.parallel import buffers, lanes, transport
+from ring_hf.parallel.schedule import ring_backward, ring_forward
+from tests import streams
+from tests.dense import dense_attention, dense_mask, with_gradients
+from tests.distributed.cases import Case, problem, shards
+from tests.replay import Replay, policies
+
+SMALL = {"units": 1, "rows": 1, "heads": 2, "kv_heads": 1, "kernel": "reference"}
+CASES = {
+    "ring": Case("zigzag", 4, **SMALL),
+    "ring of two": Case("contiguous", 2, **SMALL),
+    "double ring": Case("zigzag", 4, transport="double_ring", inner=2, **SMALL),
+    "double ring of six": Case("striped", 6, transport="double_ring", inner=3, causal=False, **SMALL),
+    "direct": Case("zigzag", 4, transport="direct", **SMALL),
+    "direct, some have nothing to send": Case("contiguous", 4, transport="direct", **SMALL),
+    "direct, window": Case("contiguous", 4, transport="direct", window=2, **SMALL),
+    "allgather": Case("zigzag", 3, transport="allgather", **SMALL),
+    "ring without overlap": Case("zigzag", 3, overlap=False, **SMALL),
+}
+LAYERS = 2
+
+
+def _kernel(layer: int) -> SimpleNamespace:
+    """The reference kernel, whose operations say which step of which pass they belong to."""
+
+    def named(name, function):
+        steps = iter(range(100))
+
+        def call(*args):
+            machine, step = streams.machine(), next(steps)
+            results = function(*args)
+            while True:
+                machine.label = f"compute {name} {layer} {step}"
+                result = next(results, None)
+                if result is None:
+                    machine.label = ""
+                    return
+                yield result
+
+        return call
+
+    return SimpleNamespace(forward=named("forward", reference.forward), backward=named("backward", reference.backward))
+
+
+@functools.cache
+def _inputs(case: Case, layer: int) -> list[torch.Tensor]:
+    return [x * (layer + 1) for x in problem(case, 4)]
+
+
+def attention(rank: int, case: Case, collectives: bool = False) -> list[tuple[torch.Tensor, ...]]:
+    """The passes of two layers on one rank, as a training step runs them: forward, forward, backward, backward.
+
+    With `collectives`, those of a sharded model go on beside them on a group of their own: the next layer's weights
+    are gathered during this one, gradients are reduced while the layer before is differentiated.
+    """
+    nested = case.transport == "double_ring"
+    weights, everyone, coming = torch.ones(6, dtype=torch.float64), streams.Group(case.num_ranks, "sharded"), []
+
+    def beside() -> None:
+        if collectives:
+            while coming:
+                coming.pop().wait()
+            coming.append(streams.collective("all_reduce")(weights, weights, everyone))
+
+    kept, results = [], []
+    for layer in range(LAYERS):
+        q, k, v, dout = shards(case, rank, *_inputs(case, layer))
+        ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"), 1, nested)
+        plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
+        kernel, maths = _kernel(layer), (q.shape[-1] ** -0.5, None)
+        beside()
+        streams.machine().part = f"forward {layer} "
+        out, lse = ring_forward(q, k, v, plan, ring, kernel, *maths, None, case.overlap)
+        kept.append((dout, q, k, v, out, lse, plan, ring, kernel, *maths, case.overlap))
+        del q, k, v, dout, out, lse
+    for layer in reversed(range(LAYERS)):
+        saved = kept.pop()
+        beside()
+        streams.machine().part = f"backward {layer} "
+        grads = ring_backward(*saved)
+        results.insert(0, (saved[4], saved[5], *grads))
+    beside()
+    return results
+
+
+def _record(case: Case, collectives: bool = False, **settings):
+    """Recordings of all ranks and their results; the inputs are made before."""
+    for layer in range(LAYERS):
+        _inputs(case, layer)
+    return streams.record(case.num_ranks, lambda rank: attention(rank, case, collectives), **settings)
+
+
+@functools.cache
+def _expected(case: Case, layer: int) -> tuple[torch.Tensor, ...]:
+    *qkv, dout = _inputs(case, layer)
+    seen = dense_mask(case.sequence, case.mask, case.rows)
+    dense = functools.partial(dense_attention, seen_BSS=seen, scale=qkv[0].shape[-1] ** -0.5, softcap=None)
+    return with_gradients(dense, *qkv, dout=dout)
+
+
+def worst(case: Case, results: list[list[tuple[torch.Tensor, ...]]]) -> float:
+    """The largest difference from dense attention over ranks, layers and tensors; NaN counts as infinite."""
+    apart = 0.0
+    for rank, layers in enumerate(results):
+        for layer, found in enumerate(layers):
+            for got, want in zip(found, shards(case, rank, *_expected(case, layer)), strict=True):
+                off = torch.where(got == want, 0.0, (got - want).abs()).max().item()
+                apart = max(apart, float("inf") if off != off else off)
+    return apart
+
+
+def check(case: Case, collectives: bool = False) -> list[streams.Machine]:
+    machines, _ = _record(case, collectives)
+    gc.collect()
+    for machine in machines:
+        machine.notice_freed()
+    return machines
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_access_is_ordered_by_streams_and_events(name):
+    machines = check(CASES[name])
+    assert streams.races(machines) == []
+    assert all(len(machine.nodes) > 100 for machine in machines)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_schedule_is_exact_and_none_deadlocks(name):
+    machines, results = _record(CASES[name], collectives=True, hold=True)
+    for serial in (False, True):
+        for seed, policy in enumerate(policies(0)):
+            Replay(machines, serial).run(policies(seed)[policy])
+            assert worst(CASES[name], results) <= 1e-12, (policy, serial)
+
+
+def _nodes(machine: streams.Machine, label: str) -> list[streams.Node]:
+    return [node for node in machine.nodes if node.label == label]
+
+
+def _lost_overlap(name: str) -> list[str]:
+    """What waits though it need not, in the second layer, when buffers have been used before.
+
+    Exchange n brings the block of step n and is posted before the compute of step n - 1.
+    """
+    case, lost = CASES[name], []
+    for machine in check(case):
+        for part in ("forward 1", "backward 1"):
+            steps = [_nodes(machine, f"compute {part} {step}") for step in range(case.num_ranks)]
+            hops = _nodes(machine, f"exchange {part} ring tag 1")
+            far = _nodes(machine, f"exchange {part} between inner rings tag 1")
+            if far:  # a whole turn beside the far exchange
+                lost += ["inner hop for far exchange"] * hops[0].follows(far[0])
+                lost += [f"compute for far exchange in {part}"] * any(node.follows(far[0]) for node in steps[1])
+                continue
+            for number, hop in enumerate(hops, 1):
+                lost += [f"compute {number - 1} for exchange {number} in {part}"] * any(
+                    node.follows(hop) for node in steps[number - 1]
+                )
+                assert all(node.follows(hop) for node in steps[number])
+            # Sent and received without touching what the compute of step 0 reads.
+            lost += [f"exchange 2 for compute 0 in {part}" for hop in hops[1:2] if hop.follows(steps[0][-1])]
+    return lost
+
+
+@pytest.mark.parametrize("name", ["ring", "ring of two", "direct", "double ring", "double ring of six"])
+def test_exchanges_may_run_beside_compute_that_does_not_need_them(name):
+    assert _lost_overlap(name) == []
+
+
+def test_without_overlap_every_step_waits_for_its_exchange():
+    assert "compute 0 for exchange 1 in forward 1" in _lost_overlap("ring without overlap")
+
+
+def test_values_travel_while_keys_are_put_in_order():
+    for machine in check(CASES["allgather"]):
+        _, values = _nodes(machine, "exchange forward 1 ring all_gather")
+        cats = [node for node in _nodes(machine, "aten.cat.out") if node.launch > values.launch]
+        keys_in_order, values_in_order = cats[:2]
+        assert not keys_in_order.follows(values) and values_in_order.follows(values)
+        of_keys, of_values = _nodes(machine, "exchange backward 1 ring reduce_scatter")
+        between = [node for node in machine.nodes if of_keys.launch < node.launch < of_values.launch]
+        assert between and not any(node.follows(of_keys) for node in between)
+
+
+def test_collectives_in_another_order_on_one_rank_deadlock_in_the_model():
+    case = CASES["ring"]
+
+    def program(rank):
+        weights, everyone = torch.ones(4), streams.Group(case.num_ranks, "sharded")
+        ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"))
+        send, receive = (ring.take(((2,),), torch.float32, compute=True) for _ in range(2))
+        ring.touched(send)
+        posts = [
+            lambda: streams.collective("all_reduce")(weights, weights, everyone),
+            lambda: ring.post(send, (rank + 1) % ring.size, receive, (rank - 1) % ring.size, 1),
+        ]
+        for post in reversed(posts) if rank == 0 else posts:
+            post()
+
+    machines, _ = streams.record(case.num_ranks, program, hold=True)
+    with pytest.raises(TimeoutError, match=r"deadlock at .*rank 0: exchange"):
+        Replay(machines, serial=True).run(policies(0)["at random"])
+
+
+def test_results_never_lie_in_a_buffer_of_the_pool():
+    for name, case in CASES.items():
+        machines, results = _record(case)
+        for machine, layers in zip(machines, results, strict=True):
+            rooms = {room.untyped_storage().data_ptr() for room, _ in machine.pool._idle}
+            assert rooms, name
+            assert not rooms & {x.untyped_storage().data_ptr() for layer in layers for x in layer}, name
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(rank: int, case: Case) -> None:
+    """A forward pass whose kernel fails in step 1: what is under way is dropped, then memory is asked for again."""
+    q, k, v, _ = shards(case, rank, *_inputs(case, 0))
+    ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"))
+    plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
+
+    def forward(*args):
+        raise Stop
+        yield
+
+    with pytest.raises(Stop):
+        ring_forward(q, k, v, plan, ring, SimpleNamespace(forward=forward), 1.0, None, None, True)
+    del q, k, v, ring, plan
+    gc.collect()
+    torch.zeros(3)
+
+
+def races_of_a_failure(case: Case) -> list[str]:
+    _inputs(case, 0)
+    machines, _ = streams.record(case.num_ranks, lambda rank: stopped(rank, case), torch_holds=True)
+    return streams.races(machines)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_that_fails_frees_nothing_that_is_in_use(name):
+    assert races_of_a_failure(CASES[name]) == []
+
+
+def _finish_on_side_only(self, works):
+    with self._cuda.stream(self._side):
+        lanes.Lane.finish(self, works)
+        return self.mark()
+
+
+def _finish_on_compute_only(self, works):
+    return lanes.Lane.finish(self, works)
+
+
+@contextlib.contextmanager
+def _side_without_marks(self, marks):
+    with self._cuda.stream(self._side):
+        yield
+
+
+@contextlib.contextmanager
+def _side_is_current(self, marks):
+    self.wait(marks)
+    yield
+
+
+def _hold_nothing(self, lane, works, send, receive):
+    self._lane, self._works, self.send, self.receive = lane, works, None, receive
+
+
+def _give_without_marks(self, buffer, original=buffers.Pool.give):
+    buffer.marks = ()
+    original(self, buffer)
+
+
+def _fresh_without_marks(self, *args):
+    with mock.patch.object(self._lane, "mark", lambda: ()):
+        return streams.TAKE(self, *args)
+
+
+def _free_when_posted(self, send, *args, original=transport.Ring.post, **more):
+    exchange = original(self, send, *args, **more)
+    self._pool._idle.append((send.room, send.marks))
+    return exchange
+
+
+def _one_group(self, *args, original=transport.Ring.__init__):
+    original(self, *args)
+    groups = streams.machine().groups
+    groups["between inner rings"] = groups.setdefault("ring", streams.Stream(streams.machine(), "ring"))
+
+
+def _races(name: str) -> list[str]:
+    return streams.races(check(CASES[name]))
+
+
+def _races_of_a_failure(name: str) -> list[str]:
+    return races_of_a_failure(CASES[name])
+
+
+# fault -> (what is broken, by what, the case that shows it, how)
+FAULTS = {
+    "compute does not wait for a block": (lanes.StreamLane, "finish", _finish_on_side_only, "ring", _races),
+    "the next hop does not wait for a block": (
+        lanes.StreamLane,
+        "finish",
+        _finish_on_compute_only,
+        "double ring of six",
+        _races,
+    ),
+    "exchanges wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "ring", _races),
+    "copies to be fetched wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "direct", _races),
+    "gathers wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "allgather", _races),
+    "compute leaves no mark": (transport.Ring, "touched", lambda self, buffer: None, "ring", _races),
+    "compute leaves no mark on what it fetched": (
+        transport.Ring,
+        "touched",
+        lambda self, buffer: None,
+        "direct",
+        _races,
+    ),
+    "buffers come back without marks": (buffers.Pool, "give", _give_without_marks, "ring", _races),
+    "buffers are used again before they have left": (transport.Ring, "post", _free_when_posted, "ring", _races),
+    "compute takes buffers without waiting": (lanes.StreamLane, "wait", lambda self, marks: None, "ring", _races),
+    "fresh memory without a mark": (buffers.Pool, "take", _fresh_without_marks, "ring", _races),
+    "exchanges do not hold what they send": (transport.Exchange, "__init__", _hold_nothing, "ring", _races),
+    "no record_stream": (lanes.StreamLane, "share", lambda self, x: None, "direct", _races_of_a_failure),
+    "posted on the compute stream": (lanes.StreamLane, "side", _side_is_current, "ring", _lost_overlap),
+    "fetched on the compute stream": (lanes.StreamLane, "side", _side_is_current, "direct", _lost_overlap),
+    "one group for near and far": (transport.Ring, "__init__", _one_group, "double ring of six", _lost_overlap),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_wait_mark_and_hold_is_needed(fault):
+    target, attribute, broken, name, judge = FAULTS[fault]
+    assert judge(name) == []
+    with mock.patch.object(target, attribute, broken):
+        found = judge(name)
+    assert found
+    print(f"MUTATION {fault} ({name}): {len(found)} found, such as {found[0]}")
+
+
+def test_a_missing_wait_also_shows_in_numbers():
+    with mock.patch.object(lanes.StreamLane, "finish", _finish_on_side_only):
+        machines, results = _record(CASES["ring"], hold=True)
+    Replay(machines).run(policies(0)["exchanges late"])
+    assert worst(CASES["ring"], results) > 1e-3
