@@ -55,7 +55,8 @@ def poison_empty() -> None:
     @functools.wraps(take)
     def poisoned_take(*args: Any) -> buffers.Buffer:
         buffer = take(*args)
-        buffer.flat.fill_(torch.nan)
+        if buffer.flat.is_floating_point():
+            buffer.flat.fill_(torch.nan)
         return buffer
 
     buffers.Pool.take = poisoned_take  # type: ignore[method-assign]

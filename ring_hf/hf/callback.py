@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ring_hf.parallel import group_of, warm_up
+
 from . import context as process
 from .guard import base_model, guard_model, refuse_together
 from .models import MODEL_RULES
@@ -74,6 +76,9 @@ class ContextParallelCallback(TrainerCallback):
         error = error or split_error(inner.config, context)
         split = None if error is not None else resolve(inner.config, context)
         refuse_together(error, {"the way sequences are split": str(split)}, context)
+        assert split is not None
+        # Once for a split: here, so that evaluation without training finds it done, too.
+        warm_up(group_of(context.group), args.device, split.ulysses_size, split.inner_ring_size)
         guard_model(model).prove_again()
         if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
             logger.info(

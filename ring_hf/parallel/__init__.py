@@ -8,6 +8,7 @@ from .attention import check_tensors, local_attention, ring_attention
 from .functional import context_attention
 from .groups import all_gather, forget_group, group_of, rank_in, register_group
 from .sharding import cut, join, shard, unshard
+from .warm_up import warm_up
 
 __all__ = [
     "agree",
@@ -24,4 +25,5 @@ __all__ = [
     "ring_attention",
     "shard",
     "unshard",
+    "warm_up",
 ]

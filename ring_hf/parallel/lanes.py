@@ -13,7 +13,9 @@ proven on a model of streams, `tests/streams.py`.)
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,10 +38,14 @@ class Lane:
         """Inside, operations go to the side stream, after these marks."""
         return contextlib.nullcontext()
 
-    def finish(self, works: Iterable[Work]) -> Marks:
-        """Both streams go on after these exchanges; the mark of their end."""
+    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Marks:
+        """Both streams go on after these exchanges; the mark of their end. With `patience` the host waits so long.
+
+        Raises:
+            RuntimeError: if they do not end in that time.
+        """
         for work in works:
-            work.wait()
+            work.wait(*(() if patience is None else (patience,)))
         return ()
 
     def share(self, x: torch.Tensor) -> None:
@@ -72,13 +78,18 @@ class StreamLane(Lane):
         with self._cuda.stream(self._side):
             yield
 
-    def finish(self, works: Iterable[Work]) -> Marks:
+    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Marks:
         """The side stream waits for the works, the current one for the side stream: one event serves both and all
         that use the buffers later, so that no work is waited for twice."""
         with self._cuda.stream(self._side):
-            super().finish(works)
+            super().finish(works)  # without patience: on a GPU this only orders streams
             marks = self.mark()
         self.wait(marks)
+        deadline = None if patience is None else time.monotonic() + patience.total_seconds()
+        while deadline is not None and not all(event.query() for event in marks):
+            if time.monotonic() > deadline:
+                raise RuntimeError("timed out on the device")
+            time.sleep(0.001)
         return marks
 
     def share(self, x: torch.Tensor) -> None:

@@ -39,12 +39,15 @@ def measure_links(
     """
     group = dist.group.WORLD
     assert group is not None
-    ring = Ring(group)
+    ring = Ring(group, device)
     found = []
     for size in sizes:
         say(f"exchanging {size:,} bytes with its neighbours")
-        send = torch.ones(size, dtype=torch.uint8, device=device)
-        receive = torch.zeros_like(send)
+        send, receive = (ring.take(((size,),), torch.uint8, compute=True) for _ in range(2))
+        send.flat.fill_(1)
+        receive.flat.zero_()
+        ring.touched(send)
+        ring.touched(receive)
         seconds = []
         for repeat in range(repeats + 2):  # the first two warm up
             gather([None])
@@ -56,8 +59,10 @@ def measure_links(
             exchange.wait()
             _finish(device)
             seconds += [time.perf_counter() - begin] if repeat >= 2 else []
-        if not bool(receive.all()):
+        if not bool(receive.flat.all()):
             raise RuntimeError(f"an exchange of {size} bytes did not bring what was sent")
+        ring.touched(receive)
+        ring.give(send, receive)
         slowest = max(gather([statistics.median(seconds)]))
         found.append((size, slowest))
     return found

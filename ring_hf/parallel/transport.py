@@ -7,6 +7,8 @@ double ring another, as one NCCL communicator does one thing after the other. Ev
 stream (`lanes.py`) and waited for before its pass ends, by all ranks in the same order.
 """
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
@@ -27,15 +29,15 @@ class Exchange:
     def __init__(self, lane: Lane, works: list[Work], send: Buffer | None, receive: Buffer | None) -> None:
         self._lane, self._works, self.send, self.receive = lane, works, send, receive
 
-    def wait(self) -> None:
+    def wait(self, patience: timedelta | None = None) -> None:
         """Later work on the current stream finds the received block, and may overwrite the sent one.
 
-        May be called again: a second wait on gloo's own work would wait for ever.
+        May be called again: a second wait on gloo's own work would wait for ever. With `patience` the host waits too.
         """
         works, self._works = self._works, []
         if not works:
             return
-        marks = self._lane.finish(works[::-1])  # receive first: it may be what lets another rank's send end
+        marks = self._lane.finish(works[::-1], patience)  # receive first: it may end another rank's send
         for buffer in (self.send, self.receive):
             if buffer is not None:
                 buffer.marks += marks
@@ -49,6 +51,7 @@ class Ring:
     Attributes:
         rank: this rank's place.
         size: number of places.
+        device: of what is exchanged; `lane` orders it.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device, ulysses: int = 1, nested: bool = False) -> None:
@@ -57,7 +60,7 @@ class Ring:
         ranks = range(part, self.size * ulysses, ulysses)
         self._group = own_group(group, ranks, "ring", device)
         self._between = own_group(group, ranks, "between inner rings", device) if nested else self._group
-        self.lane, self._pool = lane_of(device), pool_of(device)
+        self.device, self.lane, self._pool = device, lane_of(device), pool_of(device)
 
     def post(
         self, send: Buffer | None, to: int, receive: Buffer | None, source: int, tag: int, between: bool = False

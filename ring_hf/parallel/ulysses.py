@@ -12,18 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..geometry import HeadShare
 from .groups import group_of, own_group
 
 
+def place_of(group: ProcessGroup, ulysses: int, device: torch.device) -> ProcessGroup:
+    """The ranks of a group that exchange heads with this one, on a group of their own."""
+    first = dist.get_rank(group) // ulysses * ulysses
+    return own_group(group, range(first, first + ulysses), "ulysses", device)
+
+
 @torch.library.custom_op("ring_hf::all_to_all", mutates_args=())
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
-    whole, ulysses = group_of(group), len(sent)
-    first = dist.get_rank(whole) // ulysses * ulysses
     out = x.new_empty(sum(received))
-    place = own_group(whole, range(first, first + ulysses), "ulysses", x.device)
-    dist.all_to_all_single(out, x, received, sent, group=place)
+    dist.all_to_all_single(out, x, received, sent, group=place_of(group_of(group), len(sent), x.device))
     return out
 
 

@@ -258,13 +258,13 @@ def test_a_pass_that_fails_frees_nothing_that_is_in_use(name):
     assert races_of_a_failure(CASES[name]) == []
 
 
-def _finish_on_side_only(self, works):
+def _finish_on_side_only(self, works, patience=None):
     with self._cuda.stream(self._side):
         lanes.Lane.finish(self, works)
         return self.mark()
 
 
-def _finish_on_compute_only(self, works):
+def _finish_on_compute_only(self, works, patience=None):
     return lanes.Lane.finish(self, works)
 
 

@@ -1,0 +1,210 @@
+"""Every rank posts the same exchanges in the same order, however the backward pass comes about; and buffers for them
+are allocated once."""
+
+import functools
+import threading
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ring_hf.parallel import buffers, context_attention, transport, warm_up
+from ring_hf.parallel.buffers import Pool
+from ring_hf.parallel.lanes import Lane
+from tests.distributed.cases import Case, problem, shards
+from tests.harness import run_distributed
+
+OPERATOR = torch.ops.ring_hf.ring_attention.default
+LAYERS, BATCHES = 2, 2
+WAYS = {
+    "ring": Case("zigzag", 4, units=1, rows=1),
+    "windowed ring": Case("contiguous", 4, units=1, rows=1, window=4),
+    "double ring": Case("zigzag", 4, units=1, rows=1, transport="double_ring", inner=2),
+    "direct": Case("contiguous", 4, units=1, rows=1, transport="direct"),
+    "allgather": Case("zigzag", 4, units=1, rows=1, transport="allgather"),
+    "ulysses in a ring": Case("zigzag", 4, units=1, rows=1, ulysses=2),
+}
+
+
+def _step(case: Case, rank: int, checkpointing: str) -> None:
+    """Two layers with weights, two batches whose gradients add up, reduced over all ranks as they come (as DDP)."""
+    weights = [torch.nn.Parameter(torch.ones(8, dtype=torch.float64)) for _ in range(LAYERS)]
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(lambda x: dist.all_reduce(x.grad))
+
+    def layer(weight, q, k, v):
+        settings = {"layout": case.layout, "window": case.window, "transport": case.transport}
+        settings |= {"ulysses_size": case.ulysses, "inner_ring_size": case.inner}
+        return context_attention(q * weight, k * weight, v, **settings)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is OPERATOR else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for _ in range(BATCHES):
+        q, k, v, dout = shards(case, rank, *problem(case))
+        for weight in weights:
+            if checkpointing == "none":
+                q = layer(weight, q, k, v)
+            else:
+                contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+                more = {"context_fn": contexts} if checkpointing == "selective" else {}
+                q = checkpoint(layer, weight, q, k, v, use_reentrant=checkpointing == "reentrant", **more)
+        q.backward(dout)
+
+
+def posts(rank: int, world_size: int, case: Case, checkpointing: str) -> list[tuple]:
+    """What one rank posts, in its order: exchanges, both collectives, exchanges of heads, and the other reductions."""
+    warm_up(dist.group.WORLD, torch.device("cpu"), case.ulysses, case.inner)
+    said: list[tuple] = []
+
+    def told(name, original, describe):
+        def call(*args, **kwargs):
+            said.append((name, *describe(*args, **kwargs)))
+            return original(*args, **kwargs)
+
+        return call
+
+    def hop(ring, send, to, receive, source, tag, between=False):
+        inner = case.inner if case.inner > 1 else ring.size
+
+        def ahead(one, other):
+            return (other // inner - one // inner) % (ring.size // inner), (other - one) % inner
+
+        return tag, ahead(ring.rank, to), ahead(source, ring.rank), between
+
+    originals = dist.all_to_all_single, dist.all_reduce
+    with (
+        mock.patch.object(transport.Ring, "post", told("exchange", transport.Ring.post, hop)),
+        mock.patch.object(transport, "_all_gather", told("gather", transport._all_gather, _sizes)),
+        mock.patch.object(transport, "_reduce_scatter", told("scatter", transport._reduce_scatter, _sizes)),
+        mock.patch.object(dist, "all_to_all_single", told("heads", originals[0], _sizes)),
+        mock.patch.object(dist, "all_reduce", told("weights", originals[1], _sizes)),
+    ):
+        _step(case, rank, checkpointing)
+    return said
+
+
+def _sizes(*args, **kwargs) -> list[int]:
+    return [x.numel() for x in args if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ranks_post_in_one_order_also_in_recompute_and_accumulation(way):
+    counts = {}
+    for checkpointing in ("none", "plain", "reentrant", "selective"):
+        first, *others = run_distributed(4, posts, WAYS[way], checkpointing)
+        assert first and all(other == first for other in others), (way, checkpointing)
+        counts[checkpointing] = Counter(name for name, *_ in first)
+    assert all(count["weights"] == LAYERS * BATCHES for count in counts.values())
+    kinds = {"exchange", "gather"} & set(counts["none"])
+    for kind in kinds:
+        # Recomputing exchanges once more; saving the operator does not.
+        assert counts["plain"][kind] > counts["selective"][kind] == counts["none"][kind]
+
+
+def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]:
+    """`(buffers taken, buffers allocated)` per layer, forward and backward, of four layers and a longer batch."""
+    transport.pool_of(torch.device("cpu")).clear()
+    taken, allocated = 0, 0
+    take, share = Pool.take, Lane.share
+
+    def count_take(self, shapes, dtype):
+        nonlocal taken
+        taken += 1
+        return take(self, shapes, dtype)
+
+    def count_empty(self, x):  # the pool shares each room it allocates; nobody else calls this for a room
+        nonlocal allocated
+        allocated += x.ndim == 1 and x.storage_offset() == 0 and x.is_contiguous() and not x.requires_grad
+        share(self, x)
+
+    found = []
+    with mock.patch.object(Pool, "take", count_take), mock.patch.object(Lane, "share", count_empty):
+        for units in (1, 1, 1, 1, 2, 1):
+            before = taken, allocated
+            _layer(Case(**{**case.__dict__, "units": units}), rank)
+            found.append((taken - before[0], allocated - before[1]))
+    return found
+
+
+def _layer(case: Case, rank: int) -> None:
+    q, k, v, dout = (x.requires_grad_() for x in shards(case, rank, *problem(case)))
+    settings = {"layout": case.layout, "window": case.window, "transport": case.transport}
+    settings |= {"ulysses_size": case.ulysses, "inner_ring_size": case.inner}
+    context_attention(q, k, v, **settings).backward(dout)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_are_allocated_for_the_first_layer_alone(way):
+    for rank, layers in enumerate(run_distributed(4, allocations, WAYS[way])):
+        taken, allocated = zip(*layers, strict=True)
+        print(f"BUFFERS {way} rank {rank}: taken per layer {taken}, allocated {allocated}")
+        assert 0 < allocated[0] <= taken[0] and allocated[1:4] == (0, 0, 0)
+        assert taken[:4] == (taken[0],) * 4
+
+
+def _pool() -> Pool:
+    return Pool(torch.device("cpu"), Lane())
+
+
+def test_idle_buffers_are_bounded_by_what_recent_passes_held_at_once():
+    pool = _pool()
+    for size in range(100, 200):  # another shape in every batch
+        first, second = (pool.take(((size,), (1,)), torch.float32) for _ in range(2))
+        pool.give(first)
+        pool.give(second)
+        assert pool.idle_bytes <= 2 * 4 * (size + 1) * 2
+    large = pool.take(((10_000,),), torch.float32)
+    pool.give(large)
+    for _ in range(buffers.PASSES):
+        pool.give(pool.take(((10,),), torch.float32))
+    assert pool.idle_bytes <= 4 * 20
+
+
+def test_idle_buffers_are_bounded_in_all(monkeypatch):
+    monkeypatch.setattr(buffers, "IDLE_BYTES", 1000)
+    pool = _pool()
+    lent = [pool.take(((100,),), torch.float32) for _ in range(5)]
+    for buffer in lent:
+        pool.give(buffer)
+    assert 0 < pool.idle_bytes <= 1000
+    pool.clear()
+    assert pool.idle_bytes == 0
+
+
+def test_a_buffer_is_never_lent_twice_at_once_and_one_left_behind_is_not_missed():
+    pool = _pool()
+    lent = [pool.take(((8,),), torch.float32) for _ in range(3)]
+    assert len({buffer.room.data_ptr() for buffer in lent}) == 3
+    pool.give(lent[0])
+    with pytest.raises(AssertionError, match="given back twice"):
+        pool.give(lent[0])
+    again = pool.take(((2, 4),), torch.float32)
+    assert again.room is lent[0].room and again.parts[0].shape == (2, 4)
+    assert pool.take(((8,),), torch.float64).room.dtype == torch.float64
+    del lent, again
+    pool.give(pool.take(((1,),), torch.float32))
+    assert pool.idle_bytes == 4
+
+
+def test_threads_share_a_pool():
+    pool = _pool()
+    seen = []
+
+    def work(number):
+        for _ in range(200):
+            buffer = pool.take(((64,),), torch.float32)
+            filled = buffer.flat.fill_(number)
+            assert (filled == number).all()
+            pool.give(buffer)
+        seen.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [0, 1, 2, 3] and pool.idle_bytes <= 4 * 64 * 4
