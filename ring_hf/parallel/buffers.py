@@ -87,7 +87,7 @@ class Pool:
             if not self._lent:  # a pass ends
                 self._needs.append(self._most)
                 self._most = 0
-            bound = min(IDLE_BYTES, max(self._needs, default=IDLE_BYTES))
+            bound = min(IDLE_BYTES, max([self._most, *self._needs]))
             while self.idle_bytes > bound:
                 self._idle.pop(0)
 

@@ -125,7 +125,7 @@ def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]
     with mock.patch.object(Pool, "take", count_take), mock.patch.object(Lane, "share", count_empty):
         for units in (1, 1, 1, 1, 2, 1):
             before = taken, allocated
-            _layer(Case(**{**case.__dict__, "units": units}), rank)
+            _layer(Case(**{**case.__dict__, "units": units, "dtype": "bfloat16"}), rank)
             found.append((taken - before[0], allocated - before[1]))
     return found
 
