@@ -120,8 +120,8 @@ class Parcel:
 class Trip:
     """Everything that leaves in one forward pass, by layer."""
 
-    def __init__(self, road: Road, smallest: int = SMALLEST) -> None:
-        self.road, self.smallest, self.layer = road, smallest, -1
+    def __init__(self, road: Road) -> None:
+        self.road, self.layer = road, -1
         # Weak, so that what left goes with the graph that would bring it back.
         self.parcels: dict[int, weakref.WeakSet[Parcel]] = defaultdict(weakref.WeakSet)
 
@@ -132,7 +132,7 @@ class Trip:
 
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
         """What brings the tensor back."""
-        if x.nbytes < self.smallest or isinstance(x, torch.nn.Parameter) or not x.is_floating_point():
+        if x.nbytes < SMALLEST or isinstance(x, torch.nn.Parameter) or not x.is_floating_point():
             return lambda: x
         parcel = Parcel(self, x)
         self.parcels[self.layer].add(parcel)

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "lengths": "textbook, fused and ring attention over growing lengths: time, peak memory, plot, exponents of growth",
     "algorithms": "every transport, Ulysses and layout side by side, one document and many packed ones",
     "training": "a training step through the Trainer, one process and two, every lever off and on: time, peak memory",
+    "memory": "peak memory of a training step, every lever of ring_hf.memory off and on, each in its own process",
     "longest": "one step at 256K tokens, its loss compared with plain Transformers in one process",
     "peers": "this package, PyTorch's own ring and two packages from PyPI: exactness, time, peak memory",
 }

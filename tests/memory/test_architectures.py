@@ -26,7 +26,7 @@ NOT_SAVED = {  # values of another head dim, in one process: PyTorch has no fuse
     *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
 }
 NO_CHECKPOINTS = {"ctrl", "jetmoe"}
-NO_MODULE = set("bert bert/decoder electra electra/decoder ernie ernie/decoder opt roc_bert".split())
+NO_MODULE = {"bert", "bert/decoder", "electra", "electra/decoder", "ernie", "ernie/decoder", "opt", "roc_bert"}
 SORTED = {"jetmoe", "llama4", "llama4_text"}
 REFUSED = {
     "save": {

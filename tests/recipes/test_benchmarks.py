@@ -73,6 +73,15 @@ def test_training_steps_are_timed_with_every_lever(tmp_path):
     assert all(row["seconds"] > 0 and len(row["runs"]) == 1 for row in rows)
 
 
+def test_the_memory_of_a_step_is_measured_with_every_lever(tmp_path):
+    cases = ["none", "attention saved, both in blocks"]
+    sizes = ["--tokens", "2048", "--vocabulary", "4096", "--hidden", "64", "--layers", "1"]
+    run_command([*COMMAND, "memory", *sizes, "--cases", *cases, "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == cases
+    assert rows[1]["ratio"] > 1 and rows[1]["difference"] < 1e-4
+
+
 def test_the_longest_sequence_has_the_loss_of_one_process(tmp_path):
     run_command([*COMMAND, "longest", "--length", "512", "--vocabulary", "48", "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "longest.json").read_text())["rows"]
