@@ -217,7 +217,7 @@ def test_names_in_the_text_exist():
     import ring_hf
 
     names = set(re.findall(r"ring_hf\.([A-Za-z_]+)\b", README))
-    assert names == {"ContextParallelConfig", "ContextParallelCollator", "context_attention"}
+    assert names == {"ContextParallelConfig", "ContextParallelCollator", "context_attention", "memory"}
     assert all(hasattr(ring_hf, name) for name in names)
     paths = set(re.findall(r"\b(?:configs|recipes|scripts)/[A-Za-z0-9_/-]+(?:\.(?:yaml|py|md|png))?", README)) - {
         "scripts/"
