@@ -34,7 +34,7 @@ FORMS: dict[tuple[int, ...], Form] = {
         ),
     ),
 }
-_UNREAD = (2, 9, 0)
+_UNREAD, _INSTEAD = (2, 9, 0), "install flash-attn>=2.6.2,<2.9"
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,13 +47,13 @@ def installed() -> Package | str:
     form = form_of(version)
     if form is None:
         return (
-            f"flash-attn {version} is not one whose functions are known here; install flash-attn>=2.6.2,<2.9 "
+            f"flash-attn {version} is not one whose functions are known here; {_INSTEAD} "
             "(2.6.0 and 2.6.1 ignore soft-capping in backward)"
         )
     module = flash_packages.imported(f"flash-attn {version}", "flash_attn.flash_attn_interface")
     if isinstance(module, str):
         return module
-    return flash_packages.fitting(f"flash-attn {version}", numbers(version), module, (form,))
+    return flash_packages.fitting(f"flash-attn {version}", numbers(version), module, (form,), _INSTEAD)
 
 
 def form_of(version: str) -> Form | None:

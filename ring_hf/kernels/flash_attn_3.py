@@ -39,6 +39,7 @@ WITHOUT_DEFAULTS = _form(
     backward_always={"sequed_q": None, "sequed_k": None, "causal": False},
 )
 FORMS = (WITH_DEFAULTS, WITHOUT_DEFAULTS)
+_INSTEAD = "install hopper/ of flash-attention v2.8.0 to v2.8.3, or of September 2025 and later"
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,7 +54,7 @@ def installed() -> Package | str:
     module = flash_packages.imported(name, "flash_attn_interface")
     if isinstance(module, str):
         return module
-    return flash_packages.fitting(name, numbers(name.rpartition(" ")[2]), module, FORMS)
+    return flash_packages.fitting(name, numbers(name.rpartition(" ")[2]), module, FORMS, _INSTEAD)
 
 
 def limits(package: Package, wanted: Wanted) -> str | None:

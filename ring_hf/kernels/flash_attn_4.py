@@ -7,7 +7,8 @@ matters to nobody who passes keywords. The first two results are out and lse; si
 
 What the versions could do was read in the same file: windows and packed documents in backward on 9.x since beta5
 (asserted before), windows in backward on 12.x since beta21 (silently ignored before), soft-capping of packed
-documents in backward since beta24 (before: asserted, or ignored), head dim 256 on 10.x and 11.x since beta11.
+documents in backward since beta24 (before: asserted, or ignored), head dim 256 on 10.x and 11.x since beta11. For 12.x
+it checks no head dim; as shared memory is small there, more than 128 is refused here.
 """
 
 import functools
@@ -20,7 +21,7 @@ import torch
 from . import flash_calls, flash_packages
 from .flash_packages import Form, Package, Read, Wanted
 
-# First beta, line of forward, line of backward.
+# Tags -> line of forward, line of backward.
 _LINES: Mapping[str, tuple[int, int]] = {
     "beta0 to beta4": (99, 577),
     "beta5, beta6": (288, 953),
@@ -55,6 +56,7 @@ FORM = Form(
 # Compute capability -> the first beta whose backward has windows and packed documents there.
 _SINCE = {9: 5, 10: 0, 11: 0, 12: 21}
 _SOFTCAP, _WIDE = 24, 11
+_INSTEAD = "install a beta of flash-attn-4: pip install --pre flash-attn-4"
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,7 +69,7 @@ def installed() -> Package | str:
     module = flash_packages.imported(f"flash-attn-4 {version}", "flash_attn.cute.interface")
     if isinstance(module, str):
         return module
-    return flash_packages.fitting(f"flash-attn-4 {version}", beta(version), module, (FORM,))
+    return flash_packages.fitting(f"flash-attn-4 {version}", beta(version), module, (FORM,), _INSTEAD)
 
 
 def beta(version: str) -> tuple[int, ...]:

@@ -107,14 +107,15 @@ def imported(name: str, module: str) -> ModuleType | str:
         return f"{name} cannot be imported ({type(error).__name__}: {error})"
 
 
-def fitting(name: str, version: tuple[int, ...], functions: ModuleType, forms: tuple[Form, ...]) -> Package | str:
-    """The package with the first of the forms that its functions have, or what each of them lacks."""
+def fitting(
+    name: str, version: tuple[int, ...], functions: ModuleType, forms: tuple[Form, ...], instead: str
+) -> Package | str:
+    """The package with the first of the forms that its functions have, or what the nearest lacks and what to do."""
     found = [(compare(functions, form), form) for form in forms]
     differences, form = min(found, key=lambda item: len(item[0]))
-    if not differences:
-        return Package(name, version, form, functions)
-    tags = ", ".join(read.tags for read in form.read)
-    return f"{name} differs from what was read ({tags}): {'; '.join(differences)}"
+    if differences:
+        return f"{name} differs from what was read: {'; '.join(differences)}; {instead}"
+    return Package(name, version, form, functions)
 
 
 def compare(functions: ModuleType, form: Form) -> list[str]:

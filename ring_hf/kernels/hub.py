@@ -86,7 +86,8 @@ def load(name: str) -> Package | str:
         return f"version {wanted.version} of it has no submodule {wanted.submodule}"
     itself = str(getattr(module, "__version__", wanted.like))
     of_form = flash_attn_4.beta(itself) if wanted.form is _FOUR else flash_packages.numbers(wanted.like)
-    return flash_packages.fitting(f"{name} (version {wanted.version})", of_form, functions, (wanted.form,))
+    instead = "install the package itself, or name another kernel"
+    return flash_packages.fitting(f"{name} (version {wanted.version})", of_form, functions, (wanted.form,), instead)
 
 
 def _kernel(name: str, repository: Repository) -> FlashKernel:

@@ -87,14 +87,14 @@ DIFFERENT = {
     "2-with-older-functions": (
         "2.8.3",
         SIGNATURES["2.6.3"],
-        r"flash-attn 2.8.3 differs from what was read \(v2.7.0 .*\): _flash_attn_forward takes no window_size_left, "
-        r"window_size_right; _flash_attn_forward wants window_size;",
+        r"flash-attn 2.8.3 differs from what was read: _flash_attn_forward takes no window_size_left, "
+        r"window_size_right; _flash_attn_forward wants window_size;.*; install flash-attn>=2.6.2,<2.9",
     ),
     "3-of-2.7.4": (
         "3-2.8.3",
         THREE_OF_2_7_4,
-        r"flash-attn-3 3.0.0b1 differs from what was read \(v2.8.0 to v2.8.3.post1\): _flash_attn_forward takes no "
-        "qv, seqlens_rotary",
+        r"flash-attn-3 3.0.0b1 differs from what was read: _flash_attn_forward takes no "
+        "qv, seqlens_rotary.*; install hopper/ of flash-attention v2.8.0 to v2.8.3, or of September 2025 and later",
     ),
     "3-of-before": (
         "3-2025-09",
@@ -105,12 +105,12 @@ DIFFERENT = {
         "4-beta26",
         CUTE_OF_2_8_3,
         r"flash-attn-4 4.0.0b26 differs .*: _flash_attn_fwd takes no max_seqlen_k, max_seqlen_q, return_lse; "
-        r"_flash_attn_bwd takes no cu_seqlens_k, .*window_size_right",
+        r"_flash_attn_bwd takes no cu_seqlens_k, .*window_size_right; install a beta of flash-attn-4: pip",
     ),
     "hub": (
         "kernels-community/flash-attn3",
         SIGNATURES["3-2.8.3"],
-        r"flash-attn3 \(version 1\) differs from what was read \(40d4194f\): .* takes no window_size_",
+        r"flash-attn3 \(version 1\) differs from what was read: .* takes no window_size_.*; install the package",
     ),
 }
 
