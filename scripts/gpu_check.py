@@ -9,6 +9,7 @@ Three sections, each of which is kept when it is done, so that a run that was st
     python scripts/gpu_check.py                          # minutes on one GPU; writes scripts/results/gpu_check_...
     python scripts/gpu_check.py --quick
     python scripts/gpu_check.py --only exactness         # or several: exactness,benchmark
+    python scripts/gpu_check.py --only exactness --kernels kernels-community/flash-attn3   # loaded from the hub
     python scripts/gpu_check.py --emulate --quick        # on a CPU, at sizes that say nothing of speed
 
 Writes results.json and results.md. The exit code is 1 if anything is not exact.
@@ -29,13 +30,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.doctor import machine
+from ring_hf.kernels import check_name
 from scripts.checks import exactness, timing, training
 from scripts.checks.report import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Progress = Callable[[str, int], None]
 SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress], dict[str, Any]]] = {
-    "exactness": lambda device, options, say: exactness.run(device, options.quick, options.emulate, say),
+    "exactness": lambda device, options, say: exactness.run(
+        device, options.quick, options.emulate, options.kernels, say
+    ),
     "trainer": lambda device, options, say: training.run(device, options.emulate, say),
     "benchmark": lambda device, options, say: timing.run(device, options.quick, options.emulate, say),
 }
@@ -44,6 +48,9 @@ SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress], dict[
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument(
+        "--kernels", nargs="+", default=["auto"], help="for exactness; also hub kernels, by repository"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer problems and lengths")
     parser.add_argument("--emulate", action="store_true", help="run on the CPU, with tiny shapes")
     parser.add_argument("--output", type=Path, help="folder (default: scripts/results/gpu_check_DEVICE_DATE)")
@@ -57,6 +64,11 @@ def main(words: Sequence[str] | None = None) -> int:
     only = options.only.split(",")
     if unknown := sorted(set(only) - set(SECTIONS)):
         return refuse(f"--only {','.join(unknown)} is not known. Choose from {', '.join(SECTIONS)}.")
+    try:
+        for kernel in options.kernels:
+            check_name(kernel)
+    except ValueError as error:
+        return refuse(f"--kernels: {error}")
     if not options.emulate and not torch.cuda.is_available():
         return refuse(
             "PyTorch finds no GPU here. Add --emulate to run everything on the CPU, or see `ring-hf doctor`."
@@ -67,7 +79,8 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = options.output or RESULTS / f"gpu_check_{name}_{about['date']}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
-    settings = {"quick": options.quick, "emulate": options.emulate, "versions": about["versions"]}
+    settings = {"quick": options.quick, "emulate": options.emulate, "kernels": options.kernels}
+    settings["versions"] = about["versions"]
     found = {"about": about, "settings": settings, "sections": {}}
     if path.is_file() and (before := json.loads(path.read_text())).get("settings") == settings:
         found["sections"] = before["sections"]

@@ -101,7 +101,8 @@ def efficient_backward(grad_out_, query, key, value, attn_bias, out, logsumexp, 
 def _check_cudnn(q, k, v, is_causal) -> None:
     _check(q, k, v)
     assert q.shape[1] % k.shape[1] == 0
-    assert q.shape[3] % 8 == v.shape[3] % 8 == 0 and max(q.shape[3], v.shape[3]) <= 128
+    dims = q.shape[3], v.shape[3]
+    assert dims[0] % 8 == dims[1] % 8 == 0 and (max(dims) <= 128 or dims == (192, 128))
     assert q.shape[2] >= flash_calls.LARGE and (q.shape[2] == k.shape[2] or not is_causal)
     assert q.shape[2] % cuda_cudnn.UNIT == k.shape[2] % cuda_cudnn.UNIT == 0
     for x in (q, k, v):

@@ -12,7 +12,7 @@ Letters: B batch, H query heads, K key/value heads, S tokens, D and E head dims.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,19 +20,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ring_hf.geometry import LAYOUTS, Mask, WholeSequence
-from ring_hf.kernels import KERNELS
+from ring_hf.kernels import candidates
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 FACTOR = 2.0  # half precision: times the error of one process
 FULL_PRECISION = {"out": 2e-6, "lse": 2e-6, "dq": 1e-5, "dk": 1e-5, "dv": 1e-5}
 HALF_LSE = 1e-3  # nobody else returns one to compare with; it is fp32 of scores that are sums of exact products
-ROWS, RANKS = 2, 4
+SMALLEST = 1e-14  # a bar is never less: one process may be exact
+ROWS = 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed; lengths are in chunks of `unit` tokens, of which a rank holds two."""
+    """What is computed; each of `ranks` ranks holds two chunks of `unit` tokens."""
 
     layout: str = "zigzag"
     mask: str = "causal"
@@ -41,10 +42,11 @@ class Problem:
     transport: str = "ring"
     softcap: float | None = None
     unit: int = 131  # odd: nothing is a multiple of a kernel's tile
+    ranks: int = 4
 
     @property
     def length(self) -> int:
-        return 2 * RANKS * self.unit
+        return 2 * self.ranks * self.unit
 
     @property
     def documents(self) -> tuple[tuple[int, ...], ...] | None:
@@ -63,17 +65,20 @@ class Problem:
     def describe(self) -> str:
         dims = f"{self.dims[0]}" if self.dims[0] == self.dims[1] else f"{self.dims[0]}/{self.dims[1]}"
         parts = [self.layout, self.transport, self.mask, f"{self.heads[0]}/{self.heads[1]} heads x {dims}"]
-        return ", ".join([*parts, *([f"softcap {self.softcap:g}"] if self.softcap else [])])
+        parts += [f"softcap {self.softcap:g}"] if self.softcap else []
+        return ", ".join([*parts, f"{self.length:,} tokens over {self.ranks} ranks"])
 
 
 MASKS = ("causal", "full", "window", "chunk", "documents", "documents window", "documents full")
 HEADS = ((4, 4), (8, 2), (6, 1))
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 TRANSPORTS = ("double_ring", "allgather", "direct")
+# Tiles of 1,024 queries and more are calls of their own, and where 128 divides them, cuDNN's.
+LARGE = (1024, 1031)
 
 
-def problems(quick: bool, unit: int) -> list[Problem]:
-    """Layouts x masks, head dims x head counts x masks, the other transports, soft-capping."""
+def problems(quick: bool, tiny: bool) -> list[Problem]:
+    """Layouts x masks, head dims x head counts x masks, the other transports, soft-capping, large tiles."""
     layouts, masks = (("zigzag", "striped"), MASKS[:1] + MASKS[5:6]) if quick else (LAYOUTS, MASKS)
     found = [Problem(layout, mask) for layout, mask in itertools.product(layouts, masks)]
     pairs = list(zip(DIMS, itertools.cycle(HEADS))) if quick else list(itertools.product(DIMS, HEADS))
@@ -81,7 +86,14 @@ def problems(quick: bool, unit: int) -> list[Problem]:
     found += [Problem("zigzag", mask, heads, dims) for (dims, heads), mask in itertools.product(pairs, few)]
     found += [Problem("contiguous", "documents window", transport=transport) for transport in TRANSPORTS]
     found += [Problem("zigzag", mask, softcap=20.0) for mask in few]
-    return [replace(one, unit=unit) for one in dict.fromkeys(found)]
+    found += [Problem("zigzag", "causal", (4, 2), unit=unit, ranks=2) for unit in LARGE]
+    if not quick:
+        long = Problem("zigzag", "causal", (4, 2), unit=LARGE[0], ranks=2)
+        found += [replace(long, layout=layout, mask="documents") for layout in LAYOUTS]
+        found += [replace(long, mask=mask) for mask in ("full", "window")]
+        found += [replace(long, dims=dims) for dims in DIMS]
+    found = [replace(one, unit=13) for one in found] if tiny else found
+    return list(dict.fromkeys(found))
 
 
 def dense_mask(problem: Problem, device: torch.device) -> torch.Tensor:
@@ -185,25 +197,31 @@ def judge(kernel: str, dtype: str, problem: Problem, found: dict[str, float], pl
     bars = {name: FACTOR * plain.get(name, HALF_LSE / FACTOR) for name in found}
     if dtype == "float32":
         bars = {name: max(FULL_PRECISION[name], FACTOR * plain.get(name, 0.0)) for name in found}
-    ratios = [found[name] / bars[name] for name in found]
+    ratios = [found[name] / max(bars[name], SMALLEST) for name in found]
     exact = all(ratio <= 1 for ratio in ratios)
     worst = max(ratios) if all(math.isfinite(ratio) for ratio in ratios) else None
     return Row(kernel, dtype, problem.describe(), found, plain, worst, exact)
 
 
-def check(problem: Problem, device: torch.device, kernels: list[str], dtypes: list[str]) -> Iterator[Row | str]:
-    """The rows of a problem, and for a kernel that does not fit it, why, as `"kernel, dtype: reason"`."""
+def check(
+    problem: Problem, device: torch.device, kernels: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[Row | str]:
+    """The rows of a problem, and for a kernel that does not fit it, why, as `"kernel, dtype: reason"`.
+
+    Args:
+        kernels: names as in `ring_hf.kernels`; "auto" stands for all that need no download.
+    """
     seen, tensors = dense_mask(problem, device), inputs(problem, device)
     scale = problem.dims[0] ** -0.5
     maths = {"seen": seen, "scale": scale, "softcap": problem.softcap}
     want = results(functools.partial(formula, **maths), tensors, torch.float64)
-    sequence = WholeSequence(problem.layout, problem.length, RANKS, problem.documents)
+    sequence = WholeSequence(problem.layout, problem.length, problem.ranks, problem.documents)
     inner = 2 if problem.transport == "double_ring" else 1
     for name in dtypes:
         dtype = getattr(torch, name)
         plain = one_process(maths, tensors, dtype, want)
-        for kernel in kernels:
-            reason = KERNELS[kernel].unfit(tensors[0].to(dtype), tensors[2].to(dtype), problem.softcap)
+        asked = (candidates(kernel, tensors[0].to(dtype), tensors[2].to(dtype), problem.softcap) for kernel in kernels)
+        for kernel, reason in {name: why for found in asked for name, why in found.items()}.items():
             if reason is not None:
                 yield f"{kernel}, {name}: {reason}"
                 continue
@@ -218,15 +236,17 @@ def check(problem: Problem, device: torch.device, kernels: list[str], dtypes: li
                 yield judge(kernel, name, problem, errors(got, want), plain)
 
 
-def run(device: torch.device, quick: bool, tiny: bool, progress: Callable[[str, int], None]) -> dict[str, Any]:
+def run(
+    device: torch.device, quick: bool, tiny: bool, kernels: Sequence[str], progress: Callable[[str, int], None]
+) -> dict[str, Any]:
     """The section: all rows, and which kernels were not tried and why."""
-    todo = problems(quick, 13 if tiny else 131)
+    todo = problems(quick, tiny)
     dtypes = ["bfloat16", "float32"] if device.type == "cpu" else ["bfloat16", "float16", "float32"]
     rows: list[Row] = []
     left_out: dict[str, int] = {}
     for problem in todo:
         progress(problem.describe(), len(todo))
-        for found in check(problem, device, list(KERNELS), dtypes):
+        for found in check(problem, device, kernels, dtypes):
             if isinstance(found, Row):
                 rows.append(found)
             else:

@@ -1,16 +1,20 @@
 """`scripts/gpu_check.py` on a CPU: every section runs, writes what it found, goes on where it was, and can fail."""
 
+import contextlib
 import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ring_hf.kernels import KERNELS
+from ring_hf.kernels import KERNELS, merge
+from ring_hf.parallel import emulation, resident
 from scripts.checks import exactness, report, timing, training
 from scripts.gpu_check import SECTIONS, main
+from tests import aten_stand_ins, flash_stand_ins
 from tests.harness import ROOT, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -98,12 +102,15 @@ def test_a_kernel_that_is_wrong_is_found(what, monkeypatch):
 
 def test_a_wrong_kernel_makes_the_command_fail_until_it_is_repaired(tmp_path, monkeypatch, capsys):
     words = [*QUICK, "--only", "exactness", "--output", str(tmp_path)]
-    monkeypatch.setattr(exactness, "problems", lambda quick, unit: [exactness.Problem(unit=unit)])
+    monkeypatch.setattr(exactness, "problems", lambda quick, tiny: [exactness.Problem(unit=13)])
     with monkeypatch.context() as patch:
         patch.setitem(KERNELS, "cpu", Broken("dk"))
         assert main(words) == 1
     said = capsys.readouterr().out
-    assert "## exactness: FAILED" in said and "- cpu, float32, zigzag, ring, causal, 8/2 heads x 128: out" in said
+    assert (
+        "## exactness: FAILED" in said
+        and f"- cpu, float32, {exactness.Problem(unit=13).describe()}: out " in said
+    )
     assert json.loads((tmp_path / "results.json").read_text())["sections"]["exactness"]["ok"] is False
     assert main(words) == 0  # what failed is not kept
     assert "## exactness: ok" in capsys.readouterr().out
@@ -113,17 +120,101 @@ def test_a_wrong_kernel_makes_the_command_fail_until_it_is_repaired(tmp_path, mo
     assert (tmp_path / "results.md").read_text() == text
 
 
+GPU_KERNELS = {
+    "flash_attn_2": lambda: flash_stand_ins.stand_in("2.8.3"),
+    "flash_attn_3": lambda: flash_stand_ins.stand_in("3-2025-09"),
+    "flash_attn_4": lambda: flash_stand_ins.stand_in("4-beta26"),
+    "cuda_flash": lambda: flash_stand_ins.stand_in("aten"),
+    "cuda_cudnn": lambda: aten_stand_ins.aten_stand_in("cuda_cudnn"),
+    "cuda_efficient": lambda: aten_stand_ins.aten_stand_in("cuda_efficient"),
+}
+
+
+@pytest.mark.parametrize("kernel", GPU_KERNELS)
+def test_what_a_gpu_is_asked_runs_through_stand_ins_of_its_kernels(kernel):
+    """In fp64, where a stand-in is as exact as anything: the problems are ones that the calls of each can serve."""
+    served = 0
+    for problem in exactness.problems(quick=True, tiny=True):
+        with GPU_KERNELS[kernel]() as name:
+            assert name == kernel
+            found = list(exactness.check(problem, torch.device("cpu"), [name], ["float64"]))
+        for row in found:
+            if isinstance(row, exactness.Row):
+                assert row.failure is None and max(row.errors.values()) < 1e-13, row
+                served += 1
+    assert served >= 6
+
+
+@contextlib.contextmanager
+def broken_ring(what):
+    """One mistake in what surrounds the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_plan, backward, block = emulation.make_plan, emulation.ring_backward, resident.Residents.block
+
+        def without_last_step(*args, **kwargs):
+            plan = make_plan(*args, **kwargs)
+            return replace(plan, steps=plan.steps[:-1])
+
+        def with_later_keys(*args, **kwargs):
+            plan = make_plan(*args, **kwargs)
+            later = [[replace(tile, hi=tile.hi and tile.hi + 1) for tile in step.tiles] for step in plan.steps]
+            later = [[replace(tile, hi=1) if tile.hi == 0 else tile for tile in tiles] for tiles in later]
+            steps = (replace(step, tiles=tuple(tiles)) for step, tiles in zip(plan.steps, later, strict=True))
+            return replace(plan, steps=tuple(steps))
+
+        def other_block(self, slices):
+            found = [replace(part, rank=(part.rank + 1) % len(self.k)) for part in slices]
+            return block(self, tuple(found))
+
+        def summed(out, lse, block_out, block_lse):
+            out.add_(block_out)
+            torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
+
+        def other_lse(dout, q, k, v, out, lse, *rest):
+            return backward(dout, q, k, v, out, lse + 0.01, *rest)
+
+        target, name, mistake = {
+            "last-step-dropped": (emulation, "make_plan", without_last_step),
+            "later-keys-seen": (emulation, "make_plan", with_later_keys),
+            "stale-block": (resident.Residents, "block", other_block),
+            "sum-of-softmaxes": (merge, "merge_", summed),
+            "other-lse-in-backward": (emulation, "ring_backward", other_lse),
+            "gradients-not-sent": (resident.Gradients, "send", lambda self, step: None),
+        }[what]
+        patch.setattr(target, name, mistake)
+        yield
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "last-step-dropped",
+        "later-keys-seen",
+        "stale-block",
+        "sum-of-softmaxes",
+        "other-lse-in-backward",
+        "gradients-not-sent",
+    ],
+)
+def test_a_ring_that_is_wrong_is_found(what):
+    gathered = "allgather" if what == "gradients-not-sent" else "ring"
+    problem = exactness.Problem(transport=gathered, unit=13)
+    with broken_ring(what):
+        found = list(exactness.check(problem, torch.device("cpu"), ["cpu"], ["bfloat16", "float32"]))
+    assert [row.exact for row in found] == [False, False]
+
+
 def test_a_kernel_that_raises_is_reported_and_the_others_go_on(monkeypatch):
     class Raising(Broken):
         def forward(self, *args):
             raise RuntimeError("no kernel image is available")
 
     monkeypatch.setitem(KERNELS, "cpu", Raising(None))
-    monkeypatch.setattr(exactness, "problems", lambda quick, unit: [exactness.Problem(unit=13)])
-    section = exactness.run(torch.device("cpu"), True, True, lambda words, total: None)
+    monkeypatch.setattr(exactness, "problems", lambda quick, tiny: [exactness.Problem(unit=13)])
+    section = exactness.run(torch.device("cpu"), True, True, ["auto"], lambda words, total: None)
     assert not section["ok"] and sum(row["exact"] for row in section["rows"]) == 2
     text = "\n".join(report._SECTIONS["exactness"](section))
-    assert "- cpu, bfloat16, zigzag, ring, causal, 8/2 heads x 128: RuntimeError: no kernel image is available" in text
+    assert "8/2 heads x 128, 104 tokens over 4 ranks: RuntimeError: no kernel image is available" in text
     assert "| cpu | bfloat16 | 0 of 1 |" in text
 
 
@@ -134,17 +225,19 @@ def test_nan_is_not_exact():
 
 
 def test_a_gpu_gets_every_layout_mask_head_count_and_head_dim():
-    every = exactness.problems(quick=False, unit=131)
+    every = exactness.problems(quick=False, tiny=False)
     assert {(one.layout, one.mask) for one in every} >= {(a, b) for a in exactness.LAYOUTS for b in exactness.MASKS}
     assert {(one.heads, one.dims) for one in every} >= {(a, b) for a in exactness.HEADS for b in exactness.DIMS}
     assert {one.transport for one in every} == {"ring", *exactness.TRANSPORTS} and any(one.softcap for one in every)
-    assert len(set(every)) == len(every) >= 50
+    assert {one.unit % 128 for one in every if one.unit >= 1024} == {0, 1031 % 128}  # cuDNN takes the first alone
+    assert len(set(every)) == len(every) >= 60
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--only", "speed"], "--only speed is not known. Choose from exactness, trainer, benchmark."),
+        (["--kernels", "flash"], "--kernels: kernel='flash' is not known. Choose one of auto, flash_attn, cuda,"),
         ([], "PyTorch finds no GPU here. Add --emulate to run everything on the CPU"),
     ],
 )
