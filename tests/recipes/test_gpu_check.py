@@ -107,10 +107,7 @@ def test_a_wrong_kernel_makes_the_command_fail_until_it_is_repaired(tmp_path, mo
         patch.setitem(KERNELS, "cpu", Broken("dk"))
         assert main(words) == 1
     said = capsys.readouterr().out
-    assert (
-        "## exactness: FAILED" in said
-        and f"- cpu, float32, {exactness.Problem(unit=13).describe()}: out " in said
-    )
+    assert "## exactness: FAILED" in said and f"- cpu, float32, {exactness.Problem(unit=13).describe()}: out " in said
     assert json.loads((tmp_path / "results.json").read_text())["sections"]["exactness"]["ok"] is False
     assert main(words) == 0  # what failed is not kept
     assert "## exactness: ok" in capsys.readouterr().out
