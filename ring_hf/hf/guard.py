@@ -13,6 +13,7 @@ import torch
 from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
+from ring_hf.memory import applied_to
 from ring_hf.parallel import agree, group_of
 
 from . import context as process
@@ -147,6 +148,8 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         "the mode": _mode(model),
         "the model": f"{type(model).__name__} with {attention_name(model.config)} in {model.dtype}",
     }
+    levers = applied_to(model)
+    facts["the levers on memory"] = None if levers is None else str(levers.config)  # recomputing exchanges again
     if isinstance(batch, ContextParallelBatch):
         sequence = batch.sequence
         facts["the layout"] = f"{sequence.layout}, {sequence.num_ranks} ranks, ulysses_size {sequence.ulysses}"

@@ -33,6 +33,7 @@ def in_blocks(
         parameters: what else of its inputs gets a gradient.
         block: tokens at a time.
     """
+    refuse_sharded(parameters)
     num_tokens = tensors[0].shape[0]
     assert num_tokens > 0 and all(x.shape[0] == num_tokens for x in tensors)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *parameters))
@@ -45,6 +46,15 @@ def in_blocks(
 
 def spans(num_tokens: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, num_tokens)) for start in range(0, num_tokens, block)]
+
+
+def refuse_sharded(parameters: Sequence[Tensor]) -> None:
+    """A gradient for the whole of a parameter is no gradient of its shard."""
+    if any(hasattr(p, "full_tensor") for p in parameters):
+        raise ValueError(
+            "Parameters are sharded (DTensor) where a function is computed in blocks: FSDP is not proven together "
+            "with memory.apply. Set ffn_block=None and loss_block=None, or use DDP."
+        )
 
 
 class Autocast:
@@ -76,10 +86,10 @@ class Sums:
             else:
                 total += gradient
 
-    def take(self) -> list[Tensor]:
-        """In the dtype of the parameters; zero where no block had any."""
+    def take(self) -> list[Tensor | None]:
+        """In the dtype of the parameters; None where no block had any."""
         found = zip(self._sums, self._parameters, strict=True)
-        return [torch.zeros_like(p) if total is None else total.to(p.dtype) for total, p in found]
+        return [None if total is None else total.to(p.dtype) for total, p in found]
 
 
 def _forward(function: Function, tensors: Sequence[Tensor], block: int) -> tuple[Tensor, ...]:
@@ -129,7 +139,7 @@ class _Blocks(torch.autograd.Function):
                 outs = ctx.function(*leaves)
             pairs = [(out, g[start:stop]) for out, g in zip(outs, gradients, strict=True) if out.requires_grad]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(_grad(pairs, [*wanted, *trained]))
+            found = iter(gradients_of(pairs, [*wanted, *trained]))
             for result in results:
                 if result is not None:
                     part = next(found)
@@ -140,6 +150,6 @@ class _Blocks(torch.autograd.Function):
         return (None, None, None, torch.empty(0), *results, *of_parameters)
 
 
-def _grad(pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+def gradients_of(pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     outs, gradients = [out for out, _ in pairs], [gradient for _, gradient in pairs]
     return torch.autograd.grad(outs, inputs, gradients, allow_unused=True) if outs else (None,) * len(inputs)

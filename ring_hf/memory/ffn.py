@@ -24,7 +24,7 @@ SMALLEST = 1024  # tokens of an automatic block: below, matrices are too small t
 
 def find(model: Any) -> tuple[list[Seen], str | None]:
     """The feed-forward layers of a model, and what is wrong with them if anything is."""
-    recorded = tuple(_recorded(model))
+    recorded = tuple(set(_recorded(model)))
     called = {seen.module: seen for seen in watch(model, lambda module: _num_weights(module) > 0)}
     found: list[Seen] = []
     missed: list[str] = []
@@ -59,6 +59,8 @@ def _recorded(model: Any) -> Iterator[type]:
             if key not in ("hidden_states", "attentions", "cross_attentions"):
                 for target in targets if isinstance(targets, (list, tuple)) else (targets,):
                     kind = getattr(target, "target_class", target)
+                    named = getattr(target, "class_name", None)
+                    yield from (type(m) for m in model.modules() if named and type(m).__name__.endswith(named))
                     if isinstance(kind, type):
                         yield kind
 

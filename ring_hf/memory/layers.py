@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MemoryConfig
-from .offload import Trip, road_of
+from .offload import Road, Trip, road_of
 from .saving import Replay, Save, Shelf, resident
 
 
@@ -24,6 +24,7 @@ class Layers:
         self.model, self.config = model, config
         self.proven = False
         self._trip: Trip | None = None
+        self._road: Road | None = None
         self._shelves: list[Shelf] | None = None
         self._stack: list[contextlib.ExitStack] = []
         _refuse(model, config.attention == "save")
@@ -59,8 +60,9 @@ class Layers:
             return
         self._shelves = []
         if self.config.offload is not None:
-            device = next(decoder.parameters()).device
-            self._trip = Trip(road_of(device))
+            # One road for all steps: device memory belongs to the stream it was first used on.
+            self._road = self._road or road_of(next(decoder.parameters()).device)
+            self._trip = Trip(self._road)
         if self.config.offload in ("layers", "all"):
             assert self._trip is not None
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._trip.keep, _unpack))

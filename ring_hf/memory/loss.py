@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .blocks import Autocast, Sums, _grad, spans
+from .blocks import Autocast, Sums, gradients_of, refuse_sharded, spans
 from .deferred import DeferredLogits
 
 SMALLEST = 256  # tokens of an automatic block
@@ -77,6 +77,7 @@ def _mean(
         block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
     assert isinstance(block, int)
     trained = [p for p in logits.head.parameters() if p.requires_grad]
+    refuse_sharded(trained)
     total = summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
     if num_items_in_batch is not None:
         return total / (
@@ -136,18 +137,28 @@ class _SummedLoss(torch.autograd.Function):
             del logits
             total += loss.detach()
             if any(wanted):
-                gradients = iter(_grad([(loss, torch.ones_like(loss))], [*([leaf] if wanted[0] else []), *trained]))
+                gradients = iter(
+                    gradients_of([(loss, torch.ones_like(loss))], [*([leaf] if wanted[0] else []), *trained])
+                )
                 if dhidden_TD is not None:
                     gradient = next(gradients)
                     assert gradient is not None, "the head does not look at the hidden states"
                     dhidden_TD[start:stop] = gradient
                 sums.add(list(gradients))
-        taken = iter(sums.take())
+        # Zeros where no block had a label: DDP waits for every gradient.
+        taken = iter(torch.zeros_like(p) if x is None else x for p, x in zip(trained, sums.take(), strict=True))
         ctx.save_for_backward(dhidden_TD, *(next(taken) if need else None for need in wanted[1:]))
+        ctx.used = False
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.used:
+            raise ValueError(
+                "The gradients of a loss in blocks were used already: a step with loss_block (memory.apply) has one "
+                "backward pass. Do not use retain_graph=True, or set loss_block=None."
+            )
+        ctx.used = True
         # In place: they are as large as the hidden states and the weight, and nobody else has them.
         found = (None if x is None else x.mul_(gradient.to(x.dtype)) for x in ctx.saved_tensors)
         return (None,) * 5 + tuple(found)

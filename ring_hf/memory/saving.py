@@ -72,8 +72,21 @@ class Save(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = name_of(func)
         if name in SAVED:
+            _refuse_dropout(func, args, kwargs or {})
             self.shelf.put(name, result)
         return result
+
+
+def _refuse_dropout(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """An operator that draws random numbers and is not run again would leave others to what is recomputed after it."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    dropout = given.get("dropout_p", given.get("p_dropout", 0.0))
+    if dropout:
+        raise ValueError(
+            f"attention='save' with attention dropout {dropout}: the random numbers it draws would be missing when "
+            'the rest of the layer is recomputed. Set the dropout of attention to 0, or attention="recompute".'
+        )
 
 
 class Replay(TorchDispatchMode):

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainingArguments
 
+import ring_hf
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.collator import PadOrPack
 from tests.hf.models import llama, rows
@@ -145,6 +146,13 @@ def other_transport_on_rank_1(rank: int, world_size: int) -> None:
     train(args=arguments(config))
 
 
+def other_levers_on_rank_1(rank: int, world_size: int) -> None:
+    """One would exchange again in the backward pass, and wait for ever."""
+    model = llama("ring_contiguous")
+    ring_hf.memory.apply(model, attention="recompute" if rank else "save")
+    train(model, ContextParallelCollator(model))
+
+
 def double_ring_in_one_node(rank: int, world_size: int) -> None:
     train(args=arguments(ContextParallelConfig(context_parallel_size=4, transport="double_ring")))
 
@@ -203,6 +211,7 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
         more_ranks_than_heads,
         ulysses_of_another_size,
         other_transport_on_rank_1,
+        other_levers_on_rank_1,
         double_ring_in_one_node,
         ulysses_collator_on_rank_1,
         wrong_world_size,

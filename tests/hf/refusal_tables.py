@@ -339,6 +339,7 @@ DISTRIBUTED = {
     "stream_is_fine_when_not_dispatched": "no error",
     "more_ranks_than_heads": "ulysses_size=2 deals 1 query heads to 2 ranks, but every rank needs at least one",
     "ulysses_of_another_size": "exchanges heads among all context_parallel_size=2 ranks, but ulysses_size=1",
+    "other_levers_on_rank_1": "The ranks disagree about the levers on memory",
     "other_transport_on_rank_1": "The ranks disagree about the way sequences are split",
     "ulysses_collator_on_rank_1": "rank 1: The model attends with 'ring_contiguous', but the batch was sharded for "
     "layout 'contiguous', 2 ranks with ulysses_size=2",

@@ -4,13 +4,14 @@ was."""
 import copy
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from ring_hf.hf.models import MODEL_RULES
 from ring_hf.hf.supported import check_memory, first_error
-from ring_hf.memory import MemoryConfig, applied_to, apply, ffn
+from ring_hf.memory import MemoryConfig, applied_to, apply, ffn, saving
 from tests.memory.models import apart, batch, model_of, step
 
 CONFIGS = {
@@ -210,6 +211,38 @@ def test_attention_without_an_operator_is_refused_when_it_runs():
     kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with kernels, pytest.raises(ValueError, match="no attention operator ran in the 2 layers of LlamaForCausalLM"):
         step(model, batch())
+
+
+def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
+    @torch.library.custom_op("ring_hf_tests::attention", mutates_args=())
+    def attention(q: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        return q.clone()
+
+    q = torch.randn(1, 2, 8, 4)
+    with mock.patch.object(saving, "SAVED", {"ring_hf_tests::attention"}), saving.Save(saving.Shelf(saving.resident)):
+        attention(q, 0.0)
+        for call in (lambda: attention(q, 0.5), lambda: attention(q, dropout_p=0.5)):
+            with pytest.raises(ValueError, match="attention='save' with attention dropout 0.5"):
+                call()
+
+
+def test_sharded_parameters_are_refused():
+    model = model_of("llama")
+    apply(model, attention="none", ffn_block=7, loss_block=7)
+    for parameter in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight):
+        parameter.full_tensor = None  # as a DTensor has one
+        with pytest.raises(ValueError, match=r"Parameters are sharded .DTensor. where a function is computed in"):
+            step(model, batch())
+        del parameter.full_tensor
+
+
+def test_a_second_backward_pass_of_a_loss_in_blocks_is_refused():
+    model = model_of("llama")
+    apply(model, attention="none", ffn_block=None, loss_block=7)
+    loss = model(**batch(), use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match="The gradients of a loss in blocks were used already"):
+        loss.backward()
 
 
 def test_the_rules_of_context_parallelism_know_the_loss_in_blocks():
