@@ -105,6 +105,24 @@ def test_all_ranks_post_in_one_order_also_in_recompute_and_accumulation(way):
         assert counts["plain"][kind] > counts["selective"][kind] == counts["none"][kind]
 
 
+def exchanges_of_heads(rank: int, world_size: int) -> tuple[int, int]:
+    """All-to-alls of a forward pass without and with lse."""
+    case, counts = WAYS["ulysses in a ring"], []
+    q, k, v, _ = shards(case, rank, *problem(case))
+    outs = []
+    for return_lse in (False, True):
+        with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as spy:
+            found = context_attention(q, k, v, ulysses_size=case.ulysses, return_lse=return_lse)
+        outs.append(found[0] if return_lse else found)
+        counts.append(spy.call_count)
+    assert torch.equal(*outs) and found[1].shape == q.shape[:3]
+    return counts[0], counts[1]
+
+
+def test_heads_are_exchanged_for_lse_only_where_it_is_asked_for():
+    assert run_distributed(4, exchanges_of_heads) == [(2, 3)] * 4
+
+
 def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]:
     """`(buffers taken, buffers allocated)` per layer, forward and backward, of four layers and a longer batch."""
     transport.pool_of(torch.device("cpu")).clear()

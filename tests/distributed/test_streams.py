@@ -5,6 +5,7 @@ each wait, mark and hold is needed."""
 import contextlib
 import functools
 import gc
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -362,3 +363,13 @@ def test_a_missing_wait_also_shows_in_numbers():
         machines, results = _record(CASES["ring"], hold=True)
     Replay(machines).run(policies(0)["exchanges late"])
     assert worst(CASES["ring"], results) > 1e-3
+
+
+def test_patience_ends_on_the_device_too():
+    cuda = mock.MagicMock()
+    lane = lanes.StreamLane(torch.device("cpu"), cuda)
+    lane.finish([], timedelta(seconds=60))  # a mock's event has happened
+    cuda.Event.return_value.query.return_value = False
+    with pytest.raises(RuntimeError, match="timed out on the device"):
+        lane.finish([], timedelta(0))
+    assert isinstance(lanes.lane_of(torch.device("cpu")), lanes.Lane)

@@ -91,7 +91,12 @@ def nothing_on_the_parent(rank: int, world_size: int) -> set[str]:
     """On which groups attention posts; the parent is the group of a mesh axis, as Accelerate and FSDP use them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     used, parent = set(), mesh["cp"].get_group()
-    originals = {name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single")}
+    originals = {name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single", "new_group")}
+    bound = []
+
+    def new_group(*args, **kwargs):
+        bound.append(dist.group.WORLD.bound_device_id)
+        return originals["new_group"](*args, **kwargs)
 
     def post(ops):
         used.update(op.group for op in ops)
@@ -102,9 +107,13 @@ def nothing_on_the_parent(rank: int, world_size: int) -> set[str]:
         return originals["all_to_all_single"](*args, group=group, **more)
 
     q = torch.ones(1, 2, 8, 4, requires_grad=True)
-    with mock.patch.multiple(dist, batch_isend_irecv=post, all_to_all_single=trade):
+    # A process bound to a device would split its default group, for which the other replica does not come.
+    dist.group.WORLD.bound_device_id = torch.device("cuda", rank)
+    with mock.patch.multiple(dist, batch_isend_irecv=post, all_to_all_single=trade, new_group=new_group):
         for ulysses_size in (1, 2):
             context_attention(q, q, q, group=mesh["cp"], ulysses_size=ulysses_size).sum().backward()
+    assert dist.group.WORLD.bound_device_id == torch.device("cuda", rank) and set(bound) == {None}
+    dist.group.WORLD.bound_device_id = None
     assert parent not in used and dist.group.WORLD not in used
     return {group.group_desc for group in used}
 

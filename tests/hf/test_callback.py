@@ -1,0 +1,46 @@
+"""The Trainer's callback makes all connections of the resolved split before anything is trained or evaluated."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from ring_hf.hf import callback
+from ring_hf.hf.split import Split
+
+SPLIT = Split("ring_zigzag", "zigzag", 8, 2, 2, "auto")
+
+
+@pytest.mark.parametrize("error", [None, "dropout"])
+def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error):
+    order = []
+
+    def refuse_together(found, facts, context):
+        order.append("agree")
+        if found is not None:
+            raise ValueError(found)
+
+    stand_ins = {
+        "process": SimpleNamespace(current=lambda: SimpleNamespace(group="ranks"), activate=lambda context: None),
+        "base_model": lambda model: SimpleNamespace(config=None),
+        "first_error": lambda rules, what: error,
+        "check_loader": lambda loader: None,
+        "check_memory": lambda args, model: None,
+        "split_error": lambda config, context: None,
+        "resolve": lambda config, context: SPLIT,
+        "refuse_together": refuse_together,
+        "group_of": lambda name: name,
+        "warm_up": lambda *args: order.append(args),
+        "guard_model": mock.MagicMock(),
+    }
+    stand_ins["guard_model"].return_value.announce.return_value = False
+    args = SimpleNamespace(parallelism_config=None, device=torch.device("cpu"))
+    with mock.patch.multiple(callback, **stand_ins):
+        if error is None:
+            callback.ContextParallelCallback().on_init_end(args, None, None, model=object())
+            assert order == ["agree", ("ranks", torch.device("cpu"), 2, 2)]
+        else:
+            with pytest.raises(ValueError, match="dropout"):
+                callback.ContextParallelCallback().on_init_end(args, None, None, model=object())
+            assert order == ["agree"]
