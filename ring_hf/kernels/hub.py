@@ -92,14 +92,8 @@ def load(name: str) -> Package | str:
 
 def _kernel(name: str, repository: Repository) -> FlashKernel:
     cuts_rows = repository.form is _TWO
-    made = flash_packages.kernel(
-        name, functools.partial(_loaded, name), repository.limits, repository.widths, cuts_rows
-    )
+    made = flash_packages.kernel(name, functools.partial(load, name), repository.limits, repository.widths, cuts_rows)
     return replace(made, unfit=functools.partial(_unfit, made.unfit))
-
-
-def _loaded(name: str) -> Package | str:
-    return load(name)
 
 
 def _unfit(
