@@ -260,7 +260,8 @@ def test_doctor_measures_two_processes_and_writes_what_it_found(tmp_path, capsys
     folder.mkdir()
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **sizes}))
-    words = ["doctor", "--model", str(folder), "--seq", "1K", "--repeats", "2", "--json", str(output)]
+    words = ["doctor", "--model", str(folder), "--seq", "1K", "--repeats", "2", "--timeout", "250"]
+    words += ["--json", str(output)]
     assert main(words) == 0
     said = capsys.readouterr().out
     for part in ("versions", "device", "kernels", "links", "attention", "overlap", "advice"):
