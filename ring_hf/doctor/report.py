@@ -4,6 +4,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 
+from ..geometry import auto_ulysses
 from ..geometry.cost import amount, duration
 from .advice import Advice
 from .facts import Facts
@@ -69,6 +70,10 @@ def _kernels(facts: Facts) -> list[str]:
             verdict = "used" if name == alike[0].kernel else "fits, slower" if reason is None else "no"
             rows.append(["", name, verdict, reason or ""])
         lines += _columns(rows)
+    ranks = facts.question.ranks
+    if facts.layers and ranks > 1:
+        even = min(auto_ulysses(one.num_heads, one.num_kv_heads, ranks, ranks) for one in facts.layers)
+        lines.append(f"  heads divide evenly among {even} of {ranks} ranks (Ulysses)")
     return lines
 
 

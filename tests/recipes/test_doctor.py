@@ -388,6 +388,8 @@ def test_gpus_are_counted_and_asked_for_each_other(monkeypatch):
 
 def test_cards_are_described_on_one_line():
     said = render(NODE, [])
+    assert "  heads divide evenly among 8 of 8 ranks (Ulysses)" in said
+    assert "among 1 of 8" in render(replace(NODE, layers=(replace(LAYERS, num_heads=3, num_kv_heads=3),)), [])
     assert "8 x NVIDIA H100, 80 GB of memory, compute capability 9.0, every GPU reaches every other one" in said
     assert isinstance(Package("x", None, "", None, False), Package) and isinstance(NODE.overlap, Overlap)
     assert Way("ring", 1.0, 3.0, 0.5, 0.5).exposed == 0.25
