@@ -74,6 +74,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     run.add_argument("--devices", type=int, default=8, help="devices in all (default: 8)")
     run.add_argument("--device", default="h100", choices=DEVICES, help="default: h100")
     run.add_argument("--devices-per-node", type=int, default=8, help="default: 8")
+    run.add_argument("--node-bandwidth", type=float, default=0.0, help="bytes/s of a device inside a node, one way")
+    run.add_argument(
+        "--network-bandwidth", type=float, default=0.0, help="bytes/s of a device to another node, one way"
+    )
     run.add_argument("--cp", type=int, default=0, help="devices that share a sequence (default: all)")
     levers = command.add_argument_group("levers")
     levers.add_argument("--zero", type=int, default=3, choices=(0, 1, 2, 3), help="stage; 3 is FSDP (default: 3)")
@@ -125,6 +129,8 @@ def job_of(options: argparse.Namespace) -> Job:
         fused=options.fused,
         fp8=options.fp8,
         lora=options.lora,
+        node_bandwidth=options.node_bandwidth,
+        network_bandwidth=options.network_bandwidth,
     )
 
 

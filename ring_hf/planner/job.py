@@ -37,6 +37,7 @@ class Job:
         ulysses, inner: 0 for automatic.
         fused: norms and MLP activations that keep only their inputs (Liger, torch.compile).
         fp8: linear layers in fp8.
+        node_bandwidth, network_bandwidth: bytes/s of a device to another, one way; 0 for the preset's.
         lora: rank of adapters on all projections; the rest is frozen, in bf16. 0: all parameters are trained.
     """
 
@@ -61,6 +62,8 @@ class Job:
     fused: bool = False
     fp8: bool = False
     lora: int = 0
+    node_bandwidth: float = 0.0
+    network_bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -96,6 +99,9 @@ class Job:
             )
         if self.transport == "double_ring" and self.inner == 1:
             raise ValueError("--transport double_ring needs --inner, the ranks of an inner ring: those of a node.")
+        if min(self.node_bandwidth, self.network_bandwidth) < 0:
+            slow = min(self.node_bandwidth, self.network_bandwidth)
+            raise ValueError(f"A bandwidth of {slow:g} bytes/s moves nothing. Give a positive one, or none.")
         self.device_facts.rates(self.kernel)
 
     def _check_names(self) -> None:
@@ -128,7 +134,9 @@ class Job:
 
     @property
     def hardware(self) -> Hardware:
-        return self.device_facts.hardware(self.kernel, self.per_node)
+        links = {"node_bandwidth": self.node_bandwidth, "network_bandwidth": self.network_bandwidth}
+        own = {name: value for name, value in links.items() if value}
+        return dataclasses.replace(self.device_facts.hardware(self.kernel, self.per_node), **own)  # type: ignore[arg-type]
 
     @property
     def dp(self) -> int:

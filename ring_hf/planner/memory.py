@@ -141,6 +141,14 @@ def attention_bytes(job: Job) -> float:
     return kept + (each + E) * (model.q_rank + model.kv_rank)
 
 
+def saved_bytes(job: Job) -> float:
+    """Bytes of a token that a layer saves so that attention is not computed again: `memory.saving` keeps the results
+    of attention, and of the exchanges of heads before and after it."""
+    widths = Widths.of(job.model, job.ulysses)
+    exchanged = E * (widths.query + widths.keys + widths.out) + 4 * widths.heads if job.ulysses > 1 else 0.0
+    return E * widths.out + 4 * widths.heads + exchanged
+
+
 def mlp_bytes(job: Job, layer: int) -> tuple[float, float]:
     """Bytes of a token that a layer's MLP keeps, and needs on top of that in backward."""
     model = job.model
@@ -167,13 +175,13 @@ def _kept(job: Job) -> list[Item]:
     inputs = E * model.hidden * c
     if job.checkpoint == "none":
         layers = sum(layer_bytes(job, layer) for layer in range(model.layers)) * c
-        return [Item("layer inputs", model.layers * inputs), Item("saved by all layers", layers)]
+        # Unless fused, norms keep a copy of their input in fp32, and nobody the input itself.
+        return [Item("layer inputs", model.layers * inputs * job.fused), Item("saved by all layers", layers)]
     items = [Item("layer inputs", model.layers * inputs, on_host="layers" in job.offload)]
     if "layers" in job.offload:
         items.append(Item("layer inputs on their way", 2 * inputs))
     if job.checkpoint == "save-attention":
-        widths = Widths.of(model, job.ulysses)
-        saved = (E * widths.out + 4 * widths.heads) * c
+        saved = saved_bytes(job) * c
         items.append(Item("saved attention", model.layers * saved, on_host="attention" in job.offload))
         if "attention" in job.offload:
             items.append(Item("saved attention on its way", 2 * saved))
@@ -237,9 +245,9 @@ def _mlp(job: Job) -> list[Item]:
 def _loss(job: Job) -> list[Item]:
     c, model = job.tokens, job.model
     at_once = min(job.loss_block * job.rows, c) if job.loss_block else c
-    # bf16 logits, which the caller holds; in fp32 log-probabilities, their gradient, and that of the logits.
-    logits = (E + 4 + 4 + 4) * model.vocab * at_once
-    hidden = 3 * E * model.hidden * c  # last hidden states, normed, and their gradient
+    # In fp32 log-probabilities, their gradient, and that of the logits. A caller that held the logits would add E.
+    logits = (4 + 4 + 4) * model.vocab * at_once
+    hidden = (E if job.fused else 4 + E) * model.hidden * c + E * model.hidden * c  # the last norm's, and its result
     items = [Item("logits and their gradients", logits, "loss"), Item("last hidden states", hidden, "loss")]
     if job.loss_block and not job.lora:
         items.append(Item("gradient of the head, summed in fp32", 4 * model.vocab * model.hidden, "loss"))

@@ -128,6 +128,10 @@ _NOT_MEMORY = (
     "rank, and the 1-GPU file notes that 555,000 end in an illegal memory access of a Triton kernel (500,000 run; "
     "the others are at 475,000 and 484,375 a rank). Memory alone would allow 699,000, 4.7M and 16.8M"
 )
+_STEPS = (
+    "the source lists round lengths that ran, not the limit, predicted to lie below 40K; logits that somebody held "
+    "until the backward pass (2 bytes of 14 a logit) would bring it to 32.4K"
+)
 _SDPA = (
     "the run used SDPA instead of FlashAttention-2: if that repeated key/value heads (24 KB a token with their "
     "gradients), 1.39M would fit; and the source lists round lengths that ran, not the limit"
@@ -205,6 +209,7 @@ RUNS = (
         {**_LIGER, "length": 32_000, "cp": 1},
         {"longest": 32_000},
         taken=5e9,
+        why={"longest": _STEPS},
     ),
     Run(
         "ALST, 8 x H100, tiled loss",

@@ -16,7 +16,7 @@ from ..geometry import Mask, WholeSequence
 from ..geometry.cost import Cost, Problem, pass_cost
 from .device import HOST_MEMORY_BANDWIDTH
 from .job import OPTIMIZERS, Job
-from .memory import E, layer_bytes, trained_parameters
+from .memory import E, layer_bytes, saved_bytes, trained_parameters
 from .model import Model
 
 BACKWARD = 2.5  # an attention backward over its forward
@@ -177,7 +177,7 @@ def _weights_exchange(job: Job) -> tuple[float, float]:
 def _host(job: Job) -> float:
     """Seconds of transfers between device and host that run beside compute."""
     inputs = E * job.model.hidden * job.tokens * job.model.layers
-    out = (E * job.model.out_width + 4 * job.model.heads) * job.tokens * job.model.layers
+    out = saved_bytes(job) * job.tokens * job.model.layers
     moved = 2.0 * (inputs * ("layers" in job.offload) + out * ("attention" in job.offload))
     moved += 2 * E * job.model.parameters / job.devices * ("weights" in job.offload)
     return moved / job.device_facts.host_bandwidth

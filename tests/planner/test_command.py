@@ -104,6 +104,7 @@ REFUSED = [
     ("--model Qwen3-8B --zero 2 --offload weights", "--offload weights needs --zero 3, not 2"),
     ("--model Qwen3-8B --kernel magic", "--kernel 'magic' has no published rate on H100 80 GB. Choose one of auto"),
     ("--model Qwen3-8B --devices 0", "There is nothing to plan with 0 devices"),
+    ("--model Qwen3-8B --node-bandwidth -1", "A bandwidth of -1 bytes/s moves nothing. Give a positive one, or none"),
     ("--table 100m --png x.png", "--png with --table 100m: there is no picture of it"),
     ("--table published --json x.json", "--json with --table published: tables are text"),
 ]

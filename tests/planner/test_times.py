@@ -159,6 +159,14 @@ def test_a_double_ring_divides_the_threshold_by_its_inner_ring():
     assert halves[0].forward == near.forward / 2  # a place holds the tokens of both
 
 
+def test_a_slower_network_needs_more_tokens_and_more_time():
+    job = Job(LLAMA, 2**17, devices=16, layout="zigzag", transport="ring")
+    slow = job.but(network_bandwidth=job.hardware.network_bandwidth / 8)
+    assert thresholds(slow)[1].forward == pytest.approx(8 * thresholds(job)[1].forward)
+    assert thresholds(slow)[0] == thresholds(job)[0]
+    assert attention_seconds(slow)[1] > attention_seconds(job)[1]
+
+
 def test_price_of_length():
     assert cost_ratio(LLAMA, 4096) == 1.0
     # Causal, 12 h^2 weights a layer: (12 h + s) / (12 h + 4096); grouped heads and the MLP change the weights.
@@ -186,7 +194,7 @@ def test_all_legal_splits_are_compared_and_the_fastest_comes_first():
     assert max(few) <= 14  # no rank without a query head
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 64), st.sampled_from((1, 2, 8)), st.sampled_from(("full", "none", "save-attention")))
 def test_time_grows_with_the_length_and_no_rate_exceeds_the_kernels(kilo, devices, checkpoint):
     job = Job(LLAMA, 16384 * kilo, devices=devices, checkpoint=checkpoint)
