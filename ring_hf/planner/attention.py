@@ -28,6 +28,7 @@ class Held:
     own: bool = False
 
 
+IDLE_BYTES = 512 * 2**20  # as in `parallel.buffers`
 # A ring hands on one block and receives the next. A double ring keeps, besides, the block that a turn began with and
 # receives the next turn's; so do its gradients. `direct` packs what it lends: one more, and adds what comes home.
 HELD = {"ring": Held(2, 2), "double_ring": Held(4, 4), "direct": Held(4, 2, own=True)}
@@ -66,8 +67,8 @@ def forward_bytes(widths: Widths, element: int, ring: int, transport: str) -> fl
     if ring == 1:  # a single result, kept as it is if it needs no rounding
         return results if element < fp32 else fp32 * widths.out + statistics
     if transport == "allgather":
-        # Each of K and V is gathered by rank, then copied into global order: at the end, V twice besides K.
-        return max(results + (ring + 0.5) * block, (1.5 * ring + 0.5) * block)
+        # Both are gathered by rank, then copied into global order, one after the other; and a rank's own parts.
+        return max(results + ring * block, 1.5 * ring * block) + block
     return results + HELD[transport].blocks * block
 
 
@@ -86,8 +87,21 @@ def backward_bytes(widths: Widths, element: int, ring: int, transport: str) -> f
     base = total + held.blocks * block + (sums if held.own else block)
     tile = query + block  # dq, dk and dv of one kernel call
     if ring == 2:  # two results for a query need no fp32, and nothing is under way while the second is computed
-        return base - total + query + max(tile, block + sums)
-    return base + max(tile, block + sums) + held.under_way * sums
+        return base - total + query + max(tile, block + sums, 2 * sums)
+    # A tile's results, or the sums they go into, or the two buffers of the message that has just come.
+    return base + max(tile, block + sums, 2 * sums) + held.under_way * sums
+
+
+def idle_bytes(widths: Widths, element: int, ring: int, transport: str, tokens: int) -> float:
+    """Bytes of buffers that wait between passes to be used again: at most what a pass lends at once."""
+    if ring == 1:
+        return 0.0
+    block, sums = element * widths.keys, max(4, element) * widths.keys
+    if transport == "allgather":
+        lent = ring * max(1.5 * block, sums)
+    else:
+        lent = HELD[transport].blocks * block + (2 + HELD[transport].under_way) * sums
+    return min(IDLE_BYTES, lent * tokens)
 
 
 def exchange_bytes(widths: Widths, element: int) -> float:

@@ -10,7 +10,7 @@ Letters: c tokens of a rank, h hidden size, e = 2 bytes of bf16, L layers, N dev
 
 from dataclasses import dataclass
 
-from .attention import Widths, backward_bytes, exchange_bytes, forward_bytes, workspace_bytes
+from .attention import Widths, backward_bytes, exchange_bytes, forward_bytes, idle_bytes, workspace_bytes
 from .device import FRAGMENTATION, RUNTIME
 from .job import OPTIMIZERS, Job
 from .model import Model
@@ -201,9 +201,12 @@ def _attention(job: Job) -> list[Item]:
     exchange = exchange_bytes(widths, E) if job.ulysses > 1 else 0.0
     qkv = E * (widths.query + widths.keys)
     already = 0.0 if saves_all else 1.0
+    idle = max(idle_bytes(widths, E, job.ring, kind, c) for kind in kinds)
     moment = "attention forward"
-    items = []
-    if job.checkpoint != "save-attention":
+    items = [Item("idle exchange buffers", idle, moment) for moment in ("attention forward", "MLP backward", "loss")]
+    if job.checkpoint == "save-attention":
+        items = items[1:]
+    else:
         items += [
             Item("norm before attention", already * first * c, moment),
             Item("q, k, v", already * qkv * c, moment),

@@ -7,12 +7,13 @@ import torch
 
 from ring_hf.geometry import Mask, WholeSequence, make_plan
 from ring_hf.kernels import choose
-from ring_hf.parallel import transport
+from ring_hf.parallel import buffers, transport
+from ring_hf.parallel.buffers import Pool
 from ring_hf.parallel.groups import group_of
 from ring_hf.parallel.schedule import ring_backward, ring_forward
 from ring_hf.parallel.transport import Ring
 from ring_hf.planner import attention as formulas
-from ring_hf.planner.attention import Held, Widths, backward_bytes, forward_bytes
+from ring_hf.planner.attention import Held, Widths, backward_bytes, forward_bytes, idle_bytes
 from tests.planner.live import Live, uncounted
 from tests.threads import threads_as_ranks
 
@@ -33,26 +34,32 @@ CASES = [
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def held(name, ring, inner, layout, element):
-    """Most bytes that any rank holds in a forward and a backward pass, besides inputs and gradient of out."""
+def held(name, ring, inner, layout, element, idle=0):
+    """Most bytes that any rank holds in a forward and a backward pass, besides inputs and gradient of out; and after.
+
+    Buffers that would lie idle are freed, up to `idle` bytes.
+    """
 
     def one(rank, group):
         sequence = WholeSequence(layout, ring * TOKENS, ring)
         shapes = [(1, TOKENS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
         plan = make_plan(sequence, Mask(), rank, 1, None, name, inner)
-        kernel, exchange = choose("cpu", q, v, None), Ring(group_of(group)) if ring > 1 else None
+        kernel, exchange = choose("cpu", q, v, None), None
+        if ring > 1:
+            exchange = Ring(group_of(group), q.device, nested=name == "double_ring")
+            exchange._pool = Pool(q.device, exchange.lane)  # threads are ranks here: each has its own
         with Live(q, k, v) as forward:
             out, lse = ring_forward(q, k, v, plan, exchange, kernel, DIM**-0.5, None, None, True)
             out = out.to(q.dtype)
         dout = torch.ones_like(out)
         with Live(q, k, v, out, lse, dout) as backward:
             ring_backward(dout, q, k, v, out, lse, plan, exchange, kernel, DIM**-0.5, None, True)
-        return forward.peak, backward.peak
+        return forward.peak, backward.peak, exchange._pool.idle_bytes if exchange else 0
 
     with threads_as_ranks() as run:
         stand_ins = {name: uncounted(getattr(transport, name)) for name in ("_all_gather", "_reduce_scatter")}
-        with mock.patch.multiple(transport, **stand_ins):
+        with mock.patch.multiple(transport, **stand_ins), mock.patch.object(buffers, "IDLE_BYTES", idle):
             peaks = run(ring, one)
     return [max(direction) for direction in zip(*peaks, strict=True)]
 
@@ -62,7 +69,7 @@ def held(name, ring, inner, layout, element):
 def test_the_schedule_holds_what_the_planner_says_and_no_more(name, ring, inner, layout, element):
     said = [fn(WIDTHS, element, ring, name) * TOKENS for fn in (forward_bytes, backward_bytes)]
     for direction, found, most in zip(
-        ("forward", "backward"), held(name, ring, inner, layout, element), said, strict=True
+        ("forward", "backward"), held(name, ring, inner, layout, element)[:2], said, strict=True
     ):
         ratio = found / most
         print(f"{name} of {ring} {direction}: {found:,} of {most:,.0f} bytes ({ratio:.3f})")
@@ -70,13 +77,22 @@ def test_the_schedule_holds_what_the_planner_says_and_no_more(name, ring, inner,
         assert ratio >= 0.75
 
 
+@pytest.mark.parametrize(("name", "ring", "inner", "layout"), CASES[1:], ids=lambda value: str(value))
+def test_no_more_lies_idle_than_the_planner_says(name, ring, inner, layout):
+    assert formulas.IDLE_BYTES == buffers.IDLE_BYTES
+    *_, idle = held(name, ring, inner, layout, 2, idle=buffers.IDLE_BYTES)
+    said = idle_bytes(WIDTHS, 2, ring, name, TOKENS)
+    print(f"{name} of {ring}: {idle:,} of {said:,.0f} bytes idle")
+    assert 0 < idle <= said < idle_bytes(WIDTHS, 2, ring, name, 10**6) == buffers.IDLE_BYTES
+
+
 def test_a_ring_holds_exactly_this():
     """Contiguous shards have no half blocks: the formula is the peak, up to the lse of a few tiles."""
     found = held("ring", 4, 1, "contiguous", 2)
     d_q, d_kv, c = HEADS * DIM, KV_HEADS * DIM, TOKENS
-    # fp32 output, a tile, two blocks; fp32 dq, a tile, own dk and dv, two blocks, two fp32 sums
+    # fp32 output, a tile, two blocks; fp32 dq, own dk and dv, two blocks, two messages of fp32 sums with both ends
     forward = c * (4 * d_q + 2 * d_q + 2 * 4 * d_kv)
-    backward = c * (4 * d_q + 2 * d_q + 4 * d_kv + 4 * d_kv + 2 * 4 * d_kv + 2 * 8 * d_kv)
+    backward = c * (4 * d_q + 4 * d_kv + 2 * 4 * d_kv + 4 * 8 * d_kv)
     assert forward <= found[0] <= forward + 5 * 4 * c * HEADS
     assert found[1] == backward
 
