@@ -1,8 +1,8 @@
 """Published runs as jobs, each predicted with nothing but its documented settings and the rates in `device`.
 
 Where a prediction is off by more than 15 %, the run says why: from its own documents, or from arithmetic on its own
-figures. Nothing here was adjusted to come closer. Settings that the source does not state are named as assumed; attention's
-buffers are those of this package's transports, whatever the run used.
+figures. Nothing here was adjusted to come closer. Settings that the source does not state are named as assumed;
+buffers of attention are those of this package's transports, whatever the run used.
 
 MFU and TFLOP/s of different papers count differently; seconds, tokens/s and bytes do not, so only these are compared.
 """
