@@ -29,7 +29,6 @@ class Run:
     Attributes:
         published: by quantity ("seconds", "tokens/s/GPU", "GB", "longest") what the source says.
         taken: bytes of a device that the source says something else takes.
-        most: tokens of a rank that something else than memory allows at most; 0 if nothing does.
         why: by quantity, why the prediction is off.
     """
 
@@ -38,7 +37,6 @@ class Run:
     job: dict[str, Any]
     published: dict[str, float]
     taken: float = 0.0
-    most: int = 0
     why: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> Job:
@@ -62,11 +60,10 @@ class Comparison:
         return self.predicted / self.published - 1
 
 
-def predict(job: Job, quantity: str, taken: float = 0.0, most: int = 0) -> float:
+def predict(job: Job, quantity: str, taken: float = 0.0) -> float:
     """One of the quantities that runs publish."""
     if quantity == "longest":
-        found = longest(job, taken)
-        return min(found, most * job.cp) if most else found
+        return longest(job, taken)
     if quantity == "GB":
         return memory_of(job).allocated / 1e9
     times = times_of(job)
@@ -78,7 +75,7 @@ def comparisons() -> Iterator[Comparison]:
     for run in RUNS:
         job = run.build()
         for quantity, published in run.published.items():
-            predicted = predict(job, quantity, run.taken, run.most)
+            predicted = predict(job, quantity, run.taken)
             yield Comparison(run.name, quantity, published, predicted, run.why.get(quantity, ""))
 
 
@@ -123,11 +120,11 @@ _EASY["offload"] = ("optimizer", "weights")  # type: ignore[assignment]
 _NEMO = {"model": "Llama-2-7b", "ulysses": 8, "transport": "ring", "kernel": "flash_attn_2"}
 _NEMO |= {"checkpoint": "none", "fp8": True, "fused": True, "zero": 1}
 
-_OFFSETS = 2**31 // 4096  # tokens of a rank whose hidden states have as many elements as 32 bits can address
 _NOT_MEMORY = (
-    "not limited by memory but by 32-bit offsets: hidden states of 4,096 reach 2**31 elements at 524,288 tokens a "
-    "rank, and the 1-GPU file notes that 555,000 end in an illegal memory access of a Triton kernel (500,000 run; "
-    "the others are at 475,000 and 484,375 a rank). Memory alone would allow 699,000, 4.7M and 16.8M"
+    "memory is probably not what limits these runs, but 32-bit offsets: hidden states of 4,096 reach 2**31 elements "
+    "at 524,288 tokens a rank, and the 1-GPU file notes that 555,000 end in an illegal memory access of a Triton "
+    "kernel (500,000 run; the others are at 475,000 and 484,375 a rank). That bound gives 524,288 (+5 %), 4.19M (+10 %) and "
+    "16.8M (+8 %)"
 )
 _STEPS = (
     "the source lists round lengths that ran, not the limit, predicted to lie below 40K; logits that somebody held "
@@ -160,7 +157,8 @@ RUNS = (
     Run(
         "TRL 1.13, Qwen3-8B, 1M, 8 x H100",
         "examples/sft_qwen3_8b_1m_context (373 s; the guide shows 380 s for the first step), release notes 1.13.0 "
-        "(56.2 GB); FSDP2 with fp32 states, offloaded layer inputs, chunked loss; SDPA taken as cuDNN",
+        "(56.2 GB); FSDP2 with fp32 states, offloaded layer inputs, chunked loss; SDPA taken as cuDNN (at the "
+        "rates of FlashAttention-2 the step would take 574 s)",
         {"model": "Qwen3-8B", "length": 2**20, **_TRL},
         {"seconds": 373.0, "GB": 56.2},
     ),
@@ -183,7 +181,6 @@ RUNS = (
         {**_TILED, "length": 500_000, "devices": 1, "offload": (*_MORE, "weights")},
         {"seconds": 1010.0, "longest": 500_000},
         taken=1e9,
-        most=_OFFSETS,
         why={"longest": _NOT_MEMORY},
     ),
     Run(
@@ -192,7 +189,6 @@ RUNS = (
         {**_TILED, "length": 3_800_000, "ulysses": 8, "offload": _MORE},
         {"seconds": 6455.0, "longest": 3_800_000},
         taken=5e9,
-        most=_OFFSETS,
         why={"longest": _NOT_MEMORY},
     ),
     Run(
@@ -201,7 +197,6 @@ RUNS = (
         {**_TILED, "length": 15_500_000, "devices": 32, "ulysses": 32, "offload": _MORE},
         {"seconds": 26709.0, "longest": 15_500_000},
         taken=5e9,
-        most=_OFFSETS,
         why={"longest": _NOT_MEMORY},
     ),
     Run(
@@ -280,7 +275,7 @@ RUNS = (
         "NeMo, Llama-2-7B, 1M, 1,024 x H100",
         "performance_long_sequence.md: TP 8 x CP 32, fp8 linear layers, 536 TFLOP/s with attention counted without a "
         "causal mask = 317 tokens/s; TP taken as the same split of heads by Ulysses, FlashAttention-2 (the container "
-        "is older than FlashAttention-3) and no recomputation assumed",
+        "is older than FlashAttention-3; cuDNN's rates would give 509) and no recomputation assumed",
         {**_NEMO, "length": 2**20, "devices": 1024, "cp": 256},
         {"tokens/s/GPU": 317.0},
     ),
