@@ -123,8 +123,8 @@ _NEMO |= {"checkpoint": "none", "fp8": True, "fused": True, "zero": 1}
 _NOT_MEMORY = (
     "memory is probably not what limits these runs, but 32-bit offsets: hidden states of 4,096 reach 2**31 elements "
     "at 524,288 tokens a rank, and the 1-GPU file notes that 555,000 end in an illegal memory access of a Triton "
-    "kernel (500,000 run; the others are at 475,000 and 484,375 a rank). That bound gives 524,288 (+5 %), 4.19M (+10 %) and "
-    "16.8M (+8 %)"
+    "kernel (500,000 run; the others are at 475,000 and 484,375 a rank). That bound gives 524,288 (+5 %), 4.19M "
+    "(+10 %) and 16.8M (+8 %)"
 )
 _STEPS = (
     "the source lists round lengths that ran, not the limit, predicted to lie below 40K; logits that somebody held "
