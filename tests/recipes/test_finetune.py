@@ -33,6 +33,7 @@ logging_steps: 1
 eval_strategy: steps
 eval_steps: 8
 """
+LEVERS = ["--memory_attention", "save", "--memory_offload", "all", "--ffn_block", "100", "--loss_block", "auto"]
 RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +55,7 @@ def folder(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("\n".join(rows))
     (folder / "run.yaml").write_text(RUN)
     start(folder, [sys.executable], "one")
-    start(folder, LAUNCH, "two", "--context_parallel_size", "2")
+    start(folder, LAUNCH, "two", "--context_parallel_size", "2", *LEVERS)
     return folder
 
 
@@ -92,7 +93,7 @@ def test_training_reduces_the_loss(folder):
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(folder):
     shutil.copytree(folder / "two" / "checkpoint-4", folder / "again" / "checkpoint-4")
-    start(folder, LAUNCH, "again", "--context_parallel_size", "2")
+    start(folder, LAUNCH, "again", "--context_parallel_size", "2", *LEVERS)
     assert compare(history(folder, "again"), history(folder, "two"), loss=1e-7, grad_norm=1e-6) == 8
 
 
