@@ -63,17 +63,21 @@ def trained_scale():
     return model
 
 
-def mixing():
+def mixing(strength=1.0):
     """A feed-forward layer whose rows see each other: what a capacity, or a norm over the batch, would do."""
     model = model_of("llama")
     for layer in model.model.layers:
-        layer.mlp.act_fn = Mean()
+        layer.mlp.act_fn = Mean(strength)
     return model
 
 
 class Mean(torch.nn.Module):
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+
     def forward(self, x):
-        return torch.nn.functional.silu(x - x.mean(1, keepdim=True))
+        return torch.nn.functional.silu(x - self.strength * x.mean(1, keepdim=True))
 
 
 class Capacity(torch.nn.Module):
@@ -122,6 +126,7 @@ MODELS = {
     ),
     "dropout": (dropping, {"ffn_block": 7}, r"layers.1.mlp.act_fn.1 drops with p=0.1, and blocks would draw"),
     "mixing rows": (mixing, {"ffn_block": 7}, "has no feed-forward layer that is a module of its own"),
+    "mixing rows a little": (lambda: mixing(1e-12), {"ffn_block": 7}, "treats each token by itself"),
     "capacity": (
         with_capacity,
         {"ffn_block": 7},
