@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from ring_hf.memory import MemoryConfig, apply
+from tests.harness import ROOT
 from tests.hf.architectures import EXACT, ROUTED, ROUTER_LOSS
 from tests.memory.models import apart, batch, model_of, step
 
@@ -92,3 +93,11 @@ def test_auxiliary_losses_of_routers_are_unchanged():
     """The router stays whole: its logits are recorded once per layer, for all tokens, with gradients."""
     found = [wrong(name, "all", **ROUTER_LOSS) for name in ROUTED]
     assert [message for message in found if message] == []
+
+
+def test_readme_counts_what_these_tables_hold():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    save, ffn, loss = (len(EXACT) - len(REFUSED[lever]) for lever in ("save", "ffn", "loss"))
+    assert loss == len(EXACT)
+    assert f"Of the {len(EXACT)} configurations below, one process finds saved attention exact for {save}," in text
+    assert f"feed-forward blocks for {ffn} and the loss in blocks for all" in text
