@@ -120,7 +120,9 @@ def test_rows_that_saw_nothing_come_back_with_lse_minus_infinity():
 
 
 @pytest.mark.parametrize(
-    "stand, real", [(aten_forward, cuda_flash._forward), (aten_backward, cuda_flash._backward)], ids=str
+    "stand, real",
+    [(aten_forward, cuda_flash._forward), (aten_backward, cuda_flash._backward)],
+    ids=["forward", "backward"],
 )
 def test_pytorchs_schemas_are_those_that_were_read(stand, real):
     schema = [argument.name for argument in real._schema.arguments]
