@@ -10,7 +10,7 @@ from ..tools.options import Formatter
 from ..tools.setting import parse_size
 
 _EXAMPLES = """examples:
-  what this machine has, and what it would do with Llama 3 8B at 64K tokens
+  what this machine has, and what it would do with Llama 3.1 8B at 64K tokens
     ring-hf doctor
   a model of yours (nothing is downloaded), 128K tokens over 8 ranks
     ring-hf doctor --model path/to/model --seq 128K --ranks 8
@@ -25,8 +25,6 @@ Exit code 0, or 1 if something would refuse training; 2 if an option is wrong.
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command and its options."""
-    from ..hf.inspection import SHAPES
-
     command = commands.add_parser(
         "doctor",
         help="versions, devices, kernels, links and speed of this machine, and what to change before training",
@@ -36,8 +34,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog=_EXAMPLES,
         formatter_class=Formatter,
     )
-    shapes = ", ".join(SHAPES)
-    command.add_argument("--model", default="llama-3-8b", help=f"a folder, a config.json, or one of {shapes}")
+    known = "a folder, a config.json, or a name that ring-hf plan knows"
+    command.add_argument("--model", default="Llama-3.1-8B", help=f"{known} (default: Llama-3.1-8B)")
     command.add_argument("--seq", type=parse_size, default=2**16, help="tokens of the sequence (default: 64K)")
     command.add_argument("--ranks", type=int, default=0, help="ranks that share it (default: GPUs; 2 on a CPU)")
     command.add_argument("--layout", default="zigzag", choices=LAYOUTS, help="layout of the ring (default: zigzag)")

@@ -8,6 +8,7 @@ import torch
 from ..hf.inspection import AttentionKind, inspect_model, load_config
 from ..hf.names import BACKENDS, ULYSSES
 from ..kernels import candidates
+from ..planner import read_keys
 from . import machine
 from .facts import Devices, Facts, Layers, Links, Question
 from .measurement import measure
@@ -39,7 +40,8 @@ def diagnose(question: Question, seconds: float = 120.0, repeats: int = 5) -> Fa
     if question.layout not in BACKENDS.values():
         raise ValueError(f"layout={question.layout!r} is not known. Choose one of {', '.join(BACKENDS.values())}.")
     backend = next(name for name, layout in BACKENDS.items() if layout == question.layout and name != ULYSSES)
-    model = inspect_model(question.model, load_config(question.model), backend)
+    keys, name, source = read_keys(question.model)
+    model = inspect_model(name, load_config(keys, source), backend)
     layers = tuple(_layers(kind, count, question.dtype, found.kind) for kind, count in model.kinds)
     facts = Facts(
         question=question,

@@ -6,10 +6,9 @@ a model cannot run without data, the usual names of its configuration are read i
 """
 
 import copy
-import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,47 +18,6 @@ from . import backend
 from .models import MODEL_RULES, text_config
 from .supported import first_error
 
-# Real models of each kind of attention, as their configurations describe them; the layers are what matters here.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama-3-70b": {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "gemma-2-9b": {
-        "model_type": "gemma2",
-        "hidden_size": 3584,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-    },
-    "gpt-oss-20b": {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
-    "deepseek-v3": {"model_type": "deepseek_v3"},
-}
 _PROBE = "ring_hf_probe"
 _TOKENS = 8
 
@@ -95,25 +53,16 @@ class Inspected:
     probed: bool
 
 
-def load_config(name: str) -> Any:
-    """The configuration behind a folder, a config.json or a key of `SHAPES`. Nothing is downloaded.
+def load_config(keys: Mapping[str, Any], source: str) -> Any:
+    """The configuration with the keys of a `config.json`, read at `source`.
 
     Raises:
-        ValueError: if it is none of them, or Transformers does not know the architecture.
+        ValueError: if Transformers does not know the architecture, or cannot read a key.
     """
-    if name in SHAPES:
-        return AutoConfig.for_model(**SHAPES[name])
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"{name!r} is neither a folder with a config.json, nor such a file, nor one of {', '.join(SHAPES)}. "
-            "Download the model's config.json first; nothing is downloaded here."
-        )
     try:
-        return AutoConfig.for_model(**json.loads(path.read_text()))
+        return AutoConfig.for_model(**keys)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no configuration that Transformers can read ({error}).") from error
+        raise ValueError(f"{source} is no configuration that Transformers can read ({error}).") from error
 
 
 def inspect_model(name: str, config: Any, attention: str) -> Inspected:

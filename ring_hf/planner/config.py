@@ -47,6 +47,15 @@ def read_model(text: str) -> Model:
     Raises:
         ValueError: if there is no such file or name, or the architecture is none the planner knows.
     """
+    return parse(*read_keys(text))
+
+
+def read_keys(text: str) -> tuple[Mapping[str, Any], str, str]:
+    """The keys of its `config.json`, its name, and where they are from.
+
+    Raises:
+        ValueError: if there is no such file or name.
+    """
     path = Path(text)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
@@ -56,12 +65,12 @@ def read_model(text: str) -> Model:
             raise ValueError(
                 f"{file} is no JSON: {error}. Pass a config.json of Transformers, or its folder."
             ) from None
-        return parse(config, path.name if path.is_dir() else path.parent.name or text, str(file))
+        return config, path.name if path.is_dir() else path.parent.name or text, str(file)
     if path.is_dir():
         raise ValueError(f"{path} has no config.json. Pass the folder that save_pretrained wrote, or the file itself.")
     name = known_name(text)
     if name is not None:
-        return parse(KNOWN[name], name, f"built-in table: config.json of {name}")
+        return KNOWN[name], name, f"built-in table: config.json of {name}"
     close = difflib.get_close_matches(text.lower(), [n.lower() for n in KNOWN], 4, 0.5)
     tails = difflib.get_close_matches(text.lower().rsplit("/")[-1], [n.lower().rsplit("/")[-1] for n in KNOWN], 4, 0.6)
     like = [name for name in KNOWN if name.lower() in close or name.lower().rsplit("/")[-1] in tails]

@@ -28,7 +28,7 @@ PACKAGES = tuple(
     machine.judge(wanted, wanted.tested or {"flash-attn": "2.8.3"}.get(wanted.name)) for wanted in machine.WANTED
 )
 NODE = Facts(
-    question=Question("llama-3-8b", 2**17, 8, "zigzag", "bfloat16"),
+    question=Question("Llama-3.1-8B", 2**17, 8, "zigzag", "bfloat16"),
     packages=PACKAGES,
     devices=Devices("cuda", ("NVIDIA H100",) * 8, 80 * 10**9, 64, (9, 0), True),
     model_type="llama",
@@ -293,7 +293,7 @@ def test_exit_code_is_one_where_training_would_be_refused(monkeypatch, capsys):
     [
         (
             "--model nowhere",
-            "'nowhere' is neither a folder with a config.json, nor such a file, nor one of llama-3-8b",
+            "--model 'nowhere' is neither a folder, nor a file, nor a name in the built-in table",
         ),
         ("--ranks -1", "--ranks -1 must be at least 1"),
         ("--repeats 0", "--repeats 0 must be at least 1"),

@@ -19,7 +19,7 @@ FLOORS = {
     "evaluation": set(),
     "tools": {"geometry"},
     "planner": {"geometry", "tools"},
-    "doctor": {"geometry", "kernels", "parallel", "hf", "tools"},
+    "doctor": {"geometry", "kernels", "parallel", "hf", "tools", "planner"},
 }
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
