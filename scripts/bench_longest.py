@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from scripts.bench_training import model_config, sequences, start
-from scripts.teams import MEMORY, report
+from scripts.teams import report
 
 BAR = 1e-5  # relative: that of training in fp32
 
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parse_arguments()
     job = {**vars(arguments), "steps": 1, "checkpointing": "saved", "levers": "ffn+loss"}
     torch.set_num_threads(arguments.processes)
-    team = start(arguments.processes, "longest", MEMORY)
+    team = start(arguments.processes, measures_memory=True)
     team.run({**job, "length": 256})
     began = time.perf_counter()
     row = team.run(job)

@@ -10,7 +10,6 @@ compared with that of the first.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.bench_training import model_config
-from scripts.teams import MEMORY, peak_bytes, report
+from scripts.teams import give_memory_back, peak_bytes, report
 
 NONE: dict[str, Any] = {"attention": "none", "ffn_block": None, "loss_block": None}
 CASES: dict[str, dict[str, Any]] = {
@@ -55,6 +54,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
 
     import ring_hf
 
+    give_memory_back()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag")).to(getattr(torch, job["dtype"])).train()
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         job = {"case": case, "length": arguments.tokens, "vocabulary": arguments.vocabulary}
         job |= {"hidden": arguments.hidden, "layers": arguments.layers, "dtype": arguments.dtype}
         command = [sys.executable, str(Path(__file__).resolve()), "--run", json.dumps(job)]
-        done = subprocess.run(command, env={**os.environ, **MEMORY}, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{case}: {done.stderr[-3000:]}")
         row = {"case": case, **json.loads(done.stdout.splitlines()[-1])}

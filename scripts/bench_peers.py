@@ -56,7 +56,7 @@ def install(packages: list[str], folder: Path) -> None:
 
 def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, Any]]:
     """Relative RMS of every variant at 512 tokens in fp32, dense heads and shared key/value heads."""
-    team, rows = Team(arguments.processes, "check", {}), []
+    team, rows = Team(arguments.processes), []
     for name, variant in variants.items():
         for kv_heads in sorted({arguments.heads, arguments.kv_heads}):
             job = {**vars(arguments), **variant, "check": True, "length": 512, "dtype": "float32"}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from scripts.teams import MEMORY, Team, peak_bytes, report
+from scripts.teams import Team, give_memory_back, peak_bytes, report
 
 CHECKPOINTING = ("none", "full", "saved")
 
@@ -46,8 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> None:
+def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: Any, results: Any) -> None:
     """Ranks below `processes` share sequences; the last worker trains alone with as many threads."""
+    if measures_memory:
+        give_memory_back()
     shared = rank < processes
     torch.set_num_threads(1 if shared else processes)
     if shared:
@@ -134,12 +136,12 @@ def sequences(job: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-def start(processes: int, name: str, env: dict[str, str]) -> Team:
+def start(processes: int, measures_memory: bool = False) -> Team:
     """A team whose ranks meet at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Team(processes, name, env, worker, prepare=lambda store: Path(f"{store}.port").write_text(str(port)))
+    return Team(processes, measures_memory, worker, lambda store: Path(f"{store}.port").write_text(str(port)))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,8 +149,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     both = [(False, way, levers) for way in arguments.checkpointing for levers in arguments.levers]
     alone = both if arguments.alone_too else [(False, "none", "")]
     variants = [(True, way, levers) for _, way, levers in alone] + both
-    memory = start(arguments.processes, "memory", MEMORY)
-    timing = None if arguments.only_memory else start(arguments.processes, "timing", {})
+    memory = start(arguments.processes, measures_memory=True)
+    timing = None if arguments.only_memory else start(arguments.processes)
     runs = 1 if arguments.only_memory else arguments.repeats + 1
     progress = tqdm(total=len(arguments.lengths) * len(variants) * runs, desc="training", disable=None)
     rows = []

@@ -5,6 +5,8 @@ are taken run by run. Peak memory is what a process grows by, inputs and all gra
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -28,9 +30,8 @@ from ring_hf import shard
 from scripts.contenders import CONTENDERS, Attend
 
 Variants = dict[str, dict[str, Any]]
-# Large blocks straight from the system and back: peak memory is then what is alive, not what malloc keeps.
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 _PATIENCE = 3600.0
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def add_options(parser: argparse.ArgumentParser, lengths: list[int], dtypes: list[str], repeats: int = 5) -> None:
@@ -42,6 +43,13 @@ def add_options(parser: argparse.ArgumentParser, lengths: list[int], dtypes: lis
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each variant, after one warm-up")
     parser.add_argument("--output", type=Path, help="folder for the results, as JSON and Markdown")
+
+
+def give_memory_back() -> None:
+    """From now on large blocks come straight from the system and go back there: peak memory is then what is alive, not
+    what malloc keeps. (glibc's mallopt; elsewhere nothing happens.)"""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)
 
 
 def peak_bytes(reset: bool = False) -> int:
@@ -99,8 +107,10 @@ def check_once(job: dict[str, Any], rank: int, group: dist.ProcessGroup | None) 
     return dict(zip(("out", "dq", "dk", "dv"), map(float, errors), strict=True))
 
 
-def worker(rank: int, processes: int, store: str, jobs: Any, results: Any) -> None:
+def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: Any, results: Any) -> None:
     """Ranks below `processes` form the ring with one thread each; the last worker is the single process."""
+    if measures_memory:
+        give_memory_back()
     torch.set_num_threads(1 if rank < processes else processes)
     group = None
     if rank < processes:
@@ -116,30 +126,23 @@ class Team:
     def __init__(
         self,
         processes: int,
-        name: str,
-        env: dict[str, str],
+        measures_memory: bool = False,
         target: Callable[..., None] = worker,
         prepare: Callable[[Path], Any] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported the script and computed nothing: imports take longest.
+        context = multiprocessing.get_context("forkserver")
         self.processes = processes
-        self.store = Path(tempfile.mkdtemp()) / name
+        self.store = Path(tempfile.mkdtemp()) / "store"
         if prepare is not None:
             prepare(self.store)
         self.queues = [context.Queue() for _ in range(processes + 1)]
         self.results = context.Queue()
-        kept = {key: os.environ.get(key) for key in env}
-        os.environ.update(env)
         self.workers = []
         for rank, jobs in enumerate(self.queues):
-            arguments = (rank, processes, str(self.store), jobs, self.results)
+            arguments = (rank, processes, str(self.store), measures_memory, jobs, self.results)
             self.workers.append(context.Process(target=target, args=arguments, daemon=True))
             self.workers[-1].start()
-        for key, value in kept.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
     def run(self, job: dict[str, Any], alone: bool = False) -> dict[str, float]:
         """The slowest (or largest) figure of the ring, or that of the single process."""
@@ -181,7 +184,7 @@ def measure(
             length above which it is left out.
         documents: cumulative boundaries of packed documents.
     """
-    timing, memory = Team(arguments.processes, "timing", {}), Team(arguments.processes, "memory", MEMORY)
+    timing, memory = Team(arguments.processes), Team(arguments.processes, measures_memory=True)
     problems = list(itertools.product(arguments.dtypes, arguments.lengths))
     progress = tqdm(total=len(problems) * (arguments.repeats + 1) * len(variants), desc="attention", disable=None)
     rows = []

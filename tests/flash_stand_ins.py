@@ -18,7 +18,17 @@ from unittest import mock
 
 import torch
 
-from ring_hf.kernels import KERNELS, Kernel, cuda_flash, flash_attn_2, flash_attn_3, flash_attn_4, flash_calls, hub
+from ring_hf.kernels import (
+    KERNELS,
+    Kernel,
+    cuda_cudnn,
+    cuda_flash,
+    flash_attn_2,
+    flash_attn_3,
+    flash_attn_4,
+    flash_calls,
+    hub,
+)
 from tests.flash_stand_ins_maths import (
     CALLS,
     Bounds,
@@ -303,6 +313,7 @@ def stand_in(adapter: str, large: int = 12, capability: tuple[int, int] = (9, 0)
         patch(flash_calls, "DTYPES", (torch.float64,))
         patch(flash_calls, "LARGE", large)
         patch(flash_calls, "capability", lambda device: capability)
+        patch(cuda_cudnn, "_cudnn", lambda: None)  # builds for CUDA have it, and it would come first
         if adapter == "aten":
             patch(cuda_flash, "_forward", aten_forward)
             patch(cuda_flash, "_backward", aten_backward)

@@ -2,7 +2,7 @@
 of our own, so that exchanges never wait in the queue of a group on which FSDP or Accelerate post theirs."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 _GROUPS: dict[str, ProcessGroup] = {}
 # By name of the group they were made for, purpose, ranks: that group and ours.
 _OWN: dict[tuple[str, str, tuple[int, ...]], tuple[ProcessGroup, ProcessGroup]] = {}
+# By name of the group that was warmed up: that group, and how its ranks were split.
+_WARM: dict[str, tuple[ProcessGroup, set[Hashable]]] = {}
 
 
 @torch.compiler.disable  # a compiled caller would replay the registration only after the operator has asked for it
@@ -56,6 +58,8 @@ def own_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: t
     key = group.group_name, purpose, tuple(ranks)
     parent, made = _OWN.get(key, (None, None))
     if made is None or parent is not group or not _alive(made):
+        if made is not None:
+            _WARM.pop(group.group_name, None)
         made = _make(group, ranks, purpose, device)
         _OWN[key] = group, made
     return made
@@ -70,7 +74,17 @@ def forget_group(group: ProcessGroup) -> None:
         _, made = _OWN.pop(key)
         if _alive(made):
             dist.destroy_process_group(made)
+    _WARM.pop(group.group_name, None)
     _GROUPS.pop(group.group_name, None)
+
+
+def splits_that_are_warm(group: ProcessGroup) -> set[Hashable]:
+    """For `warm_up` to look into and add to; empty again once groups of ours for this group have ended."""
+    known, splits = _WARM.get(group.group_name, (None, set()))
+    if known is not group:
+        splits = set()
+        _WARM[group.group_name] = group, splits
+    return splits
 
 
 def _alive(group: ProcessGroup) -> bool:

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from .groups import splits_that_are_warm
 from .lanes import lane_of
 from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Ring
 from .ulysses import place_of
 
 PATIENCE = timedelta(seconds=180)
-_warm: dict[tuple[str, torch.device, int, int], ProcessGroup] = {}
 _meetings = 0
 
 
@@ -43,8 +43,8 @@ def warm_up(
         RuntimeError: if ranks do not come, or an exchange does not end; names the ranks, and what to check.
     """
     global _meetings
-    key = group.group_name, device, ulysses_size, inner_ring_size
-    if _warm.get(key) is group or dist.get_world_size(group) == 1:
+    split = device, ulysses_size, inner_ring_size
+    if split in splits_that_are_warm(group) or dist.get_world_size(group) == 1:
         return
     _meetings += 1
     _meet(group, patience)
@@ -56,7 +56,7 @@ def warm_up(
     if size > ulysses_size:
         with _explained("the ring", group, range(rank % ulysses_size, size, ulysses_size), patience):
             _go_round(Ring(group, device, ulysses_size, inner_ring_size > 1), inner_ring_size, patience)
-    _warm[key] = group
+    splits_that_are_warm(group).add(split)  # only now: making our groups may have ended what was warm
 
 
 def _meet(group: ProcessGroup, patience: timedelta) -> None:

@@ -18,6 +18,29 @@ from tests.harness import run_distributed
 CPU = torch.device("cpu")
 
 
+def warmed_twice(rank: int, world_size: int) -> list[int]:
+    """Messages of a warm-up, of the same again, and of one after the groups were forgotten."""
+    world, original = dist.group.WORLD, dist.batch_isend_irecv
+    counts = []
+    for forget in (True, False, True):
+        posted = []
+
+        def post(ops, posted=posted):
+            posted.extend(ops)
+            return original(ops)
+
+        if forget:
+            forget_group(world)
+        with mock.patch.object(dist, "batch_isend_irecv", post):
+            warm_up(world, CPU)
+        counts.append(len(posted))
+    return counts
+
+
+def test_groups_that_were_forgotten_are_warmed_up_anew():
+    assert run_distributed(2, warmed_twice) == [[4, 0, 4]] * 2
+
+
 def warmed(rank: int, world_size: int, split: tuple[int, int], case: Case) -> tuple[set, int, int]:
     """`(pairs that exchanged, groups after warm-up, groups after a step)`."""
     forget_group(dist.group.WORLD)
