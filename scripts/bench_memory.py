@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.bench_training import model_config
-from scripts.teams import give_memory_back, peak_bytes, report
+from scripts.teams import PAGE, give_memory_back, peak_bytes, report
 
 NONE: dict[str, Any] = {"attention": "none", "ffn_block": None, "loss_block": None}
 CASES: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
     step(64)
     before = peak_bytes(reset=True)
     loss = step(job["length"])
-    return {"memory": float(peak_bytes() - before), "loss": loss}
+    return {"memory": max(peak_bytes() - before, PAGE), "loss": loss}
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from scripts.teams import Team, give_memory_back, peak_bytes, report
+from scripts.teams import PAGE, Team, give_memory_back, peak_bytes, report
 
 CHECKPOINTING = ("none", "full", "saved")
 
@@ -109,7 +109,7 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])  # type: ignore[arg-type]
         trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return {"seconds": clock.took, "memory": float(peak_bytes() - before), "loss": loss}
+    return {"seconds": clock.took, "memory": max(peak_bytes() - before, PAGE), "loss": loss}
 
 
 def model_config(job: dict[str, Any], attention: str) -> Any:

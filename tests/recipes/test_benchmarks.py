@@ -16,6 +16,13 @@ from scripts.contenders import CONTENDERS
 from tests.harness import ROOT, run_command
 
 COMMAND = [sys.executable, "-m", "ring_hf.cli", "bench"]
+
+
+def script(name):
+    """What the command starts, without importing the package twice."""
+    return [sys.executable, f"scripts/bench_{name}.py"]
+
+
 SMALL = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--repeats", "1"]
 
 
@@ -51,8 +58,8 @@ def test_exponents_are_slopes_in_log_log():
 
 def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path):
     names = ["ring", "torch-ring", "sdpa, 1 process"]
-    words = ["peers", "--only", *names, "--lengths", "64", *SMALL, "--packages", str(tmp_path / "packages")]
-    run_command([*COMMAND, *words, "--output", str(tmp_path)])
+    words = ["--only", *names, "--lengths", "64", *SMALL, "--packages", str(tmp_path / "packages")]
+    run_command([*script("peers"), *words, "--output", str(tmp_path)])
     errors = json.loads((tmp_path / "peers.json").read_text())["rows"]["errors"]
     assert [(row["variant"], row["kv_heads"]) for row in errors] == [
         (name, heads) for name in names for heads in (1, 2)
@@ -62,8 +69,8 @@ def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path
 
 def test_training_steps_are_timed_with_every_lever(tmp_path):
     model = ["--layers", "1", "--hidden", "64", "--vocabulary", "48"]
-    words = ["training", "--lengths", "256", *model, "--repeats", "1", "--checkpointing", "none", "saved"]
-    run_command([*COMMAND, *words, "--levers", "", "ffn+loss", "--output", str(tmp_path)])
+    words = ["--lengths", "256", *model, "--repeats", "1", "--checkpointing", "none", "saved"]
+    run_command([*script("training"), *words, "--levers", "", "ffn+loss", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
     found = [(row["processes"], row["checkpointing"], row["levers"]) for row in rows]
     assert found == [
@@ -76,14 +83,14 @@ def test_training_steps_are_timed_with_every_lever(tmp_path):
 def test_the_memory_of_a_step_is_measured_with_every_lever(tmp_path):
     cases = ["none", "attention saved, both in blocks"]
     sizes = ["--tokens", "2048", "--vocabulary", "4096", "--hidden", "64", "--layers", "1"]
-    run_command([*COMMAND, "memory", *sizes, "--cases", *cases, "--output", str(tmp_path)])
+    run_command([*script("memory"), *sizes, "--cases", *cases, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [row["case"] for row in rows] == cases
     assert rows[1]["ratio"] > 1 and rows[1]["difference"] < 1e-4
 
 
 def test_the_longest_sequence_has_the_loss_of_one_process(tmp_path):
-    run_command([*COMMAND, "longest", "--length", "512", "--vocabulary", "48", "--output", str(tmp_path)])
+    run_command([*script("longest"), "--length", "512", "--vocabulary", "48", "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "longest.json").read_text())["rows"]
     assert row["difference"] <= BAR and 3 < row["loss"] < 5
 
