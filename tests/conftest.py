@@ -16,6 +16,7 @@ poison_empty()
 _FIRST = ("trainer", "recipes", "distributed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """For several workers (pytest -n): tests that share processes stay together, those of a file or of the Trainer."""
 
