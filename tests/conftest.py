@@ -16,17 +16,14 @@ poison_empty()
 _FIRST = ("trainer", "recipes", "distributed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """For several workers (pytest -n): tests that share processes stay together, those of a file or of the Trainer."""
+    """The order of folders; within one it stays."""
 
-    def folder(item):
-        return item.path.relative_to(Path(__file__).parent).parts[0]
+    def place(item):
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
 
-    for item in items:
-        group = folder(item) if folder(item) == "trainer" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: _FIRST.index(folder(item)) if folder(item) in _FIRST else len(_FIRST))
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
