@@ -13,9 +13,17 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ring_hf.parallel import context_attention, forget_group, groups, transport, warm_up
 from tests.distributed.cases import Case, ring_result
-from tests.harness import run_distributed
+from tests.harness import run_distributed, stop_workers
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_of_our_own():
+    """torch numbers groups by how many a process has: where other tests destroyed theirs, a name could come twice."""
+    stop_workers()
+    yield
+    stop_workers()
 
 
 def warmed_twice(rank: int, world_size: int) -> list[int]:
