@@ -151,7 +151,7 @@ def pass_cost(
         blocks = max(sum(sorted(row)[-2:]) for row in problem.need)
     else:
         total, most, mean = relay(layer, tokens, plan, compute, backward)
-        blocks = tokens * min(steps - 1, 2 if inner == size else 4)
+        blocks = tokens * (0 if steps == 1 else 2 if steps <= inner else 4)  # leaving and arriving, of a turn too
     busiest = max(map(sum, zip(*compute, strict=True)))
     return Cost(busiest, total + exchange, most, mean, exchanged, blocks * per_token)
 

@@ -16,6 +16,7 @@ _GROUPS: dict[str, ProcessGroup] = {}
 _OWN: dict[tuple[str, str, tuple[int, ...]], tuple[ProcessGroup, ProcessGroup]] = {}
 # By name of the group that was warmed up: that group, and how its ranks were split.
 _WARM: dict[str, tuple[ProcessGroup, set[Hashable]]] = {}
+_made = 0  # groups of ours so far, in the process of those it has met that has made most
 
 
 @torch.compiler.disable  # a compiled caller would replay the registration only after the operator has asked for it
@@ -51,9 +52,6 @@ def own_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: t
     A collective call of `group` then: all its ranks come here in the same order, as they run the same layers. It has
     the timeout of `group`, is bound to the device, and has done its first collective, as the first call on an NCCL
     group must come from all of its members.
-
-    Raises:
-        ValueError: if ranks of `group` belong to different numbers of groups, which would have them wait for ever.
     """
     key = group.group_name, purpose, tuple(ranks)
     parent, made = _OWN.get(key, (None, None))
@@ -101,26 +99,36 @@ def _make(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: torch
     settings: dict[str, Any] = {"timeout": _timeout(group, device), "use_local_synchronization": local}
     if device.type == "cuda":
         settings["device_id"] = device
-    if local:
-        _check_names(group)
-    with _no_split() if local else contextlib.nullcontext():
+    name = _new_name(group, members, purpose)
+    with _named(name), _no_split() if local else contextlib.nullcontext():
         made = dist.new_group(members, group_desc=f"ring_hf {purpose}", **settings)
     assert isinstance(made, ProcessGroup)
     dist.all_reduce(torch.zeros(1, device=device), group=made)
     return made
 
 
-def _check_names(group: ProcessGroup) -> None:
-    """torch names a group that only its members make after its ranks and how many groups a process has."""
+def _new_name(group: ProcessGroup, members: Sequence[int], purpose: str) -> str:
+    """A name that none of these ranks has used before, and that all of them find."""
+    global _made
     counts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(counts, len(getattr(distributed_c10d._world, "pg_names", ())), group=group)
-    if len(set(counts)) > 1:
-        listed = ", ".join(f"rank {dist.get_global_rank(group, n)}: {count}" for n, count in enumerate(counts))
-        raise ValueError(
-            f"The ranks that share a sequence belong to different numbers of process groups ({listed}), and torch "
-            "could not make another for some of them. Make groups so that each of these ranks is in as many, for "
-            "example all axes of one device mesh, or make the others after the first attention."
-        )
+    dist.all_gather_object(counts, _made, group=group)
+    _made = max(counts) + 1
+    return f"ring_hf {purpose} {_made} of ranks {', '.join(map(str, members))}"
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A group that only its members make would be named by torch after its ranks and how many groups the process has.
+
+    That count differs between processes that belong to different numbers of groups, which then wait for each other
+    for ever; and it comes back when a group ends, with the addresses of the old one still in the store.
+    """
+    torchs = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore
+    try:
+        yield
+    finally:
+        distributed_c10d._process_group_name = torchs
 
 
 @contextlib.contextmanager

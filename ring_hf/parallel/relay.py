@@ -110,13 +110,16 @@ class Gradients:
             return
         assert self._ring is not None
         outgoing, self._outgoing = self._packed(), None
-        for exchange in self._coming.pop(step, ()):
-            outgoing.flat.add_(self._arrived(exchange).flat)
-            self._done(exchange)
+        self._add_arrived(outgoing, step)
         self._ring.touched(outgoing)
         move = self._moves[step]
         exchange = _post(self._ring, self._plan, move, outgoing, self._take(), GRADIENTS, self._overlap)
         self._coming.setdefault(move.due, []).append(exchange)
+
+    def _add_arrived(self, outgoing: Buffer, step: int) -> None:
+        for exchange in self._coming.pop(step, ()):
+            outgoing.flat.add_(self._arrived(exchange).flat)
+            self._done(exchange)
 
     def _arrived(self, exchange: Exchange) -> Buffer:
         exchange.wait()

@@ -88,8 +88,8 @@ def backward_bytes(widths: Widths, element: int, ring: int, transport: str) -> f
     tile = query + block  # dq, dk and dv of one kernel call
     if ring == 2:  # two results for a query need no fp32, and nothing is under way while the second is computed
         return base - total + query + max(tile, block + sums, 2 * sums)
-    # A tile's results, or the sums they go into, or the two buffers of the message that has just come.
-    return base + max(tile, block + sums, 2 * sums) + held.under_way * sums
+    # A tile's results, or the sums they go into.
+    return base + max(tile, block + sums) + held.under_way * sums
 
 
 def idle_bytes(widths: Widths, element: int, ring: int, transport: str, tokens: int) -> float:
