@@ -16,6 +16,7 @@ from ring_hf.parallel import group_of, warm_up
 
 from . import context as process
 from .guard import base_model, guard_model, refuse_together
+from .liger import check_liger
 from .models import MODEL_RULES
 from .split import resolve, split_error
 from .supported import ARGUMENT_RULES, check_loader, check_memory, first_error
@@ -72,7 +73,7 @@ class ContextParallelCallback(TrainerCallback):
             return
         inner = base_model(model)
         error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
-        error = error or check_memory(args, inner)
+        error = error or check_memory(args, inner) or check_liger(args, inner, applied=loader is not None)
         error = error or split_error(inner.config, context)
         split = None if error is not None else resolve(inner.config, context)
         refuse_together(error, {"the way sequences are split": str(split)}, context)

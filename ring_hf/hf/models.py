@@ -116,7 +116,7 @@ def _loss(model: PreTrainedModel) -> str | None:
     # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
     known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
     # `ring_hf.memory` takes the same loss over blocks of tokens, and says what it wraps.
-    function = getattr(model.loss_function, "__wrapped__", model.loss_function)
+    function = inspect.unwrap(model.loss_function)
     if known and function is ForCausalLMLoss:
         return None
     return (

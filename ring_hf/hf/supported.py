@@ -80,12 +80,6 @@ def _compile(args: Any) -> str | None:
     return "torch_compile=True is not proven yet with context parallelism. Set it to False."
 
 
-def _liger(args: Any) -> str | None:
-    if not args.use_liger_kernel:
-        return None
-    return "use_liger_kernel=True replaces the loss and is not proven yet with context parallelism. Set it to False."
-
-
 ARGUMENT_RULES: tuple[Callable[[Any], str | None], ...] = (
     _label_smoothing,
     _average_tokens,
@@ -96,7 +90,6 @@ ARGUMENT_RULES: tuple[Callable[[Any], str | None], ...] = (
     _gather_objects,
     _batch_metrics_inputs,
     _compile,
-    _liger,
 )
 
 DISPATCHED = (

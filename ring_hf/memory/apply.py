@@ -1,5 +1,6 @@
 """`apply(model, config)`: find what each lever works on, prove it on the model itself, switch it on, say so."""
 
+import functools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
     blocks = {seen.name: block if isinstance(block, int) else ffn.automatic_block(seen) for seen in found}
     for seen in found:
         ffn.wrap(seen, blocks[seen.name])
+        seen.module.register_forward_pre_hook(ffn.refuse_replaced)
     if head is not None:
         _switch_loss(inner, config)
     if layers is not None:
@@ -184,18 +186,36 @@ def disarm(head: nn.Module) -> None:
 
 
 def _switch_loss(model: Any, config: MemoryConfig) -> None:
-    model.loss_function = blockwise(model.loss_function)
+    in_blocks = blockwise(model.loss_function)
     armed: list[nn.Module] = []
+    asked = False
+
+    @functools.wraps(in_blocks)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked = True
+        return in_blocks(*args, **kwargs)
+
+    model.loss_function = noted
 
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal asked
+        asked = False
         head = module.get_output_embeddings()  # anew: PEFT may have wrapped it since
         if kwargs.get("labels") is not None:
             arm(head, config.loss_block)
             armed.append(head)
 
     def after(module: Any, args: tuple, output: Any) -> None:
+        wanted = bool(armed)
         while armed:
             arm(armed.pop(), None)
+        if wanted and not asked and output is not None:
+            raise ValueError(
+                f"The forward pass of {type(module).__name__} was replaced since memory.apply, and does not call the "
+                "model's loss function, so that loss_block would be ignored. Leave the replacement (such as "
+                "use_liger_kernel) out, or set loss_block=None."
+            )
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)

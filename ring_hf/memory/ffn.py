@@ -149,6 +149,15 @@ def wrap(seen: Seen, block: int) -> None:
     seen.module.forward = MethodType(_forward, seen.module)
 
 
+def refuse_replaced(module: nn.Module, args: tuple) -> None:
+    """A hook: somebody may replace the forward of a module later, as Liger does."""
+    if getattr(module.forward, "__func__", None) is not _forward:
+        raise ValueError(
+            f"The forward pass of {type(module).__name__} was replaced since memory.apply, so that ffn_block would be "
+            "ignored. Leave the replacement (such as use_liger_kernel) out, or set ffn_block=None."
+        )
+
+
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows: Rows
     rows, block = self.__dict__[SETTINGS]

@@ -308,7 +308,6 @@ ARGUMENTS = {
         "would hand shards to compute_metrics",
     ),
     "torch.compile": ({"torch_compile": True}, "torch_compile=True is not proven yet"),
-    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the loss"),
 }
 
 SHARD = {"input_ids": ONES[:, :8], KEY: DESCRIPTION}

@@ -14,10 +14,12 @@ from torch.distributed import is_initialized
 from transformers import Trainer, set_seed
 
 import ring_hf
+from tests.liger_stand_in import SETTINGS, liger
 from tests.trainer.cases import Case, Rows, build_model
 from tests.trainer.train_script import arguments, curves
 
 LEVERS = {"attention": "save", "ffn_block": 20, "loss_block": 20}
+LIGER = "zigzag, Liger's loss"
 BASE = Case("", "zigzag", 2, steps=4)
 # The case, its levers, and whether DDP looks for unused parameters (and so at the outputs of the model).
 CASES: dict[str, tuple[Case, dict[str, Any], bool]] = {
@@ -28,6 +30,7 @@ CASES: dict[str, tuple[Case, dict[str, Any], bool]] = {
         True,
     ),
     "ulysses, LoRA, offload": (replace(BASE, layout="ulysses", lora=True), {**LEVERS, "offload": "all"}, False),
+    LIGER: (BASE, {"attention": "save", "ffn_block": None, "loss_block": None}, False),
     "balanced, packed": (replace(BASE, layout="balanced", packing=True), {**LEVERS, "attention": "recompute"}, False),
 }
 
@@ -39,7 +42,9 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"accuracy": right.double().mean().item(), "size": logits[:, :-1][counted].square().sum().item()}
 
 
-def run(case: Case, levers: dict[str, Any] | None, find_unused: bool, folder: Path) -> dict[str, Any]:
+def run(
+    case: Case, levers: dict[str, Any] | None, find_unused: bool, folder: Path, use_liger: bool = False
+) -> dict[str, Any]:
     """Four steps; with padding also an evaluation that asks for the logits, and one that does not."""
     torch.set_num_threads(1)
     set_seed(0)
@@ -48,6 +53,8 @@ def run(case: Case, levers: dict[str, Any] | None, find_unused: bool, folder: Pa
         ring_hf.memory.apply(model, **levers)
     args = arguments(replace(case, name="run"), folder)
     args.ddp_find_unused_parameters = find_unused
+    if use_liger:
+        args.use_liger_kernel, args.liger_kernel_config = True, SETTINGS
     trainer = Trainer(
         model,
         args,
@@ -68,7 +75,8 @@ def run(case: Case, levers: dict[str, Any] | None, find_unused: bool, folder: Pa
 
 def main() -> None:
     path = Path(sys.argv[1])
-    results = {name: run(*case, path.parent) for name, case in CASES.items()}
+    with liger():
+        results = {name: run(*case, path.parent, name == LIGER) for name, case in CASES.items()}
     if not is_initialized() or torch.distributed.get_rank() == 0:
         path.write_text(json.dumps(results))
 
