@@ -4,16 +4,24 @@
 fp32, bf16 (AMX where there is one) and fp16 without an S x S matrix. Its `is_causal` is aligned at the top left and it
 knows no window: tiles are split (`pieces`). It wants one head dim: if that of the values differs (multi-head latent
 attention), the smaller is padded with zeros.
+
+It reads all keys and values of a head once for every few hundred queries, and backward it adds to their gradients as
+often. Far beyond a core's cache that costs a tenth of its speed and more (scripts/LOG.md), so long keys are taken a
+slice at a time, and the results merged as those of blocks are.
 """
 
 import torch
 from torch.nn.functional import pad
 
+from .merge import accumulate_dtype, merge_
 from .pieces import PieceKernel
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Results, and their copies in fp32, stay a part of the shard.
 _ROWS = 4096
+# Bytes of one head's keys and values: what is taken whole, and else a slice, which (backward with its gradients) fits
+# the 2 MiB of a core's second cache.
+_WHOLE, _FORWARD_SLICE, _BACKWARD_SLICE = 2**22, 2**21, 2**20
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -32,7 +40,18 @@ def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(q, k, v, 0.0, causal, scale=scale)
+    slices = _slices(k, v, _FORWARD_SLICE)
+    if len(slices) == 1:
+        return _forward(q, k, v, 0.0, causal, scale=scale)
+    out, lse = q.new_empty(0), q.new_empty(0)
+    for place in slices:
+        seen = slice(place.start, None) if causal else slice(None)  # by these queries and later ones
+        one_out, one_lse = _forward(q[:, :, seen], k[:, :, place], v[:, :, place], 0.0, causal, scale=scale)
+        if not place.start:
+            out, lse = one_out.to(accumulate_dtype(q.dtype)), one_lse
+        else:
+            merge_(out[:, :, seen], lse[:, :, seen], one_out, one_lse)
+    return out, lse
 
 
 def _differentiate(
@@ -45,7 +64,28 @@ def _differentiate(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    slices = _slices(k, v, _BACKWARD_SLICE)
+    if len(slices) == 1:
+        return _backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    dq, dk, dv = q.new_empty(0), torch.empty_like(k), torch.empty_like(v)
+    for place in slices:
+        seen = slice(place.start, None) if causal else slice(None)
+        given = dout[:, :, seen], q[:, :, seen], k[:, :, place], v[:, :, place], out[:, :, seen], lse[:, :, seen]
+        one_dq, dk[:, :, place], dv[:, :, place] = _backward(*given, 0.0, causal, scale=scale)
+        if not place.start:
+            dq = one_dq.to(accumulate_dtype(q.dtype))
+        else:
+            dq[:, :, seen].add_(one_dq)
+    return dq.to(q.dtype), dk, dv
+
+
+def _slices(k: torch.Tensor, v: torch.Tensor, num_bytes: int) -> list[slice]:
+    """Slices of the keys: one of all, or some of equal size."""
+    num_k, per_token = k.shape[2], k.element_size() * (k.shape[3] + v.shape[3])
+    if num_k * per_token <= _WHOLE:
+        return [slice(0, num_k)]
+    size = -(-num_k // -(-num_k * per_token // num_bytes))
+    return [slice(start, min(start + size, num_k)) for start in range(0, num_k, size)]
 
 
 def _one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ring_hf.geometry import Mask, Tile, WholeSequence, split
-from ring_hf.kernels import KERNELS, State, choose, merge_
+from ring_hf.kernels import KERNELS, State, choose, cpu, merge_
 from ring_hf.parallel import local_attention, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import assert_close, rms_ratio
@@ -40,6 +40,33 @@ def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads
     got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
     for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, mine, right, max_abs=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(("forward", "backward"), [(9, 5), (2, 30), (1, 1)])
+def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward):
+    per_key, calls = 2 * 8 * 8, []
+    for name, keys in (("_WHOLE", 10), ("_FORWARD_SLICE", forward), ("_BACKWARD_SLICE", backward)):
+        monkeypatch.setattr(cpu, name, keys * per_key)
+
+    def count(name, call):
+        def counted(*args, **settings):
+            calls.append(name)
+            return call(*args, **settings)
+
+        monkeypatch.setattr(cpu, name, counted)
+
+    count("_forward", cpu._forward)
+    count("_backward", cpu._backward)
+    q, k, v, dout = tensors()
+    seen = dense_mask(WholeSequence("contiguous", 37, 1), mask, 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
+    settings = {"causal": mask.causal, "window": mask.window, "scale": 0.2, "kernel": "cpu"}
+    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
+    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, mine, right, max_abs=1e-12)
+    if mask.window is None:
+        assert (calls.count("_forward"), calls.count("_backward")) == (-(-37 // forward), -(-37 // backward))
 
 
 @pytest.mark.parametrize("queries", [1, 5, 36])
