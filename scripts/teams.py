@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import queue
+import shlex
 import statistics
 import sys
 import tempfile
@@ -245,8 +246,14 @@ def setting() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *_without_output(sys.argv[1:])]),
     }
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Where results went says nothing about them."""
+    place = arguments.index("--output") if "--output" in arguments else len(arguments)
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def report(folder: Path | None, name: str, text: str, rows: Any) -> None:

@@ -42,6 +42,7 @@ def test_growing_lengths_give_a_table_exponents_and_a_picture(tmp_path):
     assert all(row["total"] > row["forward"] > 0 and row["memory"] >= row["forward_memory"] for row in rows)
     assert "| float32 | ring, 2 processes | 64 to 128 |" in done.stdout
     assert (tmp_path / "lengths.md").read_text() in done.stdout
+    assert "command bench_lengths.py --lengths 64 128" in done.stdout and str(tmp_path) not in done.stdout
     assert Image.open(tmp_path / "lengths-float32.png").size == (1320, 960)
 
 
