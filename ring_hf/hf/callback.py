@@ -48,20 +48,24 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Tokens per second of this device (of its own shards) and the peak of its memory, added to the training
-        logs."""
+        logs; at the end, sequences per second, which the Trainer counts once for every rank that shares them."""
         context = process.current()
-        if context is None or logs is None or "loss" not in logs:
+        if context is None or logs is None:
             return
-        model = kwargs.get("model")
+        if "loss" in logs:
+            _add(self._speed(args, kwargs.get("model")), logs, state)
+        elif "train_samples_per_second" in logs and args.max_steps > 0:  # otherwise it counts examples
+            rate = round(logs["train_samples_per_second"] / context.size, 3)
+            _add({"train_samples_per_second": rate}, logs, state)
+
+    def _speed(self, args: Any, model: Any) -> dict[str, float]:
         tokens = guard_model(model).num_tokens if model is not None else 0
         now = time.perf_counter()
         added = {"peak_memory_gb": round(_peak_memory(args.device) / 1e9, 3)}
         if now > self._time_since and tokens > self._tokens_since:
             added["tokens_per_second_per_device"] = round((tokens - self._tokens_since) / (now - self._time_since), 1)
             self._tokens_since, self._time_since = tokens, now
-        logs.update(added)
-        if state.log_history:
-            state.log_history[-1].update(added)  # the Trainer made its own copy before it called
+        return added
 
     def _check(self, args: Any, state: Any, model: Any, loader: Any = None) -> None:
         if hasattr(args.parallelism_config, "activate"):
@@ -91,6 +95,12 @@ class ContextParallelCallback(TrainerCallback):
                 "on" if context.overlap else "off",
                 args.per_device_train_batch_size * args.gradient_accumulation_steps * context.num_replicas,
             )
+
+
+def _add(added: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+    logs.update(added)
+    if state.log_history:
+        state.log_history[-1].update(added)  # the Trainer made its own copy before it called
 
 
 def _peak_memory(device: torch.device) -> int:

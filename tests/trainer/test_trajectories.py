@@ -7,7 +7,7 @@ size is launched once and runs all of its cases; every test reads one of them.
 
 import pytest
 
-from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, SELF_AGREEMENT, STEPS, Case, world_cases
+from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, SELF_AGREEMENT, STEPS, Case, reference_cases, world_cases
 from tests.trainer.compare import apart, assert_same_run
 
 CASES = [(world_size, case) for world_size in (2, 4) for case in world_cases(world_size)]
@@ -51,6 +51,13 @@ def test_every_log_holds_speed_and_memory_of_the_device(launches):
     for case in world_cases(2):
         logged = launches.of(2)[case.name]["logged"]
         assert {"loss", "grad_norm", "tokens_per_second_per_device", "peak_memory_gb"} <= set(logged), case.name
+
+
+def test_sequences_are_counted_once_and_not_by_every_rank_that_shares_them(launches):
+    for world_size in (1, 2, 4):
+        for case in world_cases(world_size) if world_size > 1 else reference_cases():
+            sequences = launches.of(world_size)[case.name]["sequences"]
+            assert sequences == pytest.approx(case.batch * case.steps, rel=0.02), case.name
 
 
 @pytest.mark.parametrize("case", SELF_AGREEMENT, ids=lambda case: case.name)

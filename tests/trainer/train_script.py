@@ -68,9 +68,11 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     by_hand = [ContextParallelCallback()] if case.workers else None  # the config added one: a second must do no harm
     args = arguments(case, folder)
     trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=by_hand)
-    trainer.train()
+    metrics = trainer.train().metrics
     result = {"engine": str(trainer.accelerator.distributed_type), **curves(trainer)}
     result["logged"] = sorted(trainer.state.log_history[-2])
+    assert trainer.state.log_history[-1]["train_samples_per_second"] == metrics["train_samples_per_second"]
+    result["sequences"] = metrics["train_samples_per_second"] * metrics["train_runtime"]
     if case.resume:
         result.update(resume(case, folder, trainer, rows))
     return result
