@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # One process that holds whole sequences, for what only the description of a batch can carry.
 ALONE = process.ProcessContext(size=1, rank=0, num_replicas=1, replica=0, group="", replica_group=None)
 
-PER_TOKEN = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx")
+PER_TOKEN = ("input_ids", "labels", "shift_labels", "loss_weights", "attention_mask", "position_ids", "seq_idx")
 DESCRIPTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 NOT_TOKENS = (
     "inputs_embeds",
@@ -65,6 +65,9 @@ class ContextParallelCollator:
         pad_token_id: for padding; default: the config's, or 0 (padding is never attended to, nor predicted).
         prefix_lm: take the column `prefix_length` of every example: its first tokens see each other both ways (set
             remove_unused_columns=False, or the Trainer drops the column).
+
+    A column `loss_weights`, one number per label (of shift_labels if the batch has them), weighs tokens in a loss that
+    is taken in blocks (`ring_hf.memory.apply`); it is refused otherwise, as no other loss knows weights.
 
     Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
     attention mask comes with them.
@@ -205,7 +208,7 @@ class ContextParallelCollator:
             )
 
     def _fill(self, key: str) -> int | None:
-        return {"input_ids": self._pad_token_id, "position_ids": None}.get(key, IGNORE_INDEX)
+        return {"input_ids": self._pad_token_id, "position_ids": None, "loss_weights": 0}.get(key, IGNORE_INDEX)
 
 
 def _check_keys(batch: Mapping[str, Any]) -> None:
@@ -233,7 +236,7 @@ def _check_keys(batch: Mapping[str, Any]) -> None:
             f"position_ids of shape {tuple(positions.shape)} (multimodal RoPE) cannot be sharded. Only 2D "
             "position_ids can."
         )
-    for key in ("labels", "shift_labels", "position_ids", "seq_idx"):
+    for key in ("labels", "shift_labels", "loss_weights", "position_ids", "seq_idx"):
         value = batch.get(key)
         rows_may_be_one = key == "position_ids" and value is not None and tuple(value.shape) == (1, shape[1])
         if value is not None and tuple(value.shape) != shape and not rows_may_be_one:
@@ -265,7 +268,7 @@ def _documents(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> 
 
 
 def _prepare(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
-    """Tokens, positions and both kinds of labels of the whole rows."""
+    """Tokens, positions, both kinds of labels and the weights of shift_labels, of the whole rows."""
     num_rows, length = batch["input_ids"].shape
     positions = batch.get("position_ids")
     if positions is None:
@@ -277,6 +280,9 @@ def _prepare(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> di
     if shift_labels is not None:
         whole["shift_labels"] = shift_labels
         whole["labels"] = shift_right(shift_labels) if labels is None else labels
+    weights = batch.get("loss_weights")
+    if weights is not None:
+        whole["loss_weights"] = weights if "shift_labels" in batch else pad(weights, (0, 1))[:, 1:]
     return whole
 
 

@@ -174,6 +174,12 @@ def _batch_error(
             "label_smoothing_factor and compute_loss_func do): a loss outside the model would see one shard. Let the "
             "model compute the loss."
         )
+    levers = applied_to(model)
+    if kwargs.get("loss_weights") is not None and (levers is None or levers.config.loss_block is None):
+        return (
+            "The batch has loss_weights, which Transformers' loss does not know. Have it taken in blocks, with "
+            'ring_hf.memory.apply(model, loss_block="auto"), or remove the column.'
+        )
     loader_error = check_loader(GradientState().active_dataloader)
     if loader_error is not None:
         return loader_error

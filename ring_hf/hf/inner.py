@@ -12,11 +12,18 @@ import torch
 from .batch import IGNORE_INDEX
 
 # What missing tokens are filled with; input_ids take the pad token.
-FILL = {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0}
+FILL = {
+    "labels": IGNORE_INDEX,
+    "shift_labels": IGNORE_INDEX,
+    "attention_mask": 0,
+    "position_ids": 0,
+    "loss_weights": 0.0,
+}
 
 
 class PadOrPack:
-    """Collates lists of token ids (keys input_ids, labels, shift_labels, attention_mask, position_ids).
+    """Collates lists of token ids (keys input_ids, labels, shift_labels, attention_mask, position_ids) and of
+    loss_weights, one number per label.
 
     Labels default to the tokens themselves, as for causal language modelling. With `packing`, the examples follow each
     other in one row, positions restart at each of them, and the first label of each is ignored: no document is
@@ -42,7 +49,7 @@ class PadOrPack:
             )
         if "input_ids" not in feature:
             raise ValueError(f"An example has no input_ids, only {sorted(feature)}. Tokenise the dataset first.")
-        example = {key: torch.as_tensor(value, dtype=torch.long).flatten() for key, value in feature.items()}
+        example = {key: torch.as_tensor(value, dtype=_dtype(key)).flatten() for key, value in feature.items()}
         lengths = {key: len(value) for key, value in example.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
@@ -60,7 +67,7 @@ class PadOrPack:
         batch = {}
         for key in examples[0]:
             fill = FILL.get(key, self.pad_token_id)
-            rows = torch.full((len(examples), length), fill, dtype=torch.long)
+            rows = torch.full((len(examples), length), fill, dtype=_dtype(key))
             for row, example in zip(rows, examples, strict=True):
                 row[: len(example[key])] = example[key]
             batch[key] = rows
@@ -79,3 +86,7 @@ class PadOrPack:
                 example["labels"] = example["labels"].clone()
                 example["labels"][0] = IGNORE_INDEX
         return {key: torch.cat([example[key] for example in examples])[None] for key in examples[0]}
+
+
+def _dtype(key: str) -> torch.dtype:
+    return torch.float32 if key == "loss_weights" else torch.long

@@ -39,20 +39,14 @@ def blockwise(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if not isinstance(logits, DeferredLogits):
+        if loss_weights is None and not isinstance(logits, DeferredLogits):
             more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
-            if loss_weights is not None:
-                raise ValueError(
-                    "loss_weights came with the batch, but this loss is not taken in blocks, and Transformers' own "
-                    "does not weigh tokens. Set loss_block (memory.apply) to a number of tokens."
-                )
             return stock(logits, labels, vocab_size, num_items_in_batch, **more)
         if shift_labels is None:  # token t predicts token t + 1
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
             loss_weights = None if loss_weights is None else pad(loss_weights, (0, 1))[..., 1:]
         return _mean(logits, shift_labels, loss_weights, num_items_in_batch, ignore_index)
 
-    loss_function._ring_hf_memory = True  # type: ignore[attr-defined]
     return loss_function
 
 
@@ -63,28 +57,42 @@ def automatic_block(num_tokens: int, hidden_size: int, num_words: int) -> int:
 
 
 def _mean(
-    logits: DeferredLogits,
+    logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     ignore_index: int,
 ) -> Tensor:
-    hidden_TD = logits.hidden.flatten(0, -2)
-    labels_T = labels.reshape(-1).to(hidden_TD.device)
-    weights_T = None if weights is None else weights.reshape(-1).to(hidden_TD.device)
-    block = logits.block
-    if block == "auto":
-        block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
-    assert isinstance(block, int)
-    trained = [p for p in logits.head.parameters() if p.requires_grad]
-    refuse_sharded(trained)
-    total = summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
+    labels_T = labels.reshape(-1).to(logits.device)
+    weights_T = None if weights is None else weights.reshape(-1).to(logits.device)
+    if isinstance(logits, DeferredLogits):
+        total = _in_blocks(logits, labels_T, weights_T, ignore_index)
+    else:  # fewer tokens than a block
+        total = _sum(logits.flatten(0, -2), labels_T, weights_T, ignore_index)
     if num_items_in_batch is not None:
         return total / (
             num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
         )
     counted = labels_T != ignore_index
     return total / (counted.sum() if weights_T is None else (weights_T * counted).sum())
+
+
+def _sum(logits: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
+    """Over all tokens, from their logits `[T, V]`, in at least fp32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    how = "sum" if weights_T is None else "none"
+    loss = cross_entropy(logits, labels_T, ignore_index=ignore_index, reduction=how)
+    return loss if weights_T is None else (loss * weights_T).sum()
+
+
+def _in_blocks(logits: DeferredLogits, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
+    hidden_TD, block = logits.hidden.flatten(0, -2), logits.block
+    if block == "auto":
+        block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
+    assert isinstance(block, int)
+    trained = [p for p in logits.head.parameters() if p.requires_grad]
+    refuse_sharded(trained)
+    return summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
 
 
 def summed_loss(
@@ -129,12 +137,8 @@ class _SummedLoss(torch.autograd.Function):
                 continue
             leaf = hidden_TD[start:stop].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)), autocast():
-                logits = logits_of(leaf[None])[0]
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                labels_b, how = labels_T[start:stop], "sum" if weights_T is None else "none"
-                loss = cross_entropy(logits, labels_b, ignore_index=ignore_index, reduction=how)
-                loss = loss if weights_T is None else (loss * weights_T[start:stop]).sum()
-            del logits
+                weights_b = None if weights_T is None else weights_T[start:stop]
+                loss = _sum(logits_of(leaf[None])[0], labels_T[start:stop], weights_b, ignore_index)
             total += loss.detach()
             if any(wanted):
                 gradients = iter(

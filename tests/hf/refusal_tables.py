@@ -316,6 +316,7 @@ PASSED = {
     "cache": ({"past_key_values": object()}, "past_key_values was passed beside a sharded batch"),
     "embeddings": ({"inputs_embeds": ONES}, "inputs_embeds was passed beside a sharded batch"),
     "attention weights": ({"output_attentions": True}, "output_attentions=True"),
+    "weights that nobody knows": ({"loss_weights": ONES}, "loss_weights, which Transformers' loss does not know"),
     "labels taken out": ({"shift_labels": ONES}, "shift_labels but its labels were taken out"),
     "cut tokens": ({"input_ids": ONES[:, :7]}, "got 7 tokens, but its zigzag shard of 16 tokens has 8"),
     "device": ({"input_ids": torch.ones(2, 8, device="meta")}, "Device meta is not supported"),

@@ -169,6 +169,23 @@ def test_ready_made_shift_labels_are_kept_and_labels_follow_from_them():
     assert whole(batches, "labels").tolist() == [[-100] + [7] * 15]
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_weights_stay_with_the_targets_they_belong_to(packing, shifted):
+    """The weight of a label is made of its number, and still is after shifting, padding and cutting."""
+    features = rows(17, 23)
+    for feature in features:
+        labels = feature["labels"]
+        if shifted:
+            feature["shift_labels"] = labels = [*feature.pop("labels")[1:], -100]
+        feature["loss_weights"] = [label / 128 for label in labels]
+    batches = shards("zigzag", 3, features, packing=packing)
+    targets, weights = whole(batches, "shift_labels"), whole(batches, "loss_weights")
+    counted = targets != -100
+    assert counted.sum() == 38 and weights.shape == targets.shape
+    assert torch.equal(weights[counted], targets[counted] / 128)
+
+
 def test_rows_that_were_packed_before_keep_their_documents_with_or_without_an_all_ones_mask():
     packed = [{**row, "position_ids": [*range(6), *range(10)]} for row in rows(16, 16)]
     masked = [{**row, "attention_mask": [1] * 16} for row in packed]

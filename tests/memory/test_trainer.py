@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.harness import accelerate_launch
-from tests.memory.train_script import CASES, run
+from tests.memory.train_script import CASES, train
 from tests.trainer.compare import assert_same_run
 
 
@@ -18,8 +18,7 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_with_levers_follows_one_process_without(launched, tmp_path, name):
-    case, _, _ = CASES[name]
-    reference = run(case.reference(), None, False, tmp_path)
+    reference = train(CASES[name].reference(), tmp_path)
     found = launched[name]
     assert_same_run(name, found, reference)
     if "evaluation" in reference:

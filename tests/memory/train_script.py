@@ -5,12 +5,13 @@ Rank 0 writes the losses, grad norms and evaluations of every case of `CASES`.
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import is_initialized
+from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 
 import ring_hf
@@ -19,20 +20,57 @@ from tests.trainer.cases import Case, Rows, build_model
 from tests.trainer.train_script import arguments, curves
 
 LEVERS = {"attention": "save", "ffn_block": 20, "loss_block": 20}
-LIGER = "zigzag, Liger's loss"
+NO_BLOCKS = {"ffn_block": None, "loss_block": None}
 BASE = Case("", "zigzag", 2, steps=4)
-# The case, its levers, and whether DDP looks for unused parameters (and so at the outputs of the model).
-CASES: dict[str, tuple[Case, dict[str, Any], bool]] = {
-    "zigzag": (BASE, LEVERS, False),
-    "zigzag, a rank without labels": (
-        replace(BASE, data="hole", hole_layout="zigzag"),
-        {**LEVERS, "attention": "none"},
-        True,
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case with levers, and what one process without blocks or context parallelism is compared with.
+
+    Attributes:
+        find_unused: whether DDP looks for unused parameters, and so at the outputs of the model.
+        weighted: whether every token has a weight of its own in the loss.
+    """
+
+    case: Case
+    levers: dict[str, Any] | None
+    find_unused: bool = False
+    liger: bool = False
+    weighted: bool = False
+
+    def reference(self) -> "Run":
+        levers = {"attention": "none", "ffn_block": None, "loss_block": 10**6} if self.weighted else None
+        return Run(self.case.reference(), levers, weighted=self.weighted)
+
+
+CASES = {
+    "zigzag": Run(BASE, LEVERS),
+    "zigzag, a rank without labels": Run(
+        replace(BASE, data="hole", hole_layout="zigzag"), {**LEVERS, "attention": "none"}, find_unused=True
     ),
-    "ulysses, LoRA, offload": (replace(BASE, layout="ulysses", lora=True), {**LEVERS, "offload": "all"}, False),
-    LIGER: (BASE, {"attention": "save", "ffn_block": None, "loss_block": None}, False),
-    "balanced, packed": (replace(BASE, layout="balanced", packing=True), {**LEVERS, "attention": "recompute"}, False),
+    "zigzag, Liger's loss": Run(BASE, {"attention": "save", **NO_BLOCKS}, liger=True),
+    "zigzag, weighted tokens": Run(BASE, LEVERS, weighted=True),
+    "ulysses, LoRA, offload": Run(replace(BASE, layout="ulysses", lora=True), {**LEVERS, "offload": "all"}),
+    "balanced, packed, weighted": Run(
+        replace(BASE, layout="balanced", packing=True), {**LEVERS, "attention": "recompute"}, weighted=True
+    ),
 }
+
+
+class Weighted(Dataset):
+    """Rows whose tokens weigh between 0 and 2."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        generator = torch.Generator().manual_seed(index)
+        return {**row, "loss_weights": 2 * torch.rand(len(row["input_ids"]), generator=generator)}
 
 
 def metrics(prediction: Any) -> dict[str, float]:
@@ -42,30 +80,30 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"accuracy": right.double().mean().item(), "size": logits[:, :-1][counted].square().sum().item()}
 
 
-def run(
-    case: Case, levers: dict[str, Any] | None, find_unused: bool, folder: Path, use_liger: bool = False
-) -> dict[str, Any]:
+def train(run: Run, folder: Path) -> dict[str, Any]:
     """Four steps; with padding also an evaluation that asks for the logits, and one that does not."""
     torch.set_num_threads(1)
     set_seed(0)
+    case, weigh = run.case, Weighted if run.weighted else lambda rows: rows
     model = build_model(case)
-    if levers is not None:
-        ring_hf.memory.apply(model, **levers)
+    if run.levers is not None:
+        ring_hf.memory.apply(model, **run.levers)
     args = arguments(replace(case, name="run"), folder)
-    args.ddp_find_unused_parameters = find_unused
-    if use_liger:
+    args.ddp_find_unused_parameters = run.find_unused
+    args.remove_unused_columns = not run.weighted
+    if run.liger:
         args.use_liger_kernel, args.liger_kernel_config = True, SETTINGS
     trainer = Trainer(
         model,
         args,
-        train_dataset=Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp),
+        train_dataset=weigh(Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp)),
         data_collator=ring_hf.ContextParallelCollator(model, packing=case.packing),
         compute_metrics=metrics,
     )
     trainer.train()
     result: dict[str, Any] = curves(trainer)
     if not case.packing:
-        rows = Rows(4, "uneven", seed=2)
+        rows = weigh(Rows(4, "uneven", seed=2))
         evaluated = trainer.evaluate(rows)
         result["evaluation"] = [evaluated[f"eval_{name}"] for name in ("loss", "accuracy", "size")]
         trainer.compute_metrics = None
@@ -76,7 +114,7 @@ def run(
 def main() -> None:
     path = Path(sys.argv[1])
     with liger():
-        results = {name: run(*case, path.parent, name == LIGER) for name, case in CASES.items()}
+        results = {name: train(run, path.parent) for name, run in CASES.items()}
     if not is_initialized() or torch.distributed.get_rank() == 0:
         path.write_text(json.dumps(results))
 
