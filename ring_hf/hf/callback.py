@@ -38,7 +38,9 @@ class ContextParallelCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model, kwargs.get("train_dataloader"))
         if process.current() is not None:
-            self._tokens_since, self._time_since = guard_model(model).num_tokens, time.perf_counter()
+            guard = guard_model(model)
+            guard.logger = self
+            self._tokens_since, self._time_since = guard.num_tokens, time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
@@ -49,17 +51,17 @@ class ContextParallelCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Tokens per second of this device (of its own shards) and the peak of its memory, added to the training
         logs; at the end, sequences per second, which the Trainer counts once for every rank that shares them."""
-        context = process.current()
-        if context is None or logs is None:
+        context, model = process.current(), kwargs.get("model")
+        if context is None or logs is None or model is None or guard_model(model).logger is not self:
             return
         if "loss" in logs:
-            _add(self._speed(args, kwargs.get("model")), logs, state)
+            _add(self._speed(args, model), logs, state)
         elif "train_samples_per_second" in logs and args.max_steps > 0:  # otherwise it counts examples
             rate = round(logs["train_samples_per_second"] / context.size, 3)
             _add({"train_samples_per_second": rate}, logs, state)
 
     def _speed(self, args: Any, model: Any) -> dict[str, float]:
-        tokens = guard_model(model).num_tokens if model is not None else 0
+        tokens = guard_model(model).num_tokens
         now = time.perf_counter()
         added = {"peak_memory_gb": round(_peak_memory(args.device) / 1e9, 3)}
         if now > self._time_since and tokens > self._tokens_since:

@@ -63,6 +63,7 @@ class Guard:
     def __init__(self, model: PreTrainedModel):
         self.trainer = False
         self.num_tokens = 0  # tokens of this rank that were trained on
+        self.logger: Any = None  # of several callbacks the one that adds to the logs
         self._announced: process.ProcessContext | None = None
         self._proven: set[str] = set()
         self._scaled_by_trainer = False
