@@ -67,7 +67,8 @@ class ContextParallelCollator:
             remove_unused_columns=False, or the Trainer drops the column).
 
     A column `loss_weights`, one number per label (of shift_labels if the batch has them), weighs tokens in a loss that
-    is taken in blocks (`ring_hf.memory.apply`); it is refused otherwise, as no other loss knows weights.
+    is taken in blocks (`ring_hf.memory.apply`). No other loss knows weights: ranks that share sequences refuse the
+    column then; in one process Transformers overlooks it, as it does without this collator.
 
     Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
     attention mask comes with them.
