@@ -14,6 +14,7 @@ Shapes: B rows, S tokens of the whole row, C tokens of this rank.
 
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from .inner import PadOrPack
 from .names import BACKENDS, attention_name
 from .prefixes import prefixes_of_documents, refuse_column, take_prefixes, targets_inside
 from .split import resolve
+from .supported import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ class ContextParallelCollator:
             remove_unused_columns=False, or the Trainer drops the column).
 
     A column `loss_weights`, one number per label (of shift_labels if the batch has them), weighs tokens in a loss that
-    is taken in blocks (`ring_hf.memory.apply`). No other loss knows weights: ranks that share sequences refuse the
-    column then; in one process Transformers overlooks it, as it does without this collator.
+    is taken in blocks (`ring_hf.memory.apply`). No other loss knows weights: the column is refused then (in one
+    process if the collator was given the model, not its config).
 
     Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
     attention mask comes with them.
@@ -89,6 +91,7 @@ class ContextParallelCollator:
             )
         model = model_or_config.get_base_model() if hasattr(model_or_config, "get_base_model") else model_or_config
         self._config = getattr(model, "config", model)
+        self._model = weakref.ref(model) if isinstance(model, torch.nn.Module) else None
         if pad_token_id is None:
             pad_token_id = getattr(self._config, "pad_token_id", None)
         self._pad_token_id = pad_token_id if isinstance(pad_token_id, int) else 0
@@ -99,7 +102,7 @@ class ContextParallelCollator:
 
     def __getstate__(self) -> dict[str, Any]:
         """A spawned loader worker has no process context of its own: it travels with the collator."""
-        return {**self.__dict__, "_sent_context": self._context()}
+        return {**self.__dict__, "_sent_context": self._context(), "_model": None}
 
     def _context(self) -> process.ProcessContext | None:
         return process.current() or self._sent_context
@@ -111,7 +114,11 @@ class ContextParallelCollator:
             raise ValueError(f"return_tensors={return_tensors!r}: only PyTorch tensors ('pt') can be sharded.")
         context = self._context()
         if context is None or context.size == 1:
-            return self._whole(features)
+            whole = self._whole(features)
+            model = self._model() if self._model is not None and whole.get("loss_weights") is not None else None
+            if model is not None and (error := check_weights(model)) is not None:
+                raise ValueError(error)
+            return whole
         try:
             return self._shard(features, context)
         except ValueError as error:

@@ -23,7 +23,7 @@ from .models import MODEL_RULES, text_config
 from .names import attention_name
 from .router import gather_router_logits, router_output_error, share
 from .split import resolve
-from .supported import check_loader, first_error
+from .supported import check_loader, check_weights, first_error
 
 _guards: "weakref.WeakKeyDictionary[PreTrainedModel, Guard]" = weakref.WeakKeyDictionary()
 
@@ -175,12 +175,8 @@ def _batch_error(
             "label_smoothing_factor and compute_loss_func do): a loss outside the model would see one shard. Let the "
             "model compute the loss."
         )
-    levers = applied_to(model)
-    if kwargs.get("loss_weights") is not None and (levers is None or levers.config.loss_block is None):
-        return (
-            "The batch has loss_weights, which Transformers' loss does not know. Have it taken in blocks, with "
-            'ring_hf.memory.apply(model, loss_block="auto"), or remove the column.'
-        )
+    if kwargs.get("loss_weights") is not None and (weights_error := check_weights(model)) is not None:
+        return weights_error
     loader_error = check_loader(GradientState().active_dataloader)
     if loader_error is not None:
         return loader_error

@@ -116,6 +116,17 @@ def check_memory(args: Any, model: Any) -> str | None:
     )
 
 
+def check_weights(model: Any) -> str | None:
+    """A model whose loss would overlook the weights of a batch."""
+    levers = applied_to(model)
+    if levers is not None and levers.config.loss_block is not None:
+        return None
+    return (
+        "The batch has loss_weights, which Transformers' loss does not know. Have it taken in blocks, with "
+        'ring_hf.memory.apply(model, loss_block="auto"), or remove the column.'
+    )
+
+
 def first_error(rules: Sequence[Callable[[Any], str | None]], subject: Any) -> str | None:
     """The message of the first rule that `subject` breaks."""
     for rule in rules:

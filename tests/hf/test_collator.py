@@ -19,8 +19,9 @@ from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
 from ring_hf.hf.batch import KEY
 from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
+from ring_hf.memory import apply
 from ring_hf.parallel import join
-from tests.hf.models import SIZES, rank_of, rows
+from tests.hf.models import SIZES, llama, rank_of, rows
 
 TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0")), pad_token="w0"
@@ -184,6 +185,15 @@ def test_weights_stay_with_the_targets_they_belong_to(packing, shifted):
     counted = targets != -100
     assert counted.sum() == 38 and weights.shape == targets.shape
     assert torch.equal(weights[counted], targets[counted] / 128)
+
+
+def test_one_process_refuses_weights_that_its_model_would_overlook():
+    model, features = llama(), rows(17)
+    features[0]["loss_weights"] = [1.0] * 17
+    with pytest.raises(ValueError, match="loss_weights, which Transformers' loss does not know"):
+        ContextParallelCollator(model)(features)
+    apply(model, attention="none", ffn_block=None, loss_block=8)
+    assert ContextParallelCollator(model)(features)["loss_weights"].tolist() == [[1.0] * 17]
 
 
 def test_rows_that_were_packed_before_keep_their_documents_with_or_without_an_all_ones_mask():
