@@ -19,9 +19,8 @@ from .pieces import PieceKernel
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Results, and their copies in fp32, stay a part of the shard.
 _ROWS = 4096
-# Bytes of one head's keys and values: what is taken whole, and else a slice, which (backward with its gradients) fits
-# the 2 MiB of a core's second cache.
-_WHOLE, _FORWARD_SLICE, _BACKWARD_SLICE = 2**22, 2**21, 2**20
+# Bytes of one head's keys and values that are read again and again: backward there are their gradients beside them.
+_FORWARD_SLICE, _BACKWARD_SLICE = 2**22, 2**21
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -80,10 +79,8 @@ def _differentiate(
 
 
 def _slices(k: torch.Tensor, v: torch.Tensor, num_bytes: int) -> list[slice]:
-    """Slices of the keys: one of all, or some of equal size."""
+    """The keys in as few slices of equal size as hold `num_bytes` at most."""
     num_k, per_token = k.shape[2], k.element_size() * (k.shape[3] + v.shape[3])
-    if num_k * per_token <= _WHOLE:
-        return [slice(0, num_k)]
     size = -(-num_k // -(-num_k * per_token // num_bytes))
     return [slice(start, min(start + size, num_k)) for start in range(0, num_k, size)]
 
