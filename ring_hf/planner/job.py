@@ -33,12 +33,13 @@ class Job:
         offload: what lives in host memory, of `OFFLOADS`.
         checkpoint: what a layer keeps for backward: "none" everything, "full" its input alone, "save-attention" its
             input and the attention output, so that attention is never computed again.
-        ffn_block, loss_block: tokens at a time in MLPs and in the head with its loss; 0: all at once.
-        ulysses, inner: 0 for automatic.
+        ffn_block, loss_block: tokens at a time, of all rows, in MLPs and in the head with its loss; 0: all at once.
+        ulysses: ranks that exchange heads; 0 for automatic.
+        inner: ranks of a double ring's inner ring; 1 without.
         fused: norms and MLP activations that keep only their inputs (Liger, torch.compile).
         fp8: linear layers in fp8.
         node_bandwidth, network_bandwidth: bytes/s of a device to another, one way; 0 for the preset's.
-        lora: rank of adapters on all projections; the rest is frozen, in bf16. 0: all parameters are trained.
+        lora: rank of adapters on all projections, of experts too; the rest is frozen, in bf16. 0: all are trained.
     """
 
     model: Model
@@ -72,7 +73,7 @@ class Job:
             raise ValueError(f"There is nothing to plan with {sizes}: each must be at least 1.")
         if self.cp == 0:
             object.__setattr__(self, "cp", self.devices)
-        if self.devices % self.cp:
+        if self.cp < 1 or self.devices % self.cp:
             raise ValueError(
                 f"--cp {self.cp} does not divide --devices {self.devices}. Sequences are shared by equal groups: "
                 "choose a divisor, or leave --cp out for one group of all devices."
@@ -80,14 +81,14 @@ class Job:
         if self.ulysses == 0:
             model = self.model
             object.__setattr__(self, "ulysses", auto_ulysses(model.heads, model.kv_heads, self.cp, self.per_node))
-        if self.cp % self.ulysses:
+        if self.ulysses < 1 or self.cp % self.ulysses:
             raise ValueError(f"--ulysses {self.ulysses} does not divide --cp {self.cp}. Choose a divisor, or auto.")
         if self.ulysses > self.model.heads:
             raise ValueError(
                 f"--ulysses {self.ulysses}: {self.model.name} has {self.model.heads} query heads, and every rank "
                 "needs one. Choose a smaller split; the ring takes the rest."
             )
-        if self.inner > 1 and (self.ring % self.inner or self.inner == self.ring):
+        if self.inner != 1 and (not 1 < self.inner < self.ring or self.ring % self.inner):
             raise ValueError(
                 f"--inner {self.inner} does not cut a ring of {self.ring} into several equal rings. Choose a divisor "
                 "in between, or 1."
@@ -102,6 +103,8 @@ class Job:
         if min(self.node_bandwidth, self.network_bandwidth) < 0:
             slow = min(self.node_bandwidth, self.network_bandwidth)
             raise ValueError(f"A bandwidth of {slow:g} bytes/s moves nothing. Give a positive one, or none.")
+        if self.lora < 0:
+            raise ValueError(f"--lora {self.lora} is no rank. Give a positive one, or 0 to train all parameters.")
         self.device_facts.rates(self.kernel)
 
     def _check_names(self) -> None:

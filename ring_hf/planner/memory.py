@@ -84,12 +84,16 @@ def memory_of(job: Job) -> Memory:
 
 
 def trained_parameters(model: Model, lora: int) -> int:
-    """Parameters with gradients: all, or two thin matrices beside each projection."""
+    """Parameters with gradients: all, or two thin matrices beside each projection, as PEFT makes them.
+
+    The experts of a layer are two of its `target_parameters`, gate with up and down: each expert has its own adapters.
+    """
     if not lora:
         return model.parameters
     attention = 2 * model.hidden + model.q_width + model.kv_width + model.hidden + model.out_width + model.hidden
-    experts = model.experts * model.expert_ff + model.shared_ff
-    mlp = sum(3 * (model.hidden + (experts if sparse else model.ff)) for sparse in model.sparse)
+    experts = model.experts * (2 * model.hidden + 3 * model.expert_ff)
+    shared = 3 * (model.hidden + model.shared_ff) if model.shared_ff else 0
+    mlp = sum(experts + shared if sparse else 3 * (model.hidden + model.ff) for sparse in model.sparse)
     return lora * (model.layers * attention + mlp)
 
 
@@ -113,10 +117,10 @@ def _states(job: Job) -> list[Item]:
         if not job.lora:
             head = model.vocab * model.hidden
             items.append(Item("gradients before sharding", E * (model.largest_layer + head)))
-    elif weight > E and not job.lora:
-        items.append(Item("weights in bf16 (autocast)", E * model.parameters))
     elif "weights" in job.offload:
         items.append(Item("fetched weights", E * (2 * model.largest_layer + model.outside_parameters)))
+    elif weight > E and not job.lora:
+        items.append(Item("weights in bf16 (autocast)", E * model.parameters))
     return items
 
 
@@ -233,7 +237,7 @@ def _mlp(job: Job) -> list[Item]:
     kept, more = mlp_bytes(job, layer)
     residual = 2 * E * model.hidden * c
     if job.ffn_block:
-        block = min(job.ffn_block * job.rows, c)
+        block = min(job.ffn_block, c)
         mlp, gradients = (kept + more) * block, residual + E * model.hidden * c
     else:
         mlp, gradients = (already * kept + more) * c, residual
@@ -247,7 +251,7 @@ def _mlp(job: Job) -> list[Item]:
 
 def _loss(job: Job) -> list[Item]:
     c, model = job.tokens, job.model
-    at_once = min(job.loss_block * job.rows, c) if job.loss_block else c
+    at_once = min(job.loss_block, c) if job.loss_block else c
     # In fp32 log-probabilities, their gradient, and that of the logits. A caller that held the logits would add E.
     logits = (4 + 4 + 4) * model.vocab * at_once
     hidden = (E if job.fused else 4 + E) * model.hidden * c + E * model.hidden * c  # the last norm's, and its result

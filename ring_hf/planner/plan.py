@@ -155,12 +155,13 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if job.checkpoint == "none":
         yield "recompute layers but for attention", "--checkpoint save-attention", {"checkpoint": "save-attention"}
     if job.checkpoint != "full":
-        offload = tuple(name for name in job.offload if name != "attention")
-        yield "recompute attention, too", "--checkpoint full", {"checkpoint": "full", "offload": offload}
+        rest = tuple(name for name in job.offload if name != "attention")
+        options = "--checkpoint full" + (f" {_offload(rest)}" if rest != job.offload else "")
+        yield "recompute attention, too", options, {"checkpoint": "full", "offload": rest}
     if job.checkpoint == "full":
         yield "save attention outputs", "--checkpoint save-attention", {"checkpoint": "save-attention"}
         both = (*job.offload, "attention")
-        name, options = "save attention outputs on the host", "--checkpoint save-attention --offload attention"
+        name, options = "save attention outputs on the host", f"--checkpoint save-attention {_offload(both)}"
         yield name, options, {"checkpoint": "save-attention", "offload": both}
     for name, what, allowed in (
         ("layers", "layer inputs", job.checkpoint != "none"),
@@ -169,7 +170,8 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("weights", "weights", job.zero == 3),
     ):
         if allowed and name not in job.offload:
-            yield f"{what} to host memory", f"--offload {name}", {"offload": (*job.offload, name)}
+            more = (*job.offload, name)
+            yield f"{what} to host memory", _offload(more), {"offload": more}
     if not job.ffn_block:
         yield "MLPs block by block", "--ffn-block 4096", {"ffn_block": 4096}
     if not job.loss_block:
@@ -182,3 +184,8 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "train adapters only", "--lora 16", {"lora": 16}
     if job.layout == "contiguous" and job.ring > 1:
         yield "deal causal work evenly", "--layout zigzag", {"layout": "zigzag"}
+
+
+def _offload(names: tuple[str, ...]) -> str:
+    """All of them: of two such options the last one counts."""
+    return f"--offload {','.join(names) or repr('')}"

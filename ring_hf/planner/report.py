@@ -7,8 +7,8 @@ from ..geometry.cost import amount, duration
 from ..tools.tables import markdown
 from .device import GIB, HOST_MEMORY
 from .job import OPTIMIZERS, Job
-from .plan import Lever, Plan, ring_step
-from .times import cost_ratio, model_flops_per_token
+from .plan import Lever, Plan, Split, ring_step
+from .times import attention_seconds, cost_ratio, layer_kinds, model_flops_per_token
 
 _BAR = 24
 
@@ -131,7 +131,8 @@ def _exchange(plan: Plan) -> str:
     step = ring_step(plan.job)
     rows = [["tokens a rank needs to hide the exchange", "forward", "backward"]]
     rows += [[limit.link, f"{limit.forward:,.0f}", f"{limit.backward:,.0f}"] for limit in plan.thresholds]
-    rows.append(["this job", f"{plan.job.tokens:,}", f"{plan.job.tokens:,}"])
+    each = f"{plan.job.tokens // plan.job.rows:,}"  # rows multiply what is computed and what travels alike
+    rows.append(["this job" + (", of each row" if plan.job.rows > 1 else ""), each, each])
     said = [
         f"{name}: {duration(step[name]['compute'])} beside {amount(step[name]['bytes'])}, "
         f"{duration(step[name]['exposed'])} a layer not hidden"
@@ -142,21 +143,31 @@ def _exchange(plan: Plan) -> str:
 
 
 def _splits(plan: Plan) -> str:
+    """This job, and of every split the fastest way, if this job is not as fast, with the options that give it."""
     job = plan.job
     if job.cp == 1:
         return ""
-    best: dict[tuple[int, int], str] = {}
-    rows = [["ring x ulysses", "by", "attention and exchange", "not hidden"]]
+    compute, exposed, _ = attention_seconds(job)
+    own = Split(job.ulysses, job.ring, job.inner, job.transport, compute + exposed, exposed)
+    fastest = {job.ulysses: own}
     for split in plan.splits:
-        if (split.ring, split.ulysses) in best:
-            continue
-        name = split.transport + (f" of {split.inner}" if split.inner > 1 else "")
-        best[split.ring, split.ulysses] = name
-        here = " (this job)" if split.ulysses == job.ulysses else ""
-        rows.append(
-            [f"{split.ring} x {split.ulysses}{here}", name, f"{split.seconds:.2f} s", f"{split.exposed:.3g} s"]
-        )
+        if split.ulysses not in fastest or split.seconds < fastest[split.ulysses].seconds:
+            fastest[split.ulysses] = split
+    rows = [["ring x ulysses", "by", "attention and exchange", "not hidden", "options"]]
+    shown = [own, *(split for split in fastest.values() if split is not own)]
+    for split in sorted(shown, key=lambda split: split.seconds):
+        here = " (this job)" if split is own else ""
+        ways = layer_kinds(job) if split is own else [(split.transport, split.inner)]
+        names = " and ".join(name + (f" of {inner}" if inner > 1 else "") for name, inner in ways)
+        rows.append([f"{split.ring} x {split.ulysses}{here}", names])
+        rows[-1] += [f"{split.seconds:.2f} s", f"{split.exposed:.3g} s", _options(split, job)]
     return markdown(rows, left=2)
+
+
+def _options(split: Split, job: Job) -> str:
+    """What to add to the job's command for this split."""
+    changed = [name for name in ("ulysses", "transport", "inner") if getattr(split, name) != getattr(job, name)]
+    return " ".join(f"--{name} {getattr(split, name)}" for name in changed)
 
 
 def _advice(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from ..geometry import Mask, WholeSequence
 from ..geometry.cost import Cost, Problem, pass_cost
 from .device import HOST_MEMORY_BANDWIDTH
 from .job import OPTIMIZERS, Job
-from .memory import E, layer_bytes, saved_bytes, trained_parameters
+from .memory import E, layer_bytes, mlp_bytes, saved_bytes, trained_parameters
 from .model import Model
 
 BACKWARD = 2.5  # an attention backward over its forward
@@ -139,16 +139,13 @@ def times_of(job: Job) -> Times:
     rate = facts.gemm_fp8 if job.fp8 else facts.gemm
     linear = ((flops.linear_executed - head) / rate + head / facts.gemm) / job.devices
     attention, waiting, sent = attention_seconds(job)
-    layers = sum(layer_bytes(job, n) for n in range(model.layers)) * job.tokens
-    again = job.checkpoint != "none"
-    # Every byte a layer keeps was written and read once in each forward; backward reads it and a gradient, writes one.
-    elementwise = layers * (2 * (1 + again) + 3) / job.hardware.memory_bandwidth
+    elementwise = _traffic(job) / job.hardware.memory_bandwidth
     compute = linear + attention + elementwise
     weights, moved = _weights_exchange(job)
-    host = _host(job)
+    host, each = _host(job), flops.attention_executed / job.devices / 1e12
     parts = [
         Part("linear layers", linear, f"{flops.linear_executed / job.devices / 1e12:,.0f} TFLOP"),
-        Part("attention", attention, f"{flops.attention_executed / job.devices / 1e12:,.0f} TFLOP, busiest rank"),
+        Part("attention", attention, f"{each:,.0f} TFLOP on average, seconds of the busiest"),
         Part("norms, activations, rounding", elementwise, "memory traffic"),
         Part("exchange not hidden", waiting, "keys, values, gradients, heads"),
         Part("weights not hidden", max(0.0, weights - compute), f"{weights:.3g} s of gathering beside compute"),
@@ -159,15 +156,31 @@ def times_of(job: Job) -> Times:
     return Times(tuple(parts), flops, tokens, job.devices, facts.peak, sent + moved)
 
 
+def _traffic(job: Job) -> float:
+    """Bytes that norms and activations move. Every byte a layer keeps was written and read once in each forward;
+    backward reads it and a gradient, writes one. MLPs in blocks keep nothing, but move as much, and run again.
+    """
+    whole, layers = job.but(ffn_block=0), range(job.model.layers)
+    again = job.checkpoint != "none"
+    moved = sum(layer_bytes(whole, n) for n in layers) * (2 * (1 + again) + 3)
+    if job.ffn_block and not again:
+        moved += 2 * sum(mlp_bytes(job, n)[0] for n in layers)
+    return moved * job.tokens
+
+
 def _weights_exchange(job: Job) -> tuple[float, float]:
-    """Seconds and bytes a rank sends for weights and their gradients."""
+    """Seconds and bytes a rank sends for weights and their gradients.
+
+    Sharded weights are gathered in bf16 forward and backward, their gradients reduced and scattered. Otherwise
+    gradients are reduced in the dtype of the weights: all of them, or (ZeRO-1 and 2, which comes to the same) each
+    rank's share, and updated weights gathered.
+    """
     hardware, share = job.hardware, (job.devices - 1) / job.devices
     if job.devices == 1:
         return 0.0, 0.0
     trained = trained_parameters(job.model, job.lora)
-    gradients = E * trained * share * (1 if job.zero >= 2 else 2)  # reduce-scatter, or all-reduce
-    gathered = 2 * E * job.model.parameters * share if job.zero == 3 else 0.0  # forward and backward
-    sent = gathered + gradients
+    weight = OPTIMIZERS[job.optimizer][0]
+    sent = share * (E * (2 * job.model.parameters + trained) if job.zero == 3 else 2 * weight * trained)
     bandwidth = hardware.node_bandwidth
     if job.devices > job.per_node:
         bandwidth = min(bandwidth, hardware.network_bandwidth * job.per_node)

@@ -1,5 +1,6 @@
 """`ring-hf plan` as a command: report, JSON, pictures, its own examples, and what it refuses."""
 
+import argparse
 import json
 import shlex
 
@@ -8,8 +9,11 @@ import pytest
 from PIL import Image
 
 from ring_hf.cli import main
-from ring_hf.planner import command
+from ring_hf.planner import command, plan
 from ring_hf.planner.job import OFFLOADS, OPTIMIZERS
+from ring_hf.planner.memory import memory_of
+from ring_hf.planner.report import text_of
+from ring_hf.planner.times import attention_seconds, times_of
 
 JOB = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--offload", "layers", "--loss-block", "2048"]
 
@@ -21,8 +25,83 @@ def test_the_report_says_what_fits_how_long_and_what_helps(capsys):
     assert "fits: " in said and "the longest that fits with these settings: " in said
     for part in ("optimizer states", "MLP backward: ", "attention ", "in a node", "8 x 1 (this job)", "levers, one"):
         assert part in said
-    assert "--checkpoint save-attention --offload attention" in said
+    assert "--checkpoint save-attention --offload layers,attention" in said
     assert all(len(line) <= 130 or line.startswith(("|", "allgather", "ring")) for line in said.splitlines())
+
+
+def job_of(line):
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    return command.job_of(parser.parse_args(shlex.split(line)))
+
+
+LONG = "plan --model Llama-3.1-8B --seq 128K"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        LONG,
+        f"{LONG} --offload layers,optimizer",
+        f"{LONG} --checkpoint save-attention --offload attention",
+        f"{LONG} --checkpoint save-attention --offload layers,attention --zero 2",
+        f"{LONG} --checkpoint none --layout contiguous --offload weights",
+    ],
+)
+def test_levers_do_what_they_say_at_the_end_of_the_command(line):
+    found = plan(job_of(line)).levers
+    assert len(found) >= 5
+    for lever in found:
+        changed = job_of(f"{line} {lever.options}")
+        assert (lever.memory, lever.seconds) == (memory_of(changed).total, times_of(changed).step), lever.options
+
+
+def split_rows(text):
+    """`(ring x ulysses, by, seconds, not hidden, options)` of the table of splits."""
+    lines = text.split("| ring x ulysses")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("more", "by"),
+    [
+        ("--devices 32", "allgather"),
+        ("--devices 32 --transport ring", "ring"),
+        ("--devices 32 --inner 4", "double_ring of 4"),
+        ("--devices 32 --ulysses auto", "ring"),
+        ("--devices 8 --model gemma-2-9b", "direct and ring"),
+    ],
+)
+def test_splits_show_this_job_as_it_is_and_with_which_options_others_are_had(more, by):
+    line = f"plan --model Llama-3.1-8B --seq 64K {more}"
+    found = plan(job_of(line))
+    rows = split_rows(text_of(found))
+    (own,) = [row for row in rows if "(this job)" in row[0]]
+    parts = {part.name: part.seconds for part in found.times.parts}
+    assert own[1] == by and own[4] == ""
+    assert own[2] == f"{parts['attention'] + parts['exchange not hidden']:.2f} s"
+    assert {row[0].removesuffix(" (this job)") for row in rows} == {f"{s.ring} x {s.ulysses}" for s in found.splits}
+    for ring, way, seconds, exposed, options in rows:
+        cut = job_of(f"{line} {options}")
+        compute, late, _ = attention_seconds(cut)
+        assert (seconds, exposed) == (f"{compute + late:.2f} s", f"{late:.3g} s"), options
+        assert ring.startswith(f"{cut.ring} x {cut.ulysses}") and (cut.inner == 1 or way.endswith(f"of {cut.inner}"))
+    if by in ("allgather", "ring") and "auto" not in more:
+        assert ["32 x 1", "double_ring of 8", "--transport double_ring --inner 8"] in [
+            row[:2] + row[4:] for row in rows
+        ]
+
+
+def test_tokens_to_hide_the_exchange_are_those_of_a_row(capsys):
+    shown = []
+    for rows in ("1", "4"):
+        assert main(["plan", "--model", "Qwen3-8B", "--seq", "64K", "--rows", rows]) == 0
+        said = capsys.readouterr().out
+        table = said.split("| tokens a rank needs")[1].split("\n\n")[0].splitlines()[2:]
+        shown.append([[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")])
+    one, four = shown
+    assert one[-1] == ["this job", "8,192", "8,192"] and four[-1] == ["this job, of each row", "8,192", "8,192"]
+    assert one[:-1] == four[:-1] and len(one) == 4
 
 
 def test_json_holds_every_number(tmp_path, capsys):
@@ -86,10 +165,13 @@ REFUSED = [
     ("--seq 1M", "--model is missing. Name a folder, a config.json or a known model, or ask for a --table"),
     ("--model Qwen3-9B", "'Qwen3-9B' is neither a folder, nor a file, nor a name in the built-in table"),
     ("--model Qwen3-8B --cp 3", "--cp 3 does not divide --devices 8"),
+    ("--model Qwen3-8B --cp -8", "--cp -8 does not divide --devices 8"),
     ("--model Qwen3-8B --ulysses 3", "--ulysses 3 does not divide --cp 8"),
     ("--model Qwen3-8B --ulysses two", "--ulysses 'two' is no number of ranks"),
     ("--model Qwen2.5-0.5B --devices 16 --ulysses 16", "--ulysses 16: Qwen/Qwen2.5-0.5B has 14 query heads"),
     ("--model Qwen3-8B --inner 3", "--inner 3 does not cut a ring of 8"),
+    ("--model Qwen3-8B --inner 0", "--inner 0 does not cut a ring of 8 into several equal rings"),
+    ("--model Qwen3-8B --inner -4", "--inner -4 does not cut a ring of 8 into several equal rings"),
     ("--model Qwen3-8B --inner 2 --transport ring", "--inner 2 means a double ring, but --transport is ring"),
     ("--model Qwen3-8B --transport double_ring", "--transport double_ring needs --inner"),
     ("--model Qwen3-8B --offload disk", "--offload 'disk' is not known. Choose from optimizer, weights"),
@@ -105,6 +187,7 @@ REFUSED = [
     ("--model Qwen3-8B --kernel magic", "--kernel 'magic' has no published rate on H100 80 GB. Choose one of auto"),
     ("--model Qwen3-8B --devices 0", "There is nothing to plan with 0 devices"),
     ("--model Qwen3-8B --node-bandwidth -1", "A bandwidth of -1 bytes/s moves nothing. Give a positive one, or none"),
+    ("--model Qwen3-8B --lora -16", "--lora -16 is no rank. Give a positive one, or 0 to train all parameters"),
     ("--table 100m --png x.png", "--png with --table 100m: there is no picture of it"),
     ("--table published --json x.json", "--json with --table published: tables are text"),
 ]

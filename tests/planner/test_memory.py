@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ring_hf  # noqa: F401  registers the attention backends
@@ -149,9 +150,9 @@ def test_the_loss_holds_twelve_bytes_a_logit():
     assert found == pytest.approx(12, rel=0.02)
 
 
-@pytest.mark.parametrize(("ffn_block", "loss_block"), [(0, 0), (0, 256), (256, 256)])
+@pytest.mark.parametrize(("ffn_block", "loss_block", "rows"), [(0, 0, 1), (0, 256, 1), (256, 256, 1), (256, 256, 3)])
 @pytest.mark.parametrize("checkpoint", LEVERS)
-def test_a_whole_step_stays_below_the_plan_and_close_to_it(checkpoint, ffn_block, loss_block):
+def test_a_whole_step_stays_below_the_plan_and_close_to_it(checkpoint, ffn_block, loss_block, rows):
     """Forward and backward with the levers of `ring_hf.memory`, without an optimizer, kernels without a workspace.
 
     The plan counts all gradients at every moment; here the first step has none yet when its loss is taken.
@@ -162,10 +163,10 @@ def test_a_whole_step_stays_below_the_plan_and_close_to_it(checkpoint, ffn_block
     ).to(torch.bfloat16)
     blocks = {"ffn_block": ffn_block or None, "loss_block": loss_block or None}
     memory.apply(model, MemoryConfig(attention=LEVERS[checkpoint], **blocks))
-    tokens = torch.zeros(1, length, dtype=torch.long)
+    tokens = torch.zeros(rows, length, dtype=torch.long)
     with Live(*model.parameters(), tokens) as live:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    job = Job(parse({**sizes, "model_type": "llama"}, "", ""), length, devices=1, checkpoint=checkpoint)
+    job = Job(parse({**sizes, "model_type": "llama"}, "", ""), length, devices=1, rows=rows, checkpoint=checkpoint)
     job = job.but(ffn_block=ffn_block, loss_block=loss_block, zero=0, optimizer="adamw-bf16")
     absent = ("weights", "optimizer states", "kernel workspace")
     said = Memory(tuple(item for item in memory_of(job).items if item.name not in absent))
@@ -225,12 +226,53 @@ def test_adapters_are_two_thin_matrices_beside_each_projection():
     assert names["frozen weights"] == 2 * LLAMA.parameters and names["optimizer states"] == 8 * 41_943_040
 
 
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160},
+    "qwen3_moe": {"num_local_experts": 4, "moe_intermediate_size": 96},
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_adapters_of_experts_are_as_many_as_peft_makes(kind):
+    config = AutoConfig.for_model(kind, **SMALL, **EXPERTS[kind], num_experts_per_tok=2, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    experts = [name for name, weight in model.named_parameters() if weight.ndim == 3]
+    assert len(experts) == 2 * SMALL["num_hidden_layers"]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    names += [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")] if kind == "qwen2_moe" else []
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=names, target_parameters=experts))
+    found = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert trained_parameters(parse({**config.to_dict(), "model_type": kind}, "", ""), 4) == found
+
+
 def test_offload_moves_items_to_the_host_and_leaves_what_is_on_its_way():
     on, off = Job(QWEN, 2**20, loss_block=2048), Job(QWEN, 2**20, loss_block=2048, offload=("layers", "optimizer"))
     a, b = memory_of(on), memory_of(off)
     moved = per_layer(on, "layer inputs") + per_layer(on, "optimizer states") + per_layer(on, "gradients")
     assert b.host == moved
     assert a.allocated - b.allocated == pytest.approx(moved - 2 * 2 * off.tokens * 4096)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-bf16-master"])
+def test_offloaded_weights_leave_two_layers_on_one_device_too(optimizer):
+    found = memory_of(Job(LLAMA, 8192, devices=1, optimizer=optimizer, offload=("optimizer", "weights")))
+    names = {item.name: item.num_bytes for item in found.items if not item.moment and not item.on_host}
+    assert names == {
+        "fetched weights": 2 * (2 * LLAMA.largest_layer + LLAMA.outside_parameters),
+        "layer inputs": 2 * 8192 * 4096 * 32,
+    }
+
+
+def test_blocks_are_tokens_of_all_rows():
+    """As in `ring_hf.memory`, which flattens rows."""
+    blocks = {"ffn_block": 1024, "loss_block": 512}
+    one, three = (Job(LLAMA, 2**16, rows=rows, **blocks) for rows in (1, 3))
+    for name, moment in (("MLP intermediates", "MLP backward"), ("logits and their gradients", "loss")):
+        assert per_layer(one, name, moment) == per_layer(three, name, moment)
+    assert per_layer(three, "layer inputs") == 3 * per_layer(one, "layer inputs")
 
 
 def test_the_total_is_everything_once_and_the_worst_moment():
@@ -277,6 +319,12 @@ def test_the_longest_fits_and_the_next_does_not(more):
     assert found % job.multiple == 0
     room = job.device_facts.memory
     assert memory_of(job.but(length=found)).total <= room < memory_of(job.but(length=found + job.multiple)).total
+
+
+def test_negative_groups_are_refused():
+    for name in ("cp", "ulysses"):
+        with pytest.raises(ValueError, match=f"--{name} -2 does not divide"):
+            Job(LLAMA, 8192, **{name: -2})
 
 
 def test_nothing_fits_where_the_states_do_not():

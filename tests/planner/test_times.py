@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ring_hf.planner import Job, plan, read_model
 from ring_hf.planner.device import DEVICES
+from ring_hf.planner.memory import trained_parameters
 from ring_hf.planner.model import visible_pairs
 from ring_hf.planner.overlap import least_tokens, thresholds
 from ring_hf.planner.plan import splits
@@ -117,9 +118,40 @@ def test_a_step_is_its_bound_plus_what_is_named():
     assert times.hfu / times.mfu == pytest.approx(times.flops.executed / times.flops.model)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_blocks_of_mlps_move_as_much_memory_and_more_where_they_run_again(fused):
+    for checkpoint in ("full", "save-attention", "none"):
+        job = Job(LLAMA, MILLION, checkpoint=checkpoint, fused=fused)
+        whole, blocks = (
+            {part.name: part.seconds for part in times_of(job.but(ffn_block=block)).parts} for block in (0, 4096)
+        )
+        again = 2 * (3 if fused else 4) * 2 * LLAMA.ff * job.tokens * 32 / job.hardware.memory_bandwidth
+        more = blocks["norms, activations, rounding"] - whole["norms, activations, rounding"]
+        assert more == pytest.approx(again if checkpoint == "none" else 0.0)
+        assert (blocks["linear layers"] > whole["linear layers"]) == (checkpoint == "none")
+
+
+def test_weights_and_gradients_travel_as_zero_has_them():
+    def sent(**more):
+        job = Job(LLAMA, 2**16, **more)
+        return (times_of(job).sent - attention_seconds(job)[2]) / (7 / 8)
+
+    P = LLAMA.parameters
+    assert sent(zero=3) == pytest.approx(3 * 2 * P)  # gathered twice, gradients scattered, in bf16
+    for zero in (0, 1, 2):  # an all-reduce, or its two halves: gradients scattered, updated weights gathered
+        assert sent(zero=zero) == pytest.approx(2 * 4 * P)
+        assert sent(zero=zero, optimizer="adamw-bf16-master") == pytest.approx(2 * 2 * P)
+        assert sent(zero=zero, lora=16) == pytest.approx(2 * 4 * trained_parameters(LLAMA, 16))
+    assert sent(zero=3, lora=16) == pytest.approx(2 * (2 * P + trained_parameters(LLAMA, 16)))
+
+
 def test_contiguous_layouts_cost_the_busiest_rank():
-    even, uneven = (attention_seconds(Job(QWEN, MILLION, layout=name))[0] for name in ("zigzag", "contiguous"))
+    jobs = [Job(QWEN, MILLION, layout=name) for name in ("zigzag", "contiguous")]
+    even, uneven = (attention_seconds(job)[0] for job in jobs)
     assert uneven / even == pytest.approx(1.875, rel=0.005)  # 2 - 1 / N
+    notes = {part.note for job in jobs for part in times_of(job).parts if part.name == "attention"}
+    mean = flops_of(jobs[0]).attention_executed / 8 / 1e12
+    assert notes == {f"{mean:,.0f} TFLOP on average, seconds of the busiest"}
 
 
 def test_saving_attention_saves_its_forward():
