@@ -69,8 +69,8 @@ class ContextParallelCollator:
             remove_unused_columns=False, or the Trainer drops the column).
 
     A column `loss_weights`, one number per label (of shift_labels if the batch has them), weighs tokens in a loss that
-    is taken in blocks (`ring_hf.memory.apply`). No other loss knows weights: the column is refused then (in one
-    process if the collator was given the model, not its config).
+    is taken in blocks (`ring_hf.memory.apply`; set remove_unused_columns=False here, too). No other loss knows any:
+    the column is refused then (in one process if the collator was given the model, not its config).
 
     Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
     attention mask comes with them.

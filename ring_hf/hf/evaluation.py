@@ -12,6 +12,7 @@ same.
 Shapes: B rows, S tokens of the whole row, C tokens of this rank.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,11 @@ class Evaluator:
     def __init__(self, context: ProcessContext):
         self.context = context
         self.batch: ContextParallelBatch | None = None
-        self._stock_pad: Callable = _not_installed
-        self._stock_gather: Callable = _not_installed
+        self._accelerator: Callable[[], Any] = lambda: None
 
     def install(self, accelerator: Any) -> None:
         """Replace the two methods on this accelerator, which is the one the Trainer is about to use."""
-        self._stock_pad = accelerator.pad_across_processes
-        self._stock_gather = accelerator.gather_for_metrics
+        self._accelerator = weakref.ref(accelerator)  # this outlives the Trainer; its model and optimizer need not
         accelerator.pad_across_processes = self.pad_across_processes
         accelerator.gather_for_metrics = self.gather_for_metrics
 
@@ -70,7 +69,9 @@ class Evaluator:
         if shift_labels_BC is None or kwargs.get("labels") is None:
             return kwargs
         shift_labels_BC = self._mask_repeated(shift_labels_BC, batch)
-        count = (shift_labels_BC != IGNORE_INDEX).sum()
+        counted_BC = shift_labels_BC != IGNORE_INDEX
+        weights_BC = kwargs.get("loss_weights") if kwargs.get("num_items_in_batch") is None else None  # then a mean
+        count = counted_BC.sum() if weights_BC is None else (weights_BC * counted_BC).sum()
         return {**kwargs, "shift_labels": shift_labels_BC, "num_items_in_batch": self._sum(count)}
 
     def loss(self, loss_of_rank: torch.Tensor, scaled_by_trainer: bool) -> torch.Tensor:
@@ -115,7 +116,7 @@ class Evaluator:
         """Shards along dim 1 become whole rows, without our padding; then Accelerate's own padding over replicas."""
         if self.batch is not None and dim == 1:
             tensor = recursively_apply(self._whole, tensor, error_on_other_type=True)
-        return self._stock_pad(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        return self._stock("pad_across_processes", tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     def _whole(self, shard: torch.Tensor) -> torch.Tensor:
         batch = self.batch
@@ -135,13 +136,18 @@ class Evaluator:
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Every replica's part, in order and without repetitions."""
         if self.batch is None:
-            return self._stock_gather(input_data, use_gather_object=use_gather_object)
+            return self._stock("gather_for_metrics", input_data, use_gather_object=use_gather_object)
         if use_gather_object:
             raise ValueError(
                 "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it "
                 "to False."
             )
         return recursively_apply(self._gather, input_data, error_on_other_type=True)
+
+    def _stock(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        accelerator = self._accelerator()
+        assert accelerator is not None, "called without the accelerator it was installed on"
+        return getattr(type(accelerator), method)(accelerator, *args, **kwargs)
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor[None] if tensor.ndim == 0 else tensor.contiguous()
@@ -166,7 +172,3 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     sums = [flat.sum(dtype=torch.double), flat[::3].sum(dtype=torch.double)]
     size = torch.tensor(float(flat.numel()), dtype=torch.double, device=flat.device)
     return torch.nan_to_num(torch.stack([*sums, size]))
-
-
-def _not_installed(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("Evaluator.install was not called")

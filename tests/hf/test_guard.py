@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.batch import KEY, RefusedBatch
 from tests.harness import run_distributed
@@ -15,12 +16,20 @@ from tests.hf.faults import arguments
 from tests.hf.models import llama, rows
 
 
-def own_loop(rank, world_size):
+def model_and_rows(attention, weighted):
+    model, examples = llama(attention), rows(16, 21, 13)
+    if weighted:
+        memory.apply(model, attention="none", ffn_block=None, loss_block=7)
+        examples = [{**row, "loss_weights": [0.1 * (n % 7) for n in range(len(row["input_ids"]))]} for row in examples]
+    return model, examples
+
+
+def own_loop(rank, world_size, weighted):
     """Evaluation and training steps in a hand-written loop with Accelerate; returns the losses and a gradient."""
     accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=world_size))
-    model = llama()
+    model, examples = model_and_rows("ring_zigzag", weighted)
     guard_model(model)
-    loader = DataLoader(rows(16, 21, 13), batch_size=2, collate_fn=ContextParallelCollator(model))
+    loader = DataLoader(examples, batch_size=2, collate_fn=ContextParallelCollator(model))
     loader = accelerator.prepare(loader)
     model.eval()
     with torch.no_grad():
@@ -34,14 +43,15 @@ def own_loop(rank, world_size):
     return losses, gradient
 
 
-def test_hand_written_loop_equals_one_process():
-    model = llama("sdpa")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_hand_written_loop_equals_one_process(weighted):
+    model, examples = model_and_rows("sdpa", weighted)
     collate = ContextParallelCollator(model)
-    batches = [collate(rows(16, 21, 13)[:2]), collate(rows(16, 21, 13)[2:])]
+    batches = [collate(examples[:2]), collate(examples[2:])]
     with torch.no_grad():
         want = [model(**batch).loss.item() for batch in batches]
-    model(**batches[0]).loss.backward()
-    for losses, gradient in run_distributed(2, own_loop):
+    model(**batches[0], num_items_in_batch=35).loss.backward()
+    for losses, gradient in run_distributed(2, own_loop, weighted):
         assert losses == pytest.approx(want, abs=1e-6)
         apart = (gradient - model.lm_head.weight.grad).abs().max().item()
         print(f"hand-written loop: worst gradient difference {apart:.2e}")

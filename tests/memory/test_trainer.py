@@ -21,6 +21,7 @@ def test_training_with_levers_follows_one_process_without(launched, tmp_path, na
     reference = train(CASES[name].reference(), tmp_path)
     found = launched[name]
     assert_same_run(name, found, reference)
+    assert found["models left"] == 0
     if "evaluation" in reference:
         assert found["evaluation"] == pytest.approx(reference["evaluation"], rel=2e-5)
         assert found["loss alone"] == pytest.approx(reference["evaluation"][0], rel=1e-5)

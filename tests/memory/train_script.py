@@ -3,6 +3,7 @@
 Rank 0 writes the losses, grad norms and evaluations of every case of `CASES`.
 """
 
+import gc
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import is_initialized
 from torch.utils.data import Dataset
-from transformers import Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 
 import ring_hf
 from tests.liger_stand_in import SETTINGS, liger
@@ -111,10 +112,16 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     return result
 
 
+def models_left() -> int:
+    """Models that something still holds when their Trainer is gone."""
+    gc.collect()
+    return sum(issubclass(type(x), PreTrainedModel) for x in gc.get_objects())
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     with liger():
-        results = {name: train(run, path.parent) for name, run in CASES.items()}
+        results = {name: {**train(run, path.parent), "models left": models_left()} for name, run in CASES.items()}
     if not is_initialized() or torch.distributed.get_rank() == 0:
         path.write_text(json.dumps(results))
 
