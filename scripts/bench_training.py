@@ -10,6 +10,7 @@ blocks.
 """
 
 import argparse
+import gc
 import itertools
 import os
 import socket
@@ -81,6 +82,7 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
             self.took = time.perf_counter() - self.began
 
     set_seed(0)
+    gc.collect()  # a Trainer is a cycle: the last one with its model would else be freed while this one is measured
     before = peak_bytes(reset=True)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag" if shared else "sdpa"))
     blocks = {f"{name}_block": "auto" if name in job["levers"].split("+") else None for name in ("ffn", "loss")}

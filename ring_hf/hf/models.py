@@ -8,12 +8,15 @@ Transformers, proven against one process where it is "exact".
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ring_hf.memory.loss import stock_of
+from ring_hf.memory.probe import values_above_zero
 
 from .names import layout_of
 from .router import router_error
@@ -115,9 +118,7 @@ def _loss(model: PreTrainedModel) -> str | None:
     known = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
     known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
-    # `ring_hf.memory` takes the same loss over blocks of tokens, and says what it wraps.
-    function = inspect.unwrap(model.loss_function)
-    if known and function is ForCausalLMLoss:
+    if known and stock_of(model.loss_function) is ForCausalLMLoss:
         return None
     return (
         f"{type(model).__name__} does not use the causal language modelling loss "
@@ -146,18 +147,8 @@ def _attention_dropout(model: PreTrainedModel) -> str | None:
     )
 
 
-def _floats(model: PreTrainedModel, word: str) -> Iterator[str]:
-    """Attributes of modules whose name holds `word` and whose value is above 0, for example `dropout`."""
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if word in key and isinstance(value, float) and value > 0:
-                yield f"{name or type(module).__name__}.{key}={value}"
-        if word == "drop" and isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            yield f"{name} (p={module.p})"
-
-
 def _dropout(model: PreTrainedModel) -> str | None:
-    names = list(_floats(model, "drop"))
+    names = list(values_above_zero(model, "drop"))
     if not names:
         return None
     return (
@@ -167,7 +158,7 @@ def _dropout(model: PreTrainedModel) -> str | None:
 
 
 def _jitter(model: PreTrainedModel) -> str | None:
-    names = list(_floats(model, "jitter"))
+    names = list(values_above_zero(model, "jitter"))
     if not names:
         return None
     return (

@@ -1,6 +1,5 @@
 """`apply(model, config)`: find what each lever works on, prove it on the model itself, switch it on, say so."""
 
-import functools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
     blocks = {seen.name: block if isinstance(block, int) else ffn.automatic_block(seen) for seen in found}
     for seen in found:
         ffn.wrap(seen, blocks[seen.name])
-        seen.module.register_forward_pre_hook(ffn.refuse_replaced)
+        seen.module.register_forward_pre_hook(ffn.refuse_changed)
     if head is not None:
         _switch_loss(inner, config)
     if layers is not None:
@@ -139,7 +138,7 @@ def _head(model: Any) -> nn.Module:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings, so there is no head. Set loss_block=None.")
     loss = model.loss_function
-    if getattr(loss, "__name__", None) != "ForCausalLMLoss":
+    if getattr(loss, "__name__", None) != "ForCausalLMLoss" or hasattr(loss, "__wrapped__"):
         raise ValueError(
             f"{type(model).__name__} computes {getattr(loss, '__name__', loss)!r} and not the causal language "
             "modelling loss, which alone is taken in blocks. Set loss_block=None."
@@ -171,7 +170,8 @@ def _prove_loss(model: Any) -> None:
             else:
                 model.loss_function = own
     apart = abs(float(found) - float(wanted))
-    if calls != [True] or not apart <= 1e-2 * abs(float(wanted)):
+    bar = probe.TOLERANCE.get(model.get_input_embeddings().weight.dtype, 1e-2)
+    if calls != [True] or not apart <= bar * abs(float(wanted)):
         raise ValueError(
             f"{type(model).__name__} changes the logits between its head and its loss in a way that cannot be done "
             f"block by block (deferred: {calls}, loss {float(found):.6g} instead of {float(wanted):.6g}). Set "
@@ -186,17 +186,14 @@ def disarm(head: nn.Module) -> None:
 
 
 def _switch_loss(model: Any, config: MemoryConfig) -> None:
-    in_blocks = blockwise(model.loss_function)
     armed: list[nn.Module] = []
     asked = False
 
-    @functools.wraps(in_blocks)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def called() -> None:
         nonlocal asked
         asked = True
-        return in_blocks(*args, **kwargs)
 
-    model.loss_function = noted
+    model.loss_function = blockwise(model.loss_function, called)
 
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal asked
@@ -205,6 +202,12 @@ def _switch_loss(model: Any, config: MemoryConfig) -> None:
         if kwargs.get("labels") is not None:
             arm(head, config.loss_block)
             armed.append(head)
+        elif kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "The batch has loss_weights but its labels were taken out before the forward pass (as "
+                "label_smoothing_factor and compute_loss_func do): a loss outside the model would overlook them. Let "
+                "the model compute the loss, or remove the column."
+            )
 
     def after(module: Any, args: tuple, output: Any) -> None:
         wanted = bool(armed)

@@ -8,7 +8,7 @@ fire once per parameter.
 The inputs are saved by a node of their own, *before* the function runs. Under activation checkpointing of the layer
 around it, PyTorch stops recomputing at the last tensor that backward asked for: that is then the input of the
 feed-forward layer, and not its output. So each block runs twice in a step, and not three times as with nested
-checkpoints.
+checkpoints (or where the layer goes on with something that keeps that output, as the last norm of Gemma 2 does).
 
 Letters: T tokens, n blocks.
 """
@@ -33,7 +33,6 @@ def in_blocks(
         parameters: what else of its inputs gets a gradient.
         block: tokens at a time.
     """
-    refuse_sharded(parameters)
     num_tokens = tensors[0].shape[0]
     assert num_tokens > 0 and all(x.shape[0] == num_tokens for x in tensors)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *parameters))
@@ -48,12 +47,22 @@ def spans(num_tokens: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, num_tokens)) for start in range(0, num_tokens, block)]
 
 
-def refuse_sharded(parameters: Sequence[Tensor]) -> None:
-    """A gradient for the whole of a parameter is no gradient of its shard."""
-    if any(hasattr(p, "full_tensor") for p in parameters):
+def refuse_sharded(module: torch.nn.Module) -> None:
+    """A gradient for the whole of a parameter is no gradient of its shard, and FSDP hides parameters while it runs."""
+    managed = any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+    if managed or any(hasattr(p, "full_tensor") for p in module.parameters()):
         raise ValueError(
-            "Parameters are sharded (DTensor) where a function is computed in blocks: FSDP is not proven together "
-            "with memory.apply. Set ffn_block=None and loss_block=None, or use DDP."
+            f"Parameters of {type(module).__name__} are sharded (FSDP, DTensor), which is not proven for what "
+            "memory.apply computes in blocks. Set ffn_block=None and loss_block=None, or use DDP."
+        )
+
+
+def refuse_second_derivatives() -> None:
+    """In a backward pass, gradients are recorded only with create_graph=True."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph=True: what memory.apply computes in blocks has no second derivatives. Set ffn_block=None "
+            "and loss_block=None."
         )
 
 
@@ -129,6 +138,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         tensors, needed = ctx.keeper.saved_tensors, ctx.needs_input_grad[4:]
         trained = [p for p, need in zip(ctx.parameters, needed[len(tensors) :], strict=True) if need]
         sums = Sums(trained)

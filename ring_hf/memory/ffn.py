@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .blocks import in_blocks
-from .probe import Rows, Seen, flat, is_affine, treats_tokens_alone, watch
+from .blocks import in_blocks, refuse_sharded
+from .probe import Rows, Seen, flat, is_affine, treats_tokens_alone, values_above_zero, watch
 
 SETTINGS = "_ring_hf_ffn"
+_DROPS = (
+    "{} drops values at random, and blocks would draw other places when they are recomputed. Set the dropout "
+    "probability to 0, or ffn_block=None."
+)
 SMALLEST = 1024  # tokens of an automatic block: below, matrices are too small to be fast
 
 
@@ -49,7 +54,8 @@ def find(model: Any) -> tuple[list[Seen], str | None]:
             f"{type(model).__name__} has no feed-forward layer that is a module of its own and treats each token by "
             f"itself{f' in {bare[0]}' if found else ''}. Set ffn_block=None."
         )
-    return found, _dropping(found)
+    dropping = [f"{seen.name}.{place}" for seen in found for place in values_above_zero(seen.module, "drop")]
+    return found, _DROPS.format(dropping[0]) if dropping else None
 
 
 def _recorded(model: Any) -> Iterator[type]:
@@ -104,17 +110,6 @@ def _is_feed_forward(seen: Seen, recorded: tuple[type, ...]) -> bool:
     return treats_tokens_alone(seen) and not is_affine(seen)
 
 
-def _dropping(found: list[Seen]) -> str | None:
-    for seen in found:
-        for name, module in seen.module.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                return (
-                    f"{seen.name}.{name} drops with p={module.p}, and blocks would draw other places when they are "
-                    "recomputed. Set the dropout probability to 0, or ffn_block=None."
-                )
-    return None
-
-
 def automatic_block(seen: Seen) -> int:
     """Tokens whose activations are about as large as the weights: smaller blocks would not lower the peak, but cost
     time. (ALST's tiled MLP, arXiv 2506.13996, takes one tile per hidden size tokens, which is the same for a dense
@@ -149,13 +144,26 @@ def wrap(seen: Seen, block: int) -> None:
     seen.module.forward = MethodType(_forward, seen.module)
 
 
-def refuse_replaced(module: nn.Module, args: tuple) -> None:
-    """A hook: somebody may replace the forward of a module later, as Liger does."""
+def refuse_changed(module: nn.Module, args: tuple) -> None:
+    """A hook: others change a module after it was proven (Liger its forward, PEFT what is inside)."""
+    name = type(module).__name__
     if getattr(module.forward, "__func__", None) is not _forward:
         raise ValueError(
-            f"The forward pass of {type(module).__name__} was replaced since memory.apply, so that ffn_block would be "
-            "ignored. Leave the replacement (such as use_liger_kernel) out, or set ffn_block=None."
+            f"The forward pass of {name} was replaced since memory.apply, so that ffn_block would be ignored. Leave "
+            "the replacement (such as use_liger_kernel) out, or set ffn_block=None."
         )
+    dropping = next(values_above_zero(module, "drop"), None) if module.training else None
+    if dropping is not None:
+        raise ValueError(_DROPS.format(f"{name}.{dropping}"))
+    for part in module.modules():
+        if is_parametrized(part) or (part is not module and part._forward_pre_hooks_with_kwargs):
+            raise ValueError(
+                f"{type(part).__name__} in {name} is changed for this pass alone (a parametrization or a hook, as "
+                "PEFT sets for target_parameters, alora_invocation_tokens and adapter_names), which the backward pass "
+                "in blocks would not see. Call memory.apply after get_peft_model for target_parameters, or set "
+                "ffn_block=None."
+            )
+    refuse_sharded(module)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ Letters: B rows, S tokens, T = B * S, D hidden size, V words.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .blocks import Autocast, Sums, gradients_of, refuse_sharded, spans
+from .blocks import Autocast, Sums, gradients_of, refuse_second_derivatives, refuse_sharded, spans
 from .deferred import DeferredLogits
 
 SMALLEST = 256  # tokens of an automatic block
+Loss = Callable[..., Tensor]
+_stock: "weakref.WeakKeyDictionary[Loss, Loss]" = weakref.WeakKeyDictionary()
 
 
-def blockwise(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def stock_of(function: Loss) -> Loss:
+    """The loss that one in blocks stands for; any other is its own."""
+    return _stock.get(function, function)
+
+
+def blockwise(stock: Loss, called: Callable[[], None] = lambda: None) -> Loss:
     """The loss function of a model, which takes deferred logits too; stock for all others."""
 
     @functools.wraps(stock)
@@ -39,6 +47,7 @@ def blockwise(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        called()
         if loss_weights is None and not isinstance(logits, DeferredLogits):
             more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
             return stock(logits, labels, vocab_size, num_items_in_batch, **more)
@@ -47,6 +56,7 @@ def blockwise(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
             loss_weights = None if loss_weights is None else pad(loss_weights, (0, 1))[..., 1:]
         return _mean(logits, shift_labels, loss_weights, num_items_in_batch, ignore_index)
 
+    _stock[loss_function] = stock
     return loss_function
 
 
@@ -65,6 +75,12 @@ def _mean(
 ) -> Tensor:
     labels_T = labels.reshape(-1).to(logits.device)
     weights_T = None if weights is None else weights.reshape(-1).to(logits.device)
+    for name, given_T in (("labels", labels_T), ("loss_weights", weights_T)):
+        if given_T is not None and len(given_T) != logits.shape[:-1].numel():
+            raise ValueError(
+                f"{logits.shape[:-1].numel()} tokens have logits, but {len(given_T)} have {name}: they would be taken "
+                "for those of other tokens. Pass as many, and leave logits_to_keep out where a loss is asked for."
+            )
     if isinstance(logits, DeferredLogits):
         total = _in_blocks(logits, labels_T, weights_T, ignore_index)
     else:  # fewer tokens than a block
@@ -90,8 +106,8 @@ def _in_blocks(logits: DeferredLogits, labels_T: Tensor, weights_T: Tensor | Non
     if block == "auto":
         block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
     assert isinstance(block, int)
+    refuse_sharded(logits.head)
     trained = [p for p in logits.head.parameters() if p.requires_grad]
-    refuse_sharded(trained)
     return summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
 
 
@@ -110,6 +126,8 @@ def summed_loss(
         logits_of: the logits `[1, b, V]` of hidden states `[1, b, D]`.
         parameters: what gets a gradient besides the hidden states.
     """
+    if not torch.is_grad_enabled():  # a Function is told what needs gradients in general, and not now
+        hidden_TD, parameters = hidden_TD.detach(), ()
     return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, hidden_TD, *parameters)
 
 
@@ -157,12 +175,14 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         if ctx.used:
             raise ValueError(
                 "The gradients of a loss in blocks were used already: a step with loss_block (memory.apply) has one "
                 "backward pass. Do not use retain_graph=True, or set loss_block=None."
             )
         ctx.used = True
-        # In place: they are as large as the hidden states and the weight, and nobody else has them.
-        found = (None if x is None else x.mul_(gradient.to(x.dtype)) for x in ctx.saved_tensors)
+        # In place: they are as large as the hidden states and the weight, and nobody else has them. Expanded, the
+        # factor stays in fp32; a scalar would be rounded to bf16 first, off by up to 0.4 % and everywhere the same.
+        found = (None if x is None else x.mul_(gradient.expand_as(x)) for x in ctx.saved_tensors)
         return (None,) * 5 + tuple(found)

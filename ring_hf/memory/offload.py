@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .saving import refuse_changed, resident
+
 SMALLEST = 2**20  # bytes: what is smaller stays; moving it costs more than it gives back
 IN_FLIGHT = 2  # layers whose copies out may be under way; the device memory of older ones is given back first
 
@@ -90,12 +92,14 @@ class Parcel:
         self._trip, self._device = trip, x.device
         self.layer = trip.layer
         self._leaving: Tensor | None = x
+        self._version = x._version
         self._host, self._left = trip.road.out(x)
         self._came: tuple[Tensor, Any] | None = None
 
     def release(self) -> None:
         """Give back the device memory of what left."""
         if self._leaving is not None:
+            refuse_changed(self._leaving, self._version)  # while it was copied, or before
             self._trip.road.wait_out(self._left)
             self._leaving = None
 
@@ -133,7 +137,7 @@ class Trip:
     def keep(self, x: Tensor) -> Callable[[], Tensor]:
         """What brings the tensor back."""
         if x.nbytes < SMALLEST or isinstance(x, torch.nn.Parameter) or not x.is_floating_point():
-            return lambda: x
+            return resident(x)
         parcel = Parcel(self, x)
         self.parcels[self.layer].add(parcel)
         return parcel

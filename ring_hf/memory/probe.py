@@ -44,7 +44,7 @@ class Seen:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards everything is as before, random numbers too."""
+    """Evaluation mode without gradients; afterwards everything is as before, the CPU's random numbers too."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -53,6 +53,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def values_above_zero(model: nn.Module, word: str) -> Iterator[str]:
+    """Attributes of modules whose name holds `word` and whose value is above 0, for example `dropout`."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if word in key and isinstance(value, float) and value > 0:
+                yield f"{name or type(module).__name__}.{key}={value}"
+        if word == "drop" and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            yield f"{name} (p={module.p})"
 
 
 def tokens(model: Any) -> Tensor:

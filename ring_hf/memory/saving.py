@@ -110,15 +110,20 @@ class Replay(TorchDispatchMode):
 
 
 def resident(x: Tensor) -> Callable[[], Tensor]:
-    """Kept where it is; changing it in place would change what is recomputed."""
+    """Kept where it is."""
     version = x._version
 
     def back() -> Tensor:
-        if x._version != version:
-            raise ValueError(
-                "A result of attention was changed in place after it was saved (memory.apply). Set "
-                'attention="recompute".'
-            )
+        refuse_changed(x, version)
         return x
 
     return back
+
+
+def refuse_changed(x: Tensor, version: int) -> None:
+    """What was saved is a part of the result now, and would make another one of what is recomputed."""
+    if x._version != version:
+        raise ValueError(
+            "A tensor was changed in place after it was saved for the backward pass (memory.apply). Set "
+            'attention="recompute" and offload=None, or change a copy.'
+        )

@@ -180,6 +180,29 @@ def test_half_precision_is_no_worse_than_the_plain_loss_in_it(autocast):
     assert 0 < far[1] <= 1.1 * far[0]
 
 
+def test_the_count_of_the_step_is_not_rounded_to_half_precision():
+    """1 / 71 in bf16 is 0.1 % off, which would be a factor of all gradients."""
+    hidden, weight = torch.randn(200, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    labels = torch.randint(0, 96, (200,))
+    found, wanted = [], []
+    for results, dtype in ((found, torch.bfloat16), (wanted, torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = summed_loss(lambda h, w=inputs[1]: h @ w.T, inputs[0], labels, None, inputs[1:], 50) / 71
+        results += torch.autograd.grad(loss, inputs)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert abs((a.double() * b).sum() / b.square().sum() - 1) <= 4e-4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_computed(mode):
+    model = only_loss(model_of("llama"))
+    with mode(), CountOperators() as count:
+        loss = model(**batch(), use_cache=False).loss
+    assert (loss - model_of("llama")(**batch(), use_cache=False).loss).abs() <= 1e-12
+    assert not any("backward" in name for name in count.calls)
+
+
 def test_automatic_blocks_have_as_many_logits_as_there_are_hidden_numbers():
     assert automatic_block(131_072, 4096, 128_256) == 8192  # 4186, to a power of two
     assert automatic_block(64, 32, 96) == 256

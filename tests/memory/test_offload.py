@@ -180,9 +180,20 @@ def test_on_a_cpu_there_are_plain_copies():
     away.next_layer()
     x = torch.arange(5.0)
     back = away.keep(x)
-    x += 1
-    assert torch.equal(back(), torch.arange(5.0)) and back() is not x
+    assert torch.equal(back(), x) and back() is not x
     numbers, weight = torch.arange(5), torch.nn.Parameter(torch.ones(5))
     assert away.keep(numbers)() is numbers and away.keep(weight)() is weight
     with mock.patch.object(offload, "SMALLEST", 21):
         assert away.keep(x)() is x
+
+
+@pytest.mark.parametrize("smallest", [0, 2**20], ids=["moved", "kept"])
+def test_a_change_in_place_while_it_is_away_is_refused(smallest):
+    away = Trip(PlainRoad())
+    away.next_layer()
+    x = torch.arange(5.0)
+    with mock.patch.object(offload, "SMALLEST", smallest):
+        back = away.keep(x)
+    x += 1
+    with pytest.raises(ValueError, match="was changed in place after it was saved for the backward pass"):
+        back()

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from ring_hf.hf.models import MODEL_RULES
 from ring_hf.hf.supported import check_memory, first_error
@@ -50,9 +51,27 @@ def dropping():
     return model
 
 
+def dropping_without_a_module():
+    model = model_of("starcoder2")
+    model.model.layers[0].mlp.residual_dropout = 0.1
+    return model
+
+
 def another_loss():
     model = model_of("llama")
     model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    return model
+
+
+def nearly_the_loss(wrapped):
+    """Transformers' loss and a little more, under its name."""
+    model = model_of("llama")
+    plain = model.loss_function
+
+    def ForCausalLMLoss(logits, *args, **more):
+        return plain(logits, *args, **more) + 1e-4 * logits.logsumexp(-1).square().mean()
+
+    model.loss_function = functools.wraps(plain)(ForCausalLMLoss) if wrapped else ForCausalLMLoss
     return model
 
 
@@ -124,7 +143,12 @@ MODELS = {
         {"attention": "save"},
         "attn_implementation='eager': it is no operator",
     ),
-    "dropout": (dropping, {"ffn_block": 7}, r"layers.1.mlp.act_fn.1 drops with p=0.1, and blocks would draw"),
+    "dropout": (dropping, {"ffn_block": 7}, r"layers.1.mlp.act_fn.1 .p=0.1. drops values at random, and blocks"),
+    "functional dropout": (
+        dropping_without_a_module,
+        {"ffn_block": 7},
+        "layers.0.mlp.*residual_dropout=0.1 drops values at random",
+    ),
     "mixing rows": (mixing, {"ffn_block": 7}, "has no feed-forward layer that is a module of its own"),
     "mixing rows a little": (lambda: mixing(1e-12), {"ffn_block": 7}, "treats each token by itself"),
     "capacity": (
@@ -133,6 +157,8 @@ MODELS = {
         "2 feed-forward parts of MixtralForCausalLM, for example model.layers.0",
     ),
     "loss": (another_loss, {"loss_block": 7}, "and not the causal language modelling loss, which alone"),
+    "loss in a wrapper": (lambda: nearly_the_loss(True), {"loss_block": 7}, "and not the causal language modelling"),
+    "loss by name only": (lambda: nearly_the_loss(False), {"loss_block": 7}, "changes the logits between its head"),
     "scale": (trained_scale, {"loss_block": 7}, "changes the logits between its head and its loss in a way that"),
     "forward": (replaced_forward, {"ffn_block": 7}, "The forward of 1 modules was replaced .model.layers.0.mlp"),
     "meta": (without_weights, {"ffn_block": 7}, "are on the meta device, so nothing can be tried"),
@@ -234,11 +260,88 @@ def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
 def test_sharded_parameters_are_refused():
     model = model_of("llama")
     apply(model, attention="none", ffn_block=7, loss_block=7)
-    for parameter in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight):
-        parameter.full_tensor = None  # as a DTensor has one
-        with pytest.raises(ValueError, match=r"Parameters are sharded .DTensor. where a function is computed in"):
+    for module, inside in ((model.lm_head, model.lm_head), (model.model.layers[0].mlp,) * 2):
+        marks = (next(inside.parameters()), "full_tensor"), (inside, "_is_fsdp_managed_module")
+        for owner, mark in marks:  # as a DTensor has one, and as FSDP leaves on what it manages
+            setattr(owner, mark, True)
+            with pytest.raises(ValueError, match=f"Parameters of {type(module).__name__} are sharded .FSDP, DTensor."):
+                step(model, batch())
+            delattr(owner, mark)
+    step(model, batch())
+
+
+def test_dropout_that_comes_later_is_refused_in_training():
+    model = model_of("llama")
+    apply(model, attention="none", ffn_block=7, loss_block=None)
+    get_peft_model(model, LoraConfig(lora_dropout=0.1, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match=r"LlamaMLP.up_proj.lora_dropout.default .p=0.1. drops values at random"):
+        step(model, batch())
+    model.eval()
+    assert model(**batch(), use_cache=False).loss > 0
+
+
+@pytest.mark.parametrize("first", ["apply", "peft"])
+def test_lora_of_experts_is_exact_before_and_refused_after(first):
+    """PEFT adds it to the weights of experts while their forward pass runs, and only then."""
+    settings = LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    model = model_of("mixtral")
+    if first == "apply":
+        apply(model, attention="none", ffn_block=7, loss_block=None)
+        get_peft_model(model, settings, autocast_adapter_dtype=False)
+        with pytest.raises(ValueError, match=r"is changed for this pass alone .a parametrization or a hook, as PEFT"):
             step(model, batch())
-        del parameter.full_tensor
+        return
+    get_peft_model(model, settings, autocast_adapter_dtype=False)
+    wanted = step(model, batch())
+    apply(model, attention="none", ffn_block=7, loss_block=None)
+    assert apart(step(model, batch()), wanted) <= 1e-10
+    assert any("lora" in name and gradient.abs().max() > 0 for name, gradient in wanted[1].items())
+
+
+def test_a_hook_that_changes_a_part_for_one_pass_is_refused():
+    model = model_of("llama")
+    apply(model, attention="none", ffn_block=7, loss_block=None)
+    handle = model.model.layers[0].mlp.up_proj.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="Linear in LlamaMLP is changed for this pass alone"):
+        step(model, batch())
+    handle.remove()
+    step(model, batch())
+
+
+LENGTHS = {
+    "logits_to_keep": ({"logits_to_keep": 31}, "62 tokens have logits, but 80 have labels"),
+    "shift_labels": (
+        {"shift_labels": torch.ones(2, 39, dtype=torch.long)},
+        "80 tokens have logits, but 78 have labels",
+    ),
+    "loss_weights": ({"loss_weights": torch.ones(2, 44)}, "80 tokens have logits, but 88 have loss_weights"),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_labels_and_weights_of_other_tokens_are_refused(name):
+    more, message = LENGTHS[name]
+    model = model_of("llama")
+    apply(model, attention="none", ffn_block=None, loss_block=7)
+    with pytest.raises(ValueError, match=message):
+        model(**batch(), **more, use_cache=False)
+
+
+def test_weights_beside_a_loss_outside_the_model_are_refused():
+    model, inputs = model_of("llama"), batch()
+    apply(model, attention="none", ffn_block=None, loss_block=7)
+    with pytest.raises(ValueError, match="has loss_weights but its labels were taken out before the forward pass"):
+        model(input_ids=inputs["input_ids"], loss_weights=torch.ones(2, 40), use_cache=False)
+
+
+def test_second_derivatives_are_refused():
+    for levers in ({"ffn_block": 7, "loss_block": None}, {"ffn_block": None, "loss_block": 7}):
+        model = model_of("llama")
+        apply(model, attention="none", **levers)
+        with pytest.raises(ValueError, match=r"create_graph=True: what memory.apply computes in blocks has no second"):
+            model(**batch(), use_cache=False).loss.backward(create_graph=True)
 
 
 def test_a_second_backward_pass_of_a_loss_in_blocks_is_refused():
