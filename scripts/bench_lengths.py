@@ -43,10 +43,13 @@ def longest_textbook(arguments: argparse.Namespace) -> int:
 
 
 def exponents(rows: list[dict[str, Any]], fit: int) -> list[dict[str, Any]]:
-    """Per dtype and variant the slope of every figure over the `fit` longest lengths, least squares in log-log."""
+    """Per dtype and variant that ran at several lengths, the slope of every figure over the `fit` longest ones, least
+    squares in log-log."""
     found = []
     for dtype, variant in dict.fromkeys((row["dtype"], row["variant"]) for row in rows):
         mine = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)][-fit:]
+        if len(mine) < 2:  # the textbook form, where longer ones do not fit
+            continue
         x = [math.log(row["length"]) for row in mine]
         middle = sum(x) / len(x)
         slopes = {
@@ -80,14 +83,13 @@ def plot(rows: list[dict[str, Any]], found: list[dict[str, Any]], path: Path) ->
         figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
         lengths = sorted({row["length"] for row in rows})
         for panel, (key, (name, unit)) in zip(panels.flat, FIGURES.items(), strict=True):
+            slopes = {row["variant"]: f": $S^{{{row[key]:.2f}}}$" for row in found if row["dtype"] == dtype}
             for marker, variant in zip("os^", (STANDARD, SDPA, RING), strict=True):
                 mine = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
-                slope = next(row[key] for row in found if (row["dtype"], row["variant"]) == (dtype, variant))
                 scale = 2**20 if unit == "MiB" else 1
                 values = [row[key] / scale for row in mine]
-                panel.plot(
-                    [row["length"] for row in mine], values, marker=marker, label=f"{variant}: $S^{{{slope:.2f}}}$"
-                )
+                label = variant + slopes.get(variant, "")
+                panel.plot([row["length"] for row in mine], values, marker=marker, label=label)
             panel.set(xscale="log", yscale="log", title=name, ylabel=unit)
             panel.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths], minor=False)
             panel.set_xticks([], minor=True)
@@ -103,7 +105,7 @@ def plot(rows: list[dict[str, Any]], found: list[dict[str, Any]], path: Path) ->
 def main() -> None:
     arguments = parse_arguments()
     arguments.processes = 2
-    if len(arguments.lengths) < 2 or arguments.fit < 2:
+    if len(set(arguments.lengths)) < 2 or arguments.fit < 2:
         raise SystemExit(f"--lengths {arguments.lengths} --fit {arguments.fit}: growth needs at least two lengths.")
     variants: Variants = {
         SDPA: {"contender": "sdpa"},

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.tools import command_bench
-from scripts.bench_lengths import FIGURES, exponents
+from scripts.bench_lengths import FIGURES, RING, SDPA, STANDARD, exponents, plot
 from scripts.bench_longest import BAR
 from scripts.bench_peers import VARIANTS
 from scripts.contenders import CONTENDERS
@@ -55,6 +55,19 @@ def test_exponents_are_slopes_in_log_log():
     assert (found["from"], found["to"]) == (128, 512)
     assert [round(found[key], 9) for key in FIGURES] == [2, 1, 1.5, 0]
     assert math.isclose(found["forward"], 2)
+
+
+def test_a_variant_that_fits_at_one_length_has_no_exponent(tmp_path):
+    figures = dict.fromkeys(FIGURES, 1.0)
+    rows = [
+        {"dtype": "float32", "variant": variant, "length": length, **figures}
+        for length in (64, 128)
+        for variant in (SDPA, RING, STANDARD)
+    ][:-1]
+    found = exponents(rows, fit=3)
+    assert [row["variant"] for row in found] == [SDPA, RING]
+    plot(rows, found, tmp_path / "lengths.png")
+    assert Image.open(tmp_path / "lengths-float32.png").size == (1320, 960)
 
 
 def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path):
@@ -107,7 +120,7 @@ def test_benchmarks_outside_a_checkout_are_refused(monkeypatch, tmp_path, capsys
     assert "benchmarks are in the repository, not in the installed package. Clone it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["lengths", "--lengths", "64"], ["lengths", "--fit", "1"]])
+@pytest.mark.parametrize("arguments", [["lengths", "--lengths", "64", "64"], ["lengths", "--fit", "1"]])
 def test_growth_needs_two_lengths(arguments, capfd):
     assert main(["bench", *arguments]) == 1
     assert "growth needs at least two lengths" in capfd.readouterr().err
