@@ -152,6 +152,7 @@ def refuse_changed(module: nn.Module, args: tuple) -> None:
             f"The forward pass of {name} was replaced since memory.apply, so that ffn_block would be ignored. Leave "
             "the replacement (such as use_liger_kernel) out, or set ffn_block=None."
         )
+    refuse_sharded(module)
     dropping = next(values_above_zero(module, "drop"), None) if module.training else None
     if dropping is not None:
         raise ValueError(_DROPS.format(f"{name}.{dropping}"))
@@ -163,7 +164,6 @@ def refuse_changed(module: nn.Module, args: tuple) -> None:
                 "in blocks would not see. Call memory.apply after get_peft_model for target_parameters, or set "
                 "ffn_block=None."
             )
-    refuse_sharded(module)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
