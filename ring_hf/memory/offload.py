@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .saving import refuse_changed, resident
+from .saving import refuse_change_in_place, resident
 
 SMALLEST = 2**20  # bytes: what is smaller stays; moving it costs more than it gives back
 IN_FLIGHT = 2  # layers whose copies out may be under way; the device memory of older ones is given back first
@@ -99,7 +99,7 @@ class Parcel:
     def release(self) -> None:
         """Give back the device memory of what left."""
         if self._leaving is not None:
-            refuse_changed(self._leaving, self._version)  # while it was copied, or before
+            refuse_change_in_place(self._leaving, self._version)  # while it was copied, or before
             self._trip.road.wait_out(self._left)
             self._leaving = None
 

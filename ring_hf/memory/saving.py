@@ -114,13 +114,13 @@ def resident(x: Tensor) -> Callable[[], Tensor]:
     version = x._version
 
     def back() -> Tensor:
-        refuse_changed(x, version)
+        refuse_change_in_place(x, version)
         return x
 
     return back
 
 
-def refuse_changed(x: Tensor, version: int) -> None:
+def refuse_change_in_place(x: Tensor, version: int) -> None:
     """What was saved is a part of the result now, and would make another one of what is recomputed."""
     if x._version != version:
         raise ValueError(
