@@ -28,11 +28,15 @@ TABLES: dict[str, Callable[[], str]] = {
 _NAMES = prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in KNOWN))
 _OPTIMIZERS = "\n".join(f"  {name:18} {a} + {b} + {c:<3} {why}" for name, (a, b, c, why) in OPTIMIZERS.items())
 _EXAMPLES = f"""examples:
-  one million tokens for Qwen3 8B on one node
-    ring-hf plan --model Qwen3-8B --seq 1M --devices 8 --offload layers --loss-block 2048
+  adapters of Qwen3 8B at one million tokens on one node
+    ring-hf plan --model Qwen3-8B --seq 1M --devices 8 --lora 16 --offload layers --loss-block 2048
   the same without computing attention twice; as JSON and as a picture
-    ring-hf plan --model Qwen3-8B --seq 1M --checkpoint save-attention --offload layers,attention --loss-block 2048 \\
-      --json plan.json --png plan.png
+    ring-hf plan --model Qwen3-8B --seq 1M --lora 16 --checkpoint save-attention --offload layers,attention \\
+      --loss-block 2048 --json plan.json --png plan.png
+  all parameters of a smaller model, on larger devices
+    ring-hf plan --model Qwen3-4B --seq 1M --device h200 --offload layers --loss-block 2048
+  the same weights sharded, by an engine that training refuses today
+    ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --offload layers --loss-block 2048
   a model of your own, four nodes, ring across nodes and Ulysses inside
     ring-hf plan --model path/to/folder --seq 4M --devices 32 --ulysses 8 --ffn-block 4096 --loss-block 2048
   adapters on one card
@@ -49,8 +53,10 @@ optimizers, bytes of a parameter for weights + gradients + states:
 
 What is assumed: bf16 compute; rates of kernels alone, published for head dim 128 (smaller ones are slower);
 communication as the cost model of `ring-hf simulate` has it; {DEVICES["h100"].source};
-B200: {DEVICES["b200"].source}. Sharded weights
-(--zero 3) are FSDP's or DeepSpeed's: the README says which engines training accepts.
+B200: {DEVICES["b200"].source}.
+The engine is the one that training accepts: DDP (--zero 0), which holds everything on every device. --zero 1 to 3,
+--offload optimizer,weights and --optimizer adamw-bf16-master describe DeepSpeed and FSDP, which training refuses
+today; the report says so.
 """
 
 
@@ -80,7 +86,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     run.add_argument("--cp", type=int, default=0, help="devices that share a sequence (default: all)")
     levers = command.add_argument_group("levers")
-    levers.add_argument("--zero", type=int, default=3, choices=(0, 1, 2, 3), help="stage; 3 is FSDP (default: 3)")
+    levers.add_argument(
+        "--zero",
+        type=int,
+        default=0,
+        choices=(0, 1, 2, 3),
+        help="stage of ZeRO; 0 is DDP, which training accepts, 3 is FSDP (default: 0)",
+    )
     levers.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: adamw")
     levers.add_argument("--offload", default="", help=f"to host memory, a list of {', '.join(OFFLOADS)}")
     levers.add_argument("--checkpoint", default="full", choices=CHECKPOINTS, help="default: full")

@@ -29,7 +29,8 @@ class Job:
     Attributes:
         length: tokens of the sequence, before padding to the layout's multiple.
         cp: devices that share one sequence; the rest is data parallel. 0: all of them.
-        zero: what is sharded over all devices: 0 nothing, 1 optimizer, 2 gradients too, 3 (FSDP) weights too.
+        zero: what is sharded over all devices: 0 nothing (DDP, which training accepts), 1 optimizer, 2 gradients too,
+            3 (FSDP) weights too. `engine` names the engine of each and says whether training accepts it.
         offload: what lives in host memory, of `OFFLOADS`.
         checkpoint: what a layer keeps for backward: "none" everything, "full" its input alone, "save-attention" its
             input and the attention output, so that attention is never computed again.
@@ -49,7 +50,7 @@ class Job:
     per_node: int = 8
     cp: int = 0
     rows: int = 1
-    zero: int = 3
+    zero: int = 0
     optimizer: str = "adamw"
     offload: tuple[str, ...] = ()
     checkpoint: str = "full"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .attention import Widths, backward_bytes, exchange_bytes, forward_bytes, idle_bytes, workspace_bytes
 from .device import FRAGMENTATION, RUNTIME
+from .engine import ENGINES, engine_of
 from .job import OPTIMIZERS, Job
 from .model import Model
 
@@ -111,6 +112,9 @@ def _states(job: Job) -> list[Item]:
             "optimizer states", moments * trained / (1 if job.zero < 1 else shards), on_host="optimizer" in job.offload
         ),
     ]
+    if engine_of(job) is ENGINES[0]:
+        # Of the all-reduce: Accelerate leaves gradient_as_bucket_view False, so DDP keeps them beside the gradients.
+        items.append(Item("gradient buckets (DDP)", gradient * trained))
     if job.zero == 3 and shards > 1:
         # The layer at work and the one fetched ahead; embedding and head stay from forward to backward.
         items.append(Item("gathered weights", E * (2 * model.largest_layer + model.outside_parameters)))

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..tools.pictures import COLOURS, save_png
 from .device import GIB
+from .engine import engine_of
 from .plan import Plan
 from .published import TOLERANCE, comparisons
 from .report import tokens
@@ -53,7 +54,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     job, memory, times = plan.job, plan.memory, plan.times
     figure.suptitle(
         f"{job.model.name}, {tokens(job.length)} tokens on {job.devices} x {job.device_facts.name}, "
-        f"ring {job.ring} x ulysses {job.ulysses}, checkpoint {job.checkpoint}",
+        f"ring {job.ring} x ulysses {job.ulysses}, {engine_of(job).name}, checkpoint {job.checkpoint}",
         fontsize=12,
     )
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))

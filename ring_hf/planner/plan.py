@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .engine import engine_of
 from .job import Job
 from .memory import Memory, memory_of
 from .overlap import Threshold, thresholds
@@ -24,12 +25,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Lever:
-    """Something to change, and what the plan becomes with it."""
+    """Something to change, and what the plan becomes with it; `trains` is False where training refuses the engine."""
 
     name: str
     options: str
     memory: float
     seconds: float
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Plan:
         step |= {"model_flops": times.flops.model, "executed_flops": times.flops.executed}
         return {
             "model": {"name": job.model.name, "source": job.model.source, "parameters": job.model.parameters},
+            "engine": asdict(engine_of(job)),
             "job": {**settings, "padded": job.padded, "tokens_per_rank": job.tokens, "ring": job.ring},
             "memory": {
                 "items": [asdict(item) for item in memory.items],
@@ -140,15 +143,16 @@ def ring_step(job: Job) -> dict[str, Any]:
 
 
 def levers(job: Job) -> Iterator[Lever]:
-    """Settings that save memory or time, alone, the largest saving first."""
+    """Settings that save memory or time, alone: those that training accepts first, then the largest saving."""
     memory, seconds = memory_of(job).total, times_of(job).step
     found = []
     for name, options, changes in _candidates(job):
         changed = job.but(**changes)
-        lever = Lever(name, options, memory_of(changed).total, times_of(changed).step)
+        trains = engine_of(changed).trains
+        lever = Lever(name, options, memory_of(changed).total, times_of(changed).step, trains)
         if memory - lever.memory > 0.01 * memory or seconds - lever.seconds > 0.01 * seconds:
             found.append(lever)
-    yield from sorted(found, key=lambda lever: lever.memory / memory + lever.seconds / seconds)
+    yield from sorted(found, key=lambda lever: (not lever.trains, lever.memory / memory + lever.seconds / seconds))
 
 
 def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -103,9 +103,10 @@ def _figure(value: float, quantity: str) -> str:
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-_TRL = {"offload": ("layers",), "loss_block": 256, "kernel": "cuda_cudnn", "transport": "allgather"}
+_TRL = {"zero": 3, "offload": ("layers",), "loss_block": 256, "kernel": "cuda_cudnn", "transport": "allgather"}
 _LIGER = {
     "model": "Llama-3.1-8B",
+    "zero": 3,
     "kernel": "flash_attn_2",
     "optimizer": "adamw-bf16-master",
     "offload": ("optimizer",),
@@ -113,10 +114,10 @@ _LIGER = {
 _ALST = {**_LIGER, "fused": True, "loss_block": 4096}
 _TILED = {**_ALST, "ffn_block": 4096}
 _MORE = ("optimizer", "layers")
-_TITAN = {"model": "Llama-3.1-8B", "device": "h100-96", "kernel": "flash_attn_2", "fused": True}
+_TITAN = {"model": "Llama-3.1-8B", "zero": 3, "device": "h100-96", "kernel": "flash_attn_2", "fused": True}
 _TITAN_CP = {**_TITAN, "fp8": True, "transport": "allgather"}
 _EASY = {"model": "Llama-2-7b", "device": "a100", "transport": "ring", "optimizer": "adamw-bf16-master"}
-_EASY["offload"] = ("optimizer", "weights")  # type: ignore[assignment]
+_EASY |= {"zero": 3, "offload": ("optimizer", "weights")}  # type: ignore[dict-item]
 _NEMO = {"model": "Llama-2-7b", "ulysses": 8, "transport": "ring", "kernel": "flash_attn_2"}
 _NEMO |= {"checkpoint": "none", "fp8": True, "fused": True, "zero": 1}
 

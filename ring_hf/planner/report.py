@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from ..geometry.cost import amount, duration
 from ..tools.tables import markdown
 from .device import GIB, HOST_MEMORY
+from .engine import engine_line, engine_of
 from .job import OPTIMIZERS, Job
 from .plan import Lever, Plan, Split, ring_step
 from .times import attention_seconds, cost_ratio, layer_kinds, model_flops_per_token
@@ -49,6 +50,7 @@ def _heading(plan: Plan) -> str:
         f"  from {model.source}",
         f"{job.length:,} tokens{padded}{rows} on {job.devices} x {job.device_facts.name}, {job.layout}, "
         f"{ways}{groups}; {job.tokens:,} tokens a rank",
+        prose(engine_line(job)),
         prose(f"  {settings_of(job)}"),
     ]
     return "\n".join(lines)
@@ -57,7 +59,7 @@ def _heading(plan: Plan) -> str:
 def settings_of(job: Job) -> str:
     """The levers in words."""
     trained = f"LoRA rank {job.lora}" if job.lora else job.optimizer
-    words = [f"ZeRO-{job.zero}", f"{trained}: {OPTIMIZERS[job.optimizer][3]}", f"checkpoint {job.checkpoint}"]
+    words = [f"{trained}: {OPTIMIZERS[job.optimizer][3]}", f"checkpoint {job.checkpoint}"]
     words += [f"offload {' + '.join(job.offload)}"] if job.offload else []
     words += [f"MLP blocks of {job.ffn_block:,}"] if job.ffn_block else []
     words += [f"loss blocks of {job.loss_block:,}"] if job.loss_block else []
@@ -90,6 +92,8 @@ def _memory(plan: Plan) -> str:
     verdict = f"fits: {(room - memory.total) / GIB:.1f} GiB to spare"
     if not plan.fits:
         verdict = f"does NOT fit: {(memory.total - room) / GIB:.1f} GiB too much"
+    if not engine_of(plan.job).trains:
+        verdict = f"with an engine that training refuses today, {verdict}"
     longest = f"{plan.longest:,} tokens ({tokens(plan.longest)})" if plan.longest else "not even one token a rank"
     others = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.moments.items() if name != memory.worst)
     lines = [
@@ -171,14 +175,19 @@ def _options(split: Split, job: Job) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    lines = ["levers, one at a time:"] if plan.levers else []
-    return "\n".join([*lines, *_changes(plan, plan.levers)])
+    refused = [lever for lever in plan.levers if engine_of(plan.job).trains and not lever.trains]
+    lines = []
+    if len(refused) < len(plan.levers):
+        rest = [lever for lever in plan.levers if lever not in refused]
+        lines += ["levers, one at a time:", *_changes(plan, rest)]
+    if refused:
+        lines += ["with engines that training refuses today:", *_changes(plan, refused)]
+    return "\n".join(lines)
 
 
 def _changes(plan: Plan, levers: Iterable[Lever]) -> Iterable[str]:
     memory, seconds = plan.memory.total, plan.times.step
-    levers = list(levers)
-    wide = max((len(lever.name) for lever in levers), default=0)
+    wide = max(len(lever.name) for lever in plan.levers)
     for lever in levers:
         fits = ", fits" if not plan.fits and lever.memory <= plan.room else ""
         gib, late = (lever.memory - memory) / GIB, lever.seconds - seconds

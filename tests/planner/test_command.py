@@ -15,7 +15,7 @@ from ring_hf.planner.memory import memory_of
 from ring_hf.planner.report import text_of
 from ring_hf.planner.times import attention_seconds, times_of
 
-JOB = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--offload", "layers", "--loss-block", "2048"]
+JOB = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--lora", "16", "--offload", "layers", "--loss-block", "2048"]
 
 
 def test_the_report_says_what_fits_how_long_and_what_helps(capsys):
@@ -45,7 +45,7 @@ LONG = "plan --model Llama-3.1-8B --seq 128K"
         f"{LONG} --offload layers,optimizer",
         f"{LONG} --checkpoint save-attention --offload attention",
         f"{LONG} --checkpoint save-attention --offload layers,attention --zero 2",
-        f"{LONG} --checkpoint none --layout contiguous --offload weights",
+        f"{LONG} --checkpoint none --layout contiguous --zero 3 --offload weights",
     ],
 )
 def test_levers_do_what_they_say_at_the_end_of_the_command(line):
@@ -109,7 +109,19 @@ def test_json_holds_every_number(tmp_path, capsys):
     assert main([*JOB, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert set(found) == {
-        *("command", "model", "job", "memory", "step", "ring_step", "thresholds", "longest", "splits", "levers"),
+        *(
+            "command",
+            "model",
+            "engine",
+            "job",
+            "memory",
+            "step",
+            "ring_step",
+            "thresholds",
+            "longest",
+            "splits",
+            "levers",
+        ),
         "cost_ratio_to_4096",
     }
     assert found["command"][1:] == [*JOB[1:], "--json", str(path)]
@@ -136,7 +148,7 @@ def test_the_examples_of_the_help_text_run(tmp_path, monkeypatch, capsys):
     config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = examples()
-    assert len(found) == 6
+    assert len(found) == 8
     for words in found:
         words = [str(tmp_path) if word == "path/to/folder" else word for word in words]
         assert main(words[1:]) == 0, words

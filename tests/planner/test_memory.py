@@ -213,7 +213,7 @@ def test_states_are_those_of_zero():
     assert found(zero=1) == [4 * P, 4 * P, P]
     assert found(zero=2) == [4 * P, P / 2, P]
     assert found(zero=3) == [P / 2, P / 2, P]
-    eighteen = sum(found(optimizer="adamw-bf16-master"))
+    eighteen = sum(found(zero=3, optimizer="adamw-bf16-master"))
     assert eighteen == 18 * P / 8 and eighteen / GIB == pytest.approx(16.8, rel=0.01)
 
 
@@ -249,7 +249,8 @@ def test_adapters_of_experts_are_as_many_as_peft_makes(kind):
 
 
 def test_offload_moves_items_to_the_host_and_leaves_what_is_on_its_way():
-    on, off = Job(QWEN, 2**20, loss_block=2048), Job(QWEN, 2**20, loss_block=2048, offload=("layers", "optimizer"))
+    on = Job(QWEN, 2**20, zero=3, loss_block=2048)
+    off = on.but(offload=("layers", "optimizer"))
     a, b = memory_of(on), memory_of(off)
     moved = per_layer(on, "layer inputs") + per_layer(on, "optimizer states") + per_layer(on, "gradients")
     assert b.host == moved
@@ -258,7 +259,7 @@ def test_offload_moves_items_to_the_host_and_leaves_what_is_on_its_way():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-bf16-master"])
 def test_offloaded_weights_leave_two_layers_on_one_device_too(optimizer):
-    found = memory_of(Job(LLAMA, 8192, devices=1, optimizer=optimizer, offload=("optimizer", "weights")))
+    found = memory_of(Job(LLAMA, 8192, devices=1, zero=3, optimizer=optimizer, offload=("optimizer", "weights")))
     names = {item.name: item.num_bytes for item in found.items if not item.moment and not item.on_host}
     assert names == {
         "fetched weights": 2 * (2 * LLAMA.largest_layer + LLAMA.outside_parameters),
@@ -312,7 +313,10 @@ def test_memory_grows_with_the_length_and_shrinks_with_every_lever(settings_of, 
         assert memory_of(job.but(devices=2 * job.devices, cp=0)).total <= total * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("more", [{}, {"offload": ("layers",), "loss_block": 512}, {"devices": 1, "lora": 8}])
+@pytest.mark.parametrize(
+    "more",
+    [{"zero": 3}, {"zero": 3, "offload": ("layers",), "loss_block": 512}, {"lora": 8}, {"devices": 1, "lora": 8}],
+)
 def test_the_longest_fits_and_the_next_does_not(more):
     job = Job(LLAMA, 8192, **more)
     found = longest(job)

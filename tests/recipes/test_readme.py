@@ -181,8 +181,22 @@ def test_the_planned_table_is_of_the_one_its_command_prints(capsys):
     names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in excerpt[2].splitlines())
     assert names in said and len(rows) >= 10
     assert [row for row in rows if row not in said] == []
-    assert main(words(12)[1:]) == 0
-    assert "fits: " in capsys.readouterr().out
+
+
+def test_the_planned_run_fits_with_the_engine_that_trains_and_the_text_says_what_others_take(capsys):
+    command = words(12)
+    full = [word for word in command[1:] if word not in ("--lora", "16")]
+    assert len(full) == len(command) - 3
+    text = README.split(shlex.join(command) + "\n```\n")[1].split("\n\n")[0].replace("\n", " ")
+    for arguments, engine, verdict, sentence in (
+        (command[1:], "engine: DDP (--zero 0); training accepts it", r"\nfits: (\d+)", "with {} GiB to spare"),
+        (full, "engine: DDP (--zero 0); training accepts it", r"\ndoes NOT fit: (\d+)", "therefore {} GiB too much"),
+        ([*full, "--zero", "3"], "training REFUSES it", r"\nwith .*, fits: (\d+)", "would leave {} GiB to spare"),
+    ):
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        (number,) = re.findall(verdict, printed)
+        assert engine in printed and sentence.format(number) in text
 
 
 def test_the_diff_trains_with_two_processes(model, tmp_path):
