@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ring_hf.parallel import ring_attention
+from ring_hf.parallel import num_processes, ring_attention
 
-from . import context
+from . import announcements, context
 from .batch import KEY, ContextParallelBatch, RefusedBatch
 from .local import Maths, local_backend
 from .names import BACKENDS, attention_name
@@ -134,12 +134,13 @@ def attention(
         )
     maths = Maths(causal, window, _chunk(module), scaling, softcap or None, s_aux)
     if context_parallel is None:
-        if module.training and context.current() is not None:
-            raise ValueError(NOT_FROM_COLLATOR)
+        _refuse_unguarded_training(module)
         return local_backend(query, key, value, maths, attention_mask, dropout, position_ids, cu_seq_lens_q), None
     if isinstance(context_parallel, RefusedBatch):
         raise ValueError(context_parallel.message)
     batch = context_parallel
+    if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
+        raise ValueError(UNANNOUNCED)
     _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
     out_BHSE, _ = ring_attention(
         _by_place(module, query, batch),
@@ -199,9 +200,31 @@ def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextP
 
 NOT_FROM_COLLATOR = (
     f"Sequences are shared by several ranks, but this training batch carries no {KEY!r}: it did not come from "
-    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer. (Or the model does "
-    "not hand keyword arguments to its attention layers: then use another one.)"
+    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or collate_fn=... to "
+    "the DataLoader."
 )
+UNANNOUNCED = (
+    "A sharded batch reached an attention layer past the checks of ring_hf, which compare it between ranks and put "
+    "its loss together. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
+    "AdaptionPrompt): use another one. Or the model is a second one or runs in a loop of your own: call "
+    "ring_hf.guard_model(model) first."
+)
+
+
+def _refuse_unguarded_training(module: torch.nn.Module) -> None:
+    """Raise if whole sequences are trained on by mistake: the guard, which judges batches, is missing."""
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    if context.current() is not None and not announcements.is_guarded(module):
+        raise ValueError(NOT_FROM_COLLATOR)
+    if not context.is_configured() and num_processes() > 1:
+        name = attention_name(module.config) if hasattr(module, "config") else None
+        raise ValueError(
+            f"attn_implementation={name!r} trains in {num_processes()} processes, but no ContextParallelConfig says "
+            "how they share sequences, so each would train on whole sequences of its own. Pass "
+            "parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=...) to TrainingArguments (or to "
+            "Accelerator); context_parallel_size=1 says that plain data parallelism is meant."
+        )
 
 
 def _refuse_unsupported(

@@ -15,11 +15,14 @@ from transformers import TrainerCallback
 from ring_hf.parallel import group_of, warm_up
 
 from . import context as process
+from . import counters, evaluation_loss
 from .guard import base_model, guard_model, refuse_together
 from .liger import check_liger
 from .models import MODEL_RULES
 from .split import resolve, split_error
 from .supported import ARGUMENT_RULES, check_loader, check_memory, first_error
+from .trainer_hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
+from .trainer_rules import TRAINER_RULES
 
 logger = logging.getLogger("ring_hf")
 
@@ -30,6 +33,7 @@ class ContextParallelCallback(TrainerCallback):
     def __init__(self) -> None:
         self._tokens_since = 0
         self._time_since = 0.0
+        self._random_states = RandomStates()
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Static checks of the model and the arguments; hooks on the model."""
@@ -37,10 +41,30 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model, kwargs.get("train_dataloader"))
+        context, evaluator = process.current(), process.current_evaluator()
+        if context is None or evaluator is None:
+            return
+        guard, trainer = guard_model(model), find_trainer()
+        guard.logger = self
+        self._tokens_since, self._time_since = guard.num_tokens, time.perf_counter()
+        self._random_states.start(args.device)
+        evaluator.monitor.restart()
+        seed_workers_by_replica(kwargs.get("train_dataloader"), context)
+        if trainer is not None:
+            arm_trial(trainer, base_model(model), guard)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the epoch with the random numbers of the first process."""
         if process.current() is not None:
-            guard = guard_model(model)
-            guard.logger = self
-            self._tokens_since, self._time_since = guard.num_tokens, time.perf_counter()
+            self._random_states.align(args.device)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if process.current() is not None:
+            guard_model(model).optimizer_step = state.global_step + 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if process.current() is not None:
+            guard_model(model).optimizer_step = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
@@ -49,16 +73,12 @@ class ContextParallelCallback(TrainerCallback):
     on_predict = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Tokens per second of this device (of its own shards) and the peak of its memory, added to the training
-        logs; at the end, sequences per second, which the Trainer counts once for every rank that shares them."""
+        """Add to the training logs the tokens per second of this device (of its own shards) and its peak memory."""
         context, model = process.current(), kwargs.get("model")
         if context is None or logs is None or model is None or guard_model(model).logger is not self:
             return
         if "loss" in logs:
             _add(self._speed(args, model), logs, state)
-        elif "train_samples_per_second" in logs and args.max_steps > 0:  # otherwise it counts examples
-            rate = round(logs["train_samples_per_second"] / context.size, 3)
-            _add({"train_samples_per_second": rate}, logs, state)
 
     def _speed(self, args: Any, model: Any) -> dict[str, float]:
         tokens = guard_model(model).num_tokens
@@ -73,7 +93,7 @@ class ContextParallelCallback(TrainerCallback):
         if hasattr(args.parallelism_config, "activate"):
             args.parallelism_config.activate()
         else:
-            process.activate(None)  # another Trainer in this process, without context parallelism
+            process.reset()  # another Trainer in this process, without context parallelism
         context = process.current()
         if context is None:
             return
@@ -81,13 +101,19 @@ class ContextParallelCallback(TrainerCallback):
         error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
         error = error or check_memory(args, inner) or check_liger(args, inner, applied=loader is not None)
         error = error or split_error(inner.config, context)
+        trainer = find_trainer()
+        error = error or (None if trainer is None else first_error(TRAINER_RULES, trainer))
         split = None if error is not None else resolve(inner.config, context)
         refuse_together(error, {"the way sequences are split": str(split)}, context)
         assert split is not None
         # Once for a split: here, so that evaluation without training finds it done, too.
         warm_up(group_of(context.group), args.device, split.ulysses_size, split.inner_ring_size)
         guard_model(model).prove_again()
+        if trainer is not None:
+            evaluation_loss.install(trainer, inner, guard_model(model))
+            counters.install(trainer, context)
         if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
+            show_messages()
             logger.info(
                 "context parallelism: %s, %d data-parallel replicas, kernel %s, overlap %s; sequences per optimizer "
                 "step: %d",
@@ -97,6 +123,16 @@ class ContextParallelCallback(TrainerCallback):
                 "on" if context.overlap else "off",
                 args.per_device_train_batch_size * args.gradient_accumulation_steps * context.num_replicas,
             )
+
+
+def show_messages() -> None:
+    """Let what ring_hf says (how sequences are split, a trial step) be seen where nobody configured its logger."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("ring_hf: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _add(added: dict[str, float], logs: dict[str, Any], state: Any) -> None:

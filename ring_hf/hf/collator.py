@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ring_hf.geometry import WholeSequence, num_chunks, padded_length
+from ring_hf.geometry import WholeSequence, padded_length
 from ring_hf.parallel import cut
 
 from . import context as process
+from . import padded_targets
 from .batch import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
 from .documents import (
     Documents,
@@ -94,7 +95,7 @@ class ContextParallelCollator:
         self._model = weakref.ref(model) if isinstance(model, torch.nn.Module) else None
         if pad_token_id is None:
             pad_token_id = getattr(self._config, "pad_token_id", None)
-        self._pad_token_id = pad_token_id if isinstance(pad_token_id, int) else 0
+        self._pad_token_id = _valid_padding(pad_token_id, self._config)
         self.inner = inner if inner is not None else PadOrPack(packing, self._pad_token_id)
         self.prefix_lm = prefix_lm
         self._warned = False
@@ -156,17 +157,16 @@ class ContextParallelCollator:
         batch = dict(self.inner(list(features)))
         _check_keys(batch)
         num_rows, length = batch["input_ids"].shape
-        num_pieces = num_chunks(split.layout, split.size, split.ulysses_size)
-        if length < num_pieces:
-            raise ValueError(
-                f"{length} tokens cannot be dealt to {num_pieces} chunks (layout {split.layout!r}, "
-                f"context_parallel_size={split.size}, ulysses_size={split.ulysses_size}). Use longer sequences or a "
-                "smaller context_parallel_size."
-            )
         mask = batch.get("attention_mask")
         num_tokens = None if mask is None else num_real_tokens(mask)
         documents = _documents(batch, num_tokens)
-        whole = _prepare(batch, num_tokens)
+        whole = _prepare(batch)
+        if (
+            mask is not None
+            and "shift_labels" in whole
+            and (error := padded_targets.check(whole["shift_labels"], mask))
+        ):
+            raise ValueError(error)
         examples = _examples(features, num_rows, length)
         prefixes = None
         if taken is not None:
@@ -217,6 +217,14 @@ class ContextParallelCollator:
 
     def _fill(self, key: str) -> int | None:
         return {"input_ids": self._pad_token_id, "position_ids": None, "loss_weights": 0}.get(key, IGNORE_INDEX)
+
+
+def _valid_padding(token_id: Any, config: Any) -> int:
+    """Return a token that the embedding knows: padding is neither attended to nor predicted, so any will do."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_words = getattr(text_config, "vocab_size", None)
+    is_valid = isinstance(token_id, int) and token_id >= 0 and (num_words is None or token_id < num_words)
+    return token_id if is_valid else 0
 
 
 def _check_keys(batch: Mapping[str, Any]) -> None:
@@ -275,7 +283,7 @@ def _documents(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> 
     return documents_of_positions(positions.expand(num_rows, -1), num_tokens, jumps="attention_mask" not in batch)
 
 
-def _prepare(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+def _prepare(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tokens, positions, both kinds of labels and the weights of shift_labels, of the whole rows."""
     num_rows, length = batch["input_ids"].shape
     positions = batch.get("position_ids")

@@ -22,6 +22,7 @@ from ring_hf.parallel import register_group
 from . import context
 from .callback import ContextParallelCallback
 from .evaluation import Evaluator
+from .guard import guard_prepared_models
 from .split import check_sizes
 
 ENGINES = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -32,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "transport": "auto",
     "kernel": "auto",
     "overlap": True,
+    "verify": False,
     "dp_shard_size": 1,
 }
 INHERITED = ("cp_size", "sp_size", "tp_size")
@@ -50,6 +52,8 @@ class ContextParallelConfig(ParallelismConfig):
         transport: how keys and values travel: a name from `ring_hf.geometry.TRANSPORTS`; "auto" chooses by cost.
         kernel: attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: exchange the next keys and values while computing with the present ones.
+        verify: compare a few tokens of the first batch, sharded and whole, before the first step of every training.
+            Default: only where a model or a Trainer is not proven by name.
         dp_replicate_size: data-parallel copies; default: the number of processes / context_parallel_size.
         dp_shard_size: ranks that shard the weights (not in this version: 1).
     """
@@ -61,6 +65,7 @@ class ContextParallelConfig(ParallelismConfig):
     transport: str | None = None
     kernel: str | None = None
     overlap: bool | None = None
+    verify: bool | None = None
     _infer_replicas: bool = field(default=False, init=False, repr=False)
     _process: context.ProcessContext | None = field(default=None, init=False, repr=False)
     _evaluator: Evaluator | None = field(default=None, init=False, repr=False)
@@ -160,9 +165,10 @@ class ContextParallelConfig(ParallelismConfig):
     def _fit(self, num_processes: int) -> None:
         size = self._size
         if num_processes % size:
+            fitting = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
             raise ValueError(
-                f"context_parallel_size={size} does not divide {num_processes} processes. Set dp sizes so that "
-                f"context_parallel_size * dp = {num_processes}, or start {size}, {size * 2} or {size * 3} processes."
+                f"context_parallel_size={size} does not divide {num_processes} processes. Set it to "
+                f"{' or '.join(map(str, fitting))}, or start {size}, {size * 2} or {size * 3} processes."
             )
         if self._infer_replicas:
             self._set_size("dp_replicate", num_processes // size)
@@ -204,9 +210,11 @@ class ContextParallelConfig(ParallelismConfig):
             inner_ring_size=self.inner_ring_size or 1,
             transport=self.transport or "auto",
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+            verify=bool(self.verify),
         )
         self._evaluator = Evaluator(self._process)
         self._evaluator.install(accelerator)
+        guard_prepared_models(accelerator)
         self.activate()
 
     def activate(self) -> None:

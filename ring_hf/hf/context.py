@@ -2,9 +2,12 @@
 
 Set by `ContextParallelConfig` when Accelerate has started the processes, read by the collator (which cannot know its
 rank when the script builds it), by the guard and by evaluation. It describes the process, never a batch. `None` means
-that every sequence is whole here: one process, or `context_parallel_size=1`.
+that every sequence is whole here: one process, or `context_parallel_size=1`. A process that nobody configured has
+`None`, too, but `is_configured` is False: a ring backend that trains in several of those is a mistake.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,16 +31,38 @@ class ProcessContext:
     inner_ring_size: int = 1
     transport: str = "auto"
     ranks_per_node: int = 1
+    verify: bool = False  # take a trial step also where everything is proven by name
 
 
 _active: ProcessContext | None = None
 _evaluator: "Evaluator | None" = None
+_configured = False
 
 
 def activate(context: ProcessContext | None, evaluator: "Evaluator | None" = None) -> None:
-    """Make `context` the one of this process; `None` goes back to whole sequences."""
-    global _active, _evaluator
-    _active, _evaluator = context, evaluator
+    """Make `context` the one of this process; `None` says that whole sequences are meant."""
+    global _active, _evaluator, _configured
+    _active, _evaluator, _configured = context, evaluator, True
+
+
+def reset() -> None:
+    """Go back to a process that nobody configured."""
+    global _active, _evaluator, _configured
+    _active, _evaluator, _configured = None, None, False
+
+
+@contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Within, this process computes as one that holds whole sequences."""
+    active, evaluator, configured = _active, _evaluator, _configured
+    activate(None)
+    try:
+        yield
+    finally:
+        if configured:
+            activate(active, evaluator)
+        else:
+            reset()
 
 
 def current() -> ProcessContext | None:
@@ -46,3 +71,8 @@ def current() -> ProcessContext | None:
 
 def current_evaluator() -> "Evaluator | None":
     return _evaluator
+
+
+def is_configured() -> bool:
+    """Return whether a `ContextParallelConfig` said how sequences are shared, be it by one rank each."""
+    return _configured

@@ -25,6 +25,8 @@ from ring_hf.parallel import all_gather, join
 
 from .batch import IGNORE_INDEX, ContextParallelBatch
 from .context import ProcessContext
+from .loss_monitor import LossMonitor, find_other_loss
+from .pass_message import exchange
 
 
 class Evaluator:
@@ -33,13 +35,32 @@ class Evaluator:
     def __init__(self, context: ProcessContext):
         self.context = context
         self.batch: ContextParallelBatch | None = None
+        self.monitor = LossMonitor()
+        self.captured: list[torch.Tensor] | None = None  # in a trial step, losses instead of backward passes
+        self.scalars_are_sums = False  # whether what a Trainer gathers as scalars are sums over tokens of this rank
         self._accelerator: Callable[[], Any] = lambda: None
 
     def install(self, accelerator: Any) -> None:
-        """Replace the two methods on this accelerator, which is the one the Trainer is about to use."""
+        """Replace methods on this accelerator, which is the one the Trainer or loop is about to use."""
         self._accelerator = weakref.ref(accelerator)  # this outlives the Trainer; its model and optimizer need not
         accelerator.pad_across_processes = self.pad_across_processes
         accelerator.gather_for_metrics = self.gather_for_metrics
+        accelerator.backward = self.backward
+
+    # In the backward pass
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Run the backward pass and compare between ranks what was trained."""
+        if self.captured is not None:
+            self.captured.append(loss)
+            return
+        self._stock("backward", loss, **kwargs)
+        accelerator = self._accelerator()
+        scaler = accelerator.scaler
+        scale = (1.0 if scaler is None else scaler.get_scale()) / accelerator.gradient_accumulation_steps
+        message = self.monitor.after_backward(loss, scale)
+        if message is not None and (error := find_other_loss(exchange(message, loss.device), self.context)):
+            raise ValueError(error)
 
     # Around the forward pass of the model
 
@@ -81,6 +102,10 @@ class Evaluator:
         """
         total = self._sum(loss_of_rank.detach())
         return total / (self.context.size * self.context.num_replicas) if scaled_by_trainer else total
+
+    def mean_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the mean over all ranks, bit for bit the same everywhere."""
+        return self._sum(value.detach()) / (self.context.size * self.context.num_replicas)
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in one order on all of them: bit for bit the same everywhere."""
@@ -137,6 +162,8 @@ class Evaluator:
         """Every replica's part, in order and without repetitions."""
         if self.batch is None:
             return self._stock("gather_for_metrics", input_data, use_gather_object=use_gather_object)
+        if self.scalars_are_sums and isinstance(input_data, torch.Tensor) and input_data.ndim == 0:
+            return self._stock("gather", input_data)
         if use_gather_object:
             raise ValueError(
                 "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it "

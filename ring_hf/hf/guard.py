@@ -1,45 +1,89 @@
 """Hooks around the model's forward pass that prove, at run time, what context parallelism relies on.
 
-On the first forward pass of training and of evaluation all ranks compare notes before any of them attends: does every
-rank hold its shard of the same batch, with the same layout, backend and dtype, and did any rank refuse its batch? They
-then raise the same error together, so that no rank waits for one that left. After that pass, the attention function
-must have been called by every layer. Later passes check what this rank can see by itself, which costs nothing.
+At every forward pass of a sharded batch all ranks exchange one small message (`pass_message.py`) before any of them
+attends: does every rank hold its shard of the same batch, and has no rank an error? On the first pass of training and
+of evaluation they compare more: layout, backend, dtype, memory options. If anything is wrong, all ranks raise the same
+error together, so that no rank waits for one that left. After a first pass, the attention function must have been
+called by every layer; before a first training step, a class of model that is not proven by name takes a trial step
+(`trial.py`). Losses and their gradients are followed by `loss_monitor.py`.
+
+A forward pass of whole sequences (generation, samples of a callback) starts no collective.
 """
 
+import math
 import weakref
 from typing import Any
 
 import torch
-from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
 from ring_hf.memory import applied_to
 from ring_hf.parallel import agree, group_of
 
+from . import announcements, padded_targets
 from . import context as process
-from .backend import NOT_FROM_COLLATOR, call_count
-from .batch import KEY, ContextParallelBatch, RefusedBatch
+from .backend import call_count
+from .batch import IGNORE_INDEX, KEY, ContextParallelBatch
+from .batch_checks import find_batch_error
+from .evaluation import Evaluator
+from .loss_monitor import find_other_loss
 from .models import MODEL_RULES, text_config
-from .names import attention_name
-from .router import gather_router_logits, router_output_error, share
-from .split import resolve
-from .supported import check_loader, check_weights, first_error
+from .names import BACKENDS, attention_name
+from .pass_message import NO_FINGERPRINT, PassMessage, exchange, find_disagreement, groups_of
+from .proven import find_unproven
+from .router import gather_router_logits, share
+from .supported import first_error
+from .trial import try_model
 
 _guards: "weakref.WeakKeyDictionary[PreTrainedModel, Guard]" = weakref.WeakKeyDictionary()
 
 
+def find_base_model(model: Any) -> PreTrainedModel | None:
+    """Return the Transformers model inside wrappers (DDP, PEFT, a module of one's own), or None if there is none."""
+    if isinstance(model, PreTrainedModel) or not isinstance(model, torch.nn.Module):
+        return model if isinstance(model, PreTrainedModel) else None
+    held: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in held)
+        if isinstance(module, PreTrainedModel) and not inside:
+            held.append((name, module))
+    if len(held) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(held)} Transformers models ({', '.join(name for name, _ in held)}). "
+            "Context parallelism needs to know which one is trained: pass that one, and call the others around it."
+        )
+    return held[0][1] if held else None
+
+
 def base_model(model: Any) -> PreTrainedModel:
-    """The Transformers model inside wrappers: DDP and the like (`.module`), PEFT (`get_base_model`)."""
-    while not isinstance(model, PreTrainedModel):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
-        if inner is None:
-            raise ValueError(f"{type(model).__name__} holds no Transformers model, which context parallelism needs.")
-        model = inner
-    return model
+    """Return the Transformers model inside wrappers.
+
+    Raises:
+        ValueError: if there is none, or several.
+    """
+    inner = find_base_model(model)
+    if inner is None:
+        raise ValueError(f"{type(model).__name__} holds no Transformers model, which context parallelism needs.")
+    return inner
+
+
+def guard_prepared_models(accelerator: Any) -> None:
+    """Have an accelerator guard every Transformers model with a ring backend that it prepares."""
+    reference = weakref.ref(accelerator)
+
+    def prepare_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        accelerator = reference()
+        assert accelerator is not None, "called without the accelerator it was installed on"
+        inner = find_base_model(model)
+        if inner is not None and attention_name(inner.config) in BACKENDS:
+            guard_model(inner)
+        return type(accelerator).prepare_model(accelerator, model, *args, **kwargs)
+
+    accelerator.prepare_model = prepare_model
 
 
 def guard_model(model: Any, trainer: bool = False) -> "Guard":
-    """Attach the guard to a model once; for hand-written training loops (the Trainer's callback does it by itself).
+    """Attach the guard to a model once. The Trainer's callback and `accelerator.prepare(model)` do it already.
 
     Args:
         model: a Transformers model, possibly wrapped.
@@ -47,30 +91,47 @@ def guard_model(model: Any, trainer: bool = False) -> "Guard":
             processes.
     """
     inner = base_model(model)
-    if inner not in _guards:
-        guard = Guard(inner)
+    guard = _guards.get(inner) or _find_copied_guard(inner)
+    if guard is None:
+        guard = Guard()
         inner.register_forward_pre_hook(guard.before, with_kwargs=True)
         inner.register_forward_hook(guard.after, with_kwargs=True)
         inner.base_model.register_forward_hook(gather_router_logits, with_kwargs=True)
-        _guards[inner] = guard
-    _guards[inner].trainer = _guards[inner].trainer or trainer
-    return _guards[inner]
+    _guards[inner] = guard
+    announcements.register(inner)
+    guard.trainer = guard.trainer or trainer
+    return guard
+
+
+def _find_copied_guard(model: PreTrainedModel) -> "Guard | None":
+    """A copy of a guarded model (copy.deepcopy, for an average of its weights) has a copy of its hooks."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Guard)), None)
 
 
 class Guard:
-    """The two hooks of one model."""
+    """The two hooks of one model.
 
-    def __init__(self, model: PreTrainedModel):
+    Attributes:
+        num_tokens: tokens of this rank that were trained on.
+        optimizer_step: the step that is being trained, for messages; None where nobody counts.
+        trial_pending: whether the Trainer takes the trial step itself, with everything that it puts around the model.
+    """
+
+    def __init__(self) -> None:
         self.trainer = False
-        self.num_tokens = 0  # tokens of this rank that were trained on
+        self.num_tokens = 0
+        self.optimizer_step: int | None = None
         self.logger: Any = None  # of several callbacks the one that adds to the logs
+        self.in_trial = False
         self._announced: process.ProcessContext | None = None
         self._proven: set[str] = set()
         self._scaled_by_trainer = False
+        self._counted_here = False
 
-    def prove_again(self) -> None:
-        """Compare notes at the next forward pass of each mode: another loader or collator may come."""
-        self._proven.clear()
+    def prove_again(self, mode: str | None = None) -> None:
+        """Compare all facts at the next forward pass of a mode (default: each): another loader may come."""
+        self._proven -= {mode} if mode is not None else {"training", "evaluation"}
 
     def announce(self) -> bool:
         """True once per context: the resolved layout is to be logged."""
@@ -82,29 +143,38 @@ class Guard:
     def before(
         self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Refuse, or make the arguments of an evaluation batch ready."""
+        """Refuse, or make the arguments ready."""
         context, evaluator = process.current(), process.current_evaluator()
         if context is None or evaluator is None:
+            padded_targets.refuse(model, kwargs)
             return None
         batch = kwargs.get(KEY)
         evaluator.batch = None
-        if batch is None and not model.training:
-            return None  # a whole sequence, for example inside generate()
+        if batch is None and not (model.training and kwargs.get("labels") is not None):
+            return None  # whole sequences: generation, samples
         mode = _mode(model)
         error = first_error(MODEL_RULES, model) if mode not in self._proven else None
-        error = error or _batch_error(model, args, kwargs, context)
+        error = error or find_batch_error(model, args, kwargs, context)
         error = error or (None if model.training else evaluator.error(batch))
-        if mode not in self._proven:
-            refuse_together(error, _facts(model, batch), context)
-            call_count.start()
-        elif error is not None:
-            raise ValueError(error)
+        messages = self._compare(model, kwargs, error, context, evaluator)
         assert isinstance(batch, ContextParallelBatch)
-        if model.training:
-            self.num_tokens += kwargs["input_ids"].numel()
+        if model.training and mode not in self._proven and not (self.trainer or self.in_trial):
+            self._take_trial(model, kwargs, context, evaluator)
+        if mode not in self._proven:
+            call_count.start()
+        announcements.register(model)
+        announcements.announce(model, batch)
+        if not model.training:
+            self._scaled_by_trainer = self.trainer and "num_items_in_batch" in kwargs
+            return args, evaluator.prepare(batch, kwargs)
+        self.num_tokens += 0 if self.in_trial else kwargs["input_ids"].numel()
+        self._counted_here = _needs_count(kwargs)
+        if not self._counted_here:
             return None
-        self._scaled_by_trainer = self.trainer and "num_items_in_batch" in kwargs
-        return args, evaluator.prepare(batch, kwargs)
+        group = groups_of(messages, context)[context.replica]
+        count = math.fsum(message.num_targets for _, message in group)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return args, {**kwargs, "num_items_in_batch": torch.tensor(count, dtype=dtype, device=model.device)}
 
     def after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Count attention calls on the first pass; give every rank the loss of the whole evaluation batch."""
@@ -114,17 +184,68 @@ class Guard:
         mode = _mode(model)
         if mode not in self._proven:
             _check_calls(model, call_count.stop())
-            self._proven.add(mode)
-        if kwargs.get("labels") is None:
-            return None
-        if not isinstance(output, tuple):
+            if not self.in_trial:
+                self._proven.add(mode)
+        has_labels = kwargs.get("labels") is not None
+        if has_labels and getattr(output, "loss", None) is not None:
             output.loss = share(model, output, kwargs[KEY])
         if model.training:
-            return output
-        if isinstance(output, tuple):
-            return (evaluator.loss(output[0], self._scaled_by_trainer), *output[1:])
-        output.loss = evaluator.loss(output.loss, self._scaled_by_trainer)
-        return output
+            if has_labels and self._counted_here:
+                # The engine takes the mean over ranks, of which each has a share of the group's loss.
+                output = _with_loss(output, lambda loss: loss * context.size)
+            return evaluator.monitor.alias_outputs(output, context.size, has_labels)
+        if not has_labels:
+            return None
+        return _with_loss(output, lambda loss: evaluator.loss(loss, self._scaled_by_trainer))
+
+    def _compare(
+        self,
+        model: PreTrainedModel,
+        kwargs: dict[str, Any],
+        error: str | None,
+        context: process.ProcessContext,
+        evaluator: Evaluator,
+    ) -> list[PassMessage]:
+        """Exchange messages with all ranks; raise the same error on each if anything is wrong or differs."""
+        batch = kwargs.get(KEY)
+        is_first = _mode(model) not in self._proven
+        targets = _count_targets(kwargs) if model.training and error is None and _needs_count(kwargs) else 0.0
+        mine = PassMessage(
+            getattr(batch, "fingerprint", NO_FINGERPRINT),
+            model.training,
+            is_first or error is not None,
+            targets,
+            *evaluator.monitor.take_last(),
+        )
+        messages = exchange(mine, kwargs["input_ids"].device if "input_ids" in kwargs else model.device)
+        if any(message.needs_agreement for message in messages):
+            refuse_together(error, _facts(model, batch), context)
+        different = find_disagreement(messages, context)
+        if different is not None:
+            raise ValueError(
+                f"{self._when()}{different}. Random numbers were drawn on some of them only, or differently: by a "
+                "sampler, a dataset or collator that augments, or a callback. Draw them on all ranks alike, from a "
+                "generator of their own with one seed."
+            )
+        other_loss = find_other_loss(messages, context)
+        if other_loss is not None:
+            raise ValueError(f"{self._when()}{other_loss}")
+        return messages
+
+    def _when(self) -> str:
+        return "" if self.optimizer_step is None else f"In optimizer step {self.optimizer_step}: "
+
+    def _take_trial(
+        self, model: PreTrainedModel, kwargs: dict[str, Any], context: process.ProcessContext, evaluator: Evaluator
+    ) -> None:
+        """In a loop without a Trainer, try what is known of it: the model's own loss."""
+        reason = find_unproven(model)
+        if reason is not None or context.verify:
+            self.in_trial = True
+            try:
+                try_model(model, kwargs, reason or "verify=True", context, evaluator)
+            finally:
+                self.in_trial = False
 
 
 def refuse_together(error: str | None, facts: dict[str, Any], context: process.ProcessContext) -> None:
@@ -144,6 +265,26 @@ def _mode(model: PreTrainedModel) -> str:
     return "training" if model.training else "evaluation"
 
 
+def _needs_count(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller wants a mean over the targets and leaves it to the model to count them."""
+    return kwargs.get("labels") is not None and kwargs.get("num_items_in_batch") is None
+
+
+def _count_targets(kwargs: dict[str, Any]) -> float:
+    """Return the target tokens of this shard, or the sum of their weights."""
+    is_target_BC = kwargs.get("shift_labels", kwargs["labels"]) != IGNORE_INDEX
+    weights_BC = kwargs.get("loss_weights")
+    return float(is_target_BC.sum() if weights_BC is None else (weights_BC * is_target_BC).sum(dtype=torch.float64))
+
+
+def _with_loss(output: Any, change: Any) -> Any:
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    if getattr(output, "loss", None) is not None:
+        output.loss = change(output.loss)
+    return output
+
+
 def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "the mode": _mode(model),
@@ -157,68 +298,6 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         facts["the transport"] = f"{batch.transport}, inner_ring_size {batch.inner_ring_size}"
         facts["the batch (hash of its tokens, labels and documents)"] = batch.fingerprint
     return facts
-
-
-def _batch_error(
-    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], context: process.ProcessContext
-) -> str | None:
-    batch = kwargs.get(KEY)
-    if isinstance(batch, RefusedBatch):
-        return batch.message
-    if not isinstance(batch, ContextParallelBatch):
-        return NOT_FROM_COLLATOR
-    if args:
-        return "Tokens were passed by position. Call the model with the batch as keyword arguments: model(**batch)."
-    if kwargs.get("shift_labels") is not None and kwargs.get("labels") is None:
-        return (
-            "The batch has shift_labels but its labels were taken out before the forward pass (as "
-            "label_smoothing_factor and compute_loss_func do): a loss outside the model would see one shard. Let the "
-            "model compute the loss."
-        )
-    if kwargs.get("loss_weights") is not None and (weights_error := check_weights(model)) is not None:
-        return weights_error
-    loader_error = check_loader(GradientState().active_dataloader)
-    if loader_error is not None:
-        return loader_error
-    for name, why in (
-        ("attention_mask", "padding and documents travel in the batch that ContextParallelCollator made"),
-        ("past_key_values", "a KV cache cannot be combined with sharded sequences"),
-        ("inputs_embeds", "only token ids can be sharded"),
-    ):
-        if kwargs.get(name) is not None:
-            return f"{name} was passed beside a sharded batch, but {why}. Leave it out."
-    if kwargs.get("output_attentions"):
-        return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
-    error = router_output_error(model, kwargs) or _split_differs(model, batch, context)
-    if error is not None:
-        return error
-    num_tokens, sequence = kwargs["input_ids"].shape[1], batch.sequence
-    if num_tokens != batch.shard_length:
-        return (
-            f"This rank got {num_tokens} tokens, but its {sequence.layout} shard of {sequence.length} tokens has "
-            f"{batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
-        )
-    if kwargs["input_ids"].device.type not in ("cpu", "cuda"):
-        return f"Device {kwargs['input_ids'].device} is not supported by ring attention. Use a CPU or CUDA device."
-    return None
-
-
-def _split_differs(model: PreTrainedModel, batch: ContextParallelBatch, context: process.ProcessContext) -> str | None:
-    """The collator resolved the split from the model it was given: is it still that of the model that runs?"""
-    try:
-        split = resolve(model.config, context)
-    except ValueError as error:
-        return str(error)
-    sequence = batch.sequence
-    wanted = (split.layout, split.size, split.ulysses_size, split.transport, split.inner_ring_size)
-    found = (sequence.layout, sequence.num_ranks, sequence.ulysses, batch.transport, batch.inner_ring_size)
-    if wanted == found:
-        return None
-    more = "" if wanted[0] != found[0] else f", {found[1]} ranks with ulysses_size={found[2]}, not for {split}"
-    return (
-        f"The model attends with {split.backend!r}, but the batch was sharded for layout {sequence.layout!r}{more}. "
-        "Build the collator from the model that is trained, after its last set_attn_implementation call."
-    )
 
 
 def _check_calls(model: PreTrainedModel, callers: list[torch.nn.Module]) -> None:

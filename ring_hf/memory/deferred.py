@@ -45,6 +45,7 @@ class DeferredLogits(torch.Tensor):
     steps: tuple[Callable[[Tensor], Tensor], ...]
     block: int | str
     grad_wanted: bool
+    on_compute: Callable[[Tensor], Tensor] | None  # what those get who ask for the logits
 
     @staticmethod
     def __new__(cls, hidden: Tensor, head: torch.nn.Module, steps: tuple, block: int | str) -> "DeferredLogits":
@@ -53,7 +54,7 @@ class DeferredLogits(torch.Tensor):
         shape = (*hidden.shape[:-1], one.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=one.dtype, device=one.device)
         self.hidden, self.head, self.steps, self.block = hidden, head, steps, block
-        self.grad_wanted = torch.is_grad_enabled()
+        self.grad_wanted, self.on_compute = torch.is_grad_enabled(), None
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -61,7 +62,8 @@ class DeferredLogits(torch.Tensor):
 
     def compute(self) -> Tensor:
         """The logits, all of them."""
-        return _compute(self.head, self.steps, self.hidden)
+        logits = _compute(self.head, self.steps, self.hidden)
+        return logits if self.on_compute is None else self.on_compute(logits)
 
     def of(self, hidden: Tensor) -> Tensor:
         """The logits of other hidden states."""
@@ -82,7 +84,9 @@ class DeferredLogits(torch.Tensor):
             place = next(n for n, x in enumerate(args) if x is handle)
             before, after = args[:place], args[place + 1 :]  # not the handle, which would be kept alive
             step = lambda logits: func(*before, logits, *after, **kwargs)
-            return DeferredLogits(handle.hidden, handle.head, (*handle.steps, step), handle.block)
+            result = DeferredLogits(handle.hidden, handle.head, (*handle.steps, step), handle.block)
+            result.on_compute = handle.on_compute
+            return result
         name = getattr(func, "__name__", "")
         if handles and args and args[0] is handles[0] and _in_place(name):
             raise ValueError(

@@ -4,9 +4,10 @@ A rank that raises alone leaves its peers waiting in the next exchange. So befor
 it found wrong and what it is about to run; if anything is wrong or differs, all raise the same error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -41,3 +42,22 @@ def agree(facts: Mapping[str, Any], error: str | None = None, group: ProcessGrou
 
 def _ranks(ranks: list[int], total: int) -> str:
     return "" if len(ranks) == total else f"rank {', '.join(map(str, ranks))}: "
+
+
+def num_processes() -> int:
+    """Return the number of processes of the run: 1 unless torch.distributed is initialized."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Return the `numbers` (64-bit integers, equally many everywhere) of all processes, in the order of their ranks.
+
+    A collective call of the default group. On a GPU it waits for what the device computes, since its caller acts on
+    the result.
+    """
+    if num_processes() == 1:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).tolist()

@@ -22,7 +22,7 @@ def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error)
             raise ValueError(found)
 
     stand_ins = {
-        "process": SimpleNamespace(current=lambda: SimpleNamespace(group="ranks"), activate=lambda context: None),
+        "process": SimpleNamespace(current=lambda: SimpleNamespace(group="ranks"), reset=lambda: None),
         "base_model": lambda model: SimpleNamespace(config=None),
         "first_error": lambda rules, what: error,
         "check_loader": lambda loader: None,

@@ -12,7 +12,7 @@ from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.batch import KEY, RefusedBatch
 from tests.harness import run_distributed
-from tests.hf.faults import arguments
+from tests.hf.faults import LeftPadding, arguments
 from tests.hf.models import llama, rows
 
 
@@ -65,7 +65,7 @@ def later_refusal(rank, world_size):
     good = collator(rows(16, 16))
     model.train()
     model(**good)
-    bad = collator(rows(2, 2))
+    bad = ContextParallelCollator(model, inner=LeftPadding())(rows(16, 12))
     assert isinstance(bad[KEY], RefusedBatch) and trainer.model is model
     try:
         model(**bad)
@@ -77,7 +77,7 @@ def later_refusal(rank, world_size):
 
 def test_a_batch_refused_after_the_first_step_raises_with_its_reason():
     for message in run_distributed(2, later_refusal):
-        assert message.startswith("2 tokens cannot be dealt to 4 chunks")
+        assert message.startswith("attention_mask has left padding")
 
 
 def two_trainers(rank, world_size):

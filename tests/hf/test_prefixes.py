@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ring_hf.geometry import LAYOUTS
-from ring_hf.hf import ContextParallelCollator, context
+from ring_hf.hf import ContextParallelCollator, announcements, context
 from ring_hf.hf.batch import KEY
 from ring_hf.parallel import register_group
 from tests.harness import assert_close, run_distributed
@@ -114,6 +114,8 @@ def step(rank, world_size, layout, packing, settings):
     context.activate(context.ProcessContext(world_size, rank, 1, 0, group, None, **settings))
     batch = ContextParallelCollator(model, prefix_lm=True, packing=packing)(examples())
     context.activate(None)
+    announcements.register(model)
+    announcements.announce(model, batch[KEY])
     loss = model(**batch, num_items_in_batch=torch.tensor(69.0 - 4)).loss
     loss.backward()
     return loss.item(), gradient(model)

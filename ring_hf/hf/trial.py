@@ -1,0 +1,252 @@
+"""A trial step: the whole path of a training step on a few tokens a rank, once sharded and once whole on every rank.
+
+Loss and gradients of both must agree. What is proven by name (the classes of models in `proven.py`, trained by
+Transformers' own Trainer with nothing around the model) needs no trial. Everything else takes one before the first
+optimizer step: a class of model that adds to its loss, a wrapper that looks at tokens, a `compute_loss` that works on
+logits. Tokens come from the first batch; labels are thinned out unevenly, so that a mean over shards of means over
+targets is not the mean over all targets by chance.
+
+With cp ranks that share a sequence of N targets, a rank of the sharded step has the loss `cp * S_r / N`, where S_r is
+the sum over its targets: the engine takes the mean over ranks. The whole step has `S / N` on every rank.
+
+Shapes: B rows, n tokens of the trial, k of them on each rank.
+"""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ring_hf.parallel import agree, all_reduce, group_of
+
+from . import context as process
+from . import full_precision
+from .batch import KEY
+from .evaluation import Evaluator
+from .preserve import preserved
+from .trial_inputs import TrialInputs, make_inputs
+
+logger = logging.getLogger("ring_hf")
+
+MAX_COMPARED = 2**26  # gradient elements, smallest parameters first: every layer has small ones
+# Relative: loss, gradients.
+TOLERANCES = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-5, 2e-4)}
+WIDENED = (5e-6, 1e-2)  # computed in fp32, gradients rounded to half-precision weights
+LOW_PRECISION = (1e-2, 5e-2)
+
+Inputs = dict[str, Any]
+Gradients = tuple[Tensor, list[Tensor | None]]  # the loss, and the gradient of every parameter that is compared
+# Runs a training step up to its backward pass: (inputs, number of targets of all ranks or None) -> loss.
+Step = Callable[[Inputs, float | None], Tensor]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The largest relative differences, and the parameter whose gradient differs most."""
+
+    loss: float
+    gradient: float
+    parameter: str
+    whole_loss: float
+    sharded_loss: float
+
+
+def try_model(
+    model: PreTrainedModel, kwargs: Inputs, reason: str, context: process.ProcessContext, evaluator: Evaluator
+) -> None:
+    """Take a trial step of a model alone, in a loop of one's own: nothing is known of what surrounds it.
+
+    Raises:
+        ValueError: on every rank, if the two losses or gradients differ.
+    """
+    known = {KEY, "input_ids", "labels", "shift_labels", "position_ids", "loss_weights", "num_items_in_batch"}
+    more = {key: value for key, value in kwargs.items() if key not in known}
+
+    def step(inputs: Inputs, num_items: float | None) -> Tensor:
+        return model(**inputs, **more).loss
+
+    run_trial(model, kwargs, step, reason, context, evaluator)
+
+
+def run_trial(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    step: Step,
+    reason: str,
+    context: process.ProcessContext,
+    evaluator: Evaluator,
+    count: bool = False,
+    owner: Any = None,
+) -> frozenset[str]:
+    """Take a trial step, and return the outputs of the model that were used outside of it.
+
+    Args:
+        model: the Transformers model inside what `step` runs.
+        inputs: of the first batch, with this rank's shard.
+        step: the path to try.
+        reason: why, for the log.
+        count: whether the step is told the number of targets of all ranks, as the Trainer does.
+        owner: whose counters the step moves, and which are to be put back (a Trainer).
+
+    Raises:
+        ValueError: on every rank, if the two losses or gradients differ, or one of the steps fails.
+    """
+    began = time.perf_counter()
+    few = make_inputs(model, inputs, context)
+    parameters = _choose_parameters(model)
+    is_half = model.dtype in full_precision.HALF
+    widened = is_half and full_precision.fits(model)
+    attempt = functools.partial(_attempt, few, step, parameters, context, evaluator, count)
+    with preserved(model, owner):
+        try:
+            whole, sharded, used = attempt(widened)
+        except ValueError:
+            if not widened:
+                raise
+            widened = False
+            whole, sharded, used = attempt(widened)
+    result = _compare(whole, sharded, parameters, context)
+    bar = WIDENED if widened else LOW_PRECISION if is_half else TOLERANCES[model.dtype]
+    error = None
+    if not (result.loss <= bar[0] and result.gradient <= bar[1]):
+        error = (
+            f"A trial step of {few.num_targets} targets does not have the numbers of one process: loss "
+            f"{result.sharded_loss:.7g} on shards, {result.whole_loss:.7g} on whole sequences; gradients differ by "
+            f"{result.gradient:.1e} ({result.parameter}; at most {bar[1]:.0e} is rounding). It was taken because "
+            f"{reason}: something there computes from one shard what it should from the whole sequence. Leave it "
+            "out, or let it take sums over the shard's targets (shift_labels) divided by num_items_in_batch."
+        )
+    agree_on(error, context)
+    if context.replica == context.rank == 0:
+        logger.info(
+            "trial step (%s): loss differs by %.1e, gradients by %.1e from one process; %.2f s",
+            reason,
+            result.loss,
+            result.gradient,
+            time.perf_counter() - began,
+        )
+    return used
+
+
+def _attempt(
+    few: TrialInputs,
+    step: Step,
+    parameters: dict[str, nn.Parameter],
+    context: process.ProcessContext,
+    evaluator: Evaluator,
+    count: bool,
+    widened: bool,
+) -> tuple[Gradients, Gradients, frozenset[str]]:
+    """Return what the whole step and the sharded step gave, and the outputs used outside of the model.
+
+    Raises:
+        ValueError: on every rank, if one of them fails on any.
+    """
+    world = context.size * context.num_replicas
+
+    def take_step(inputs: Inputs, num_replicas: int) -> Tensor:
+        with full_precision.computing() if widened else contextlib.nullcontext():
+            return step(dict(inputs), float(num_replicas * few.num_targets) if count else None)
+
+    with process.whole_sequences():
+        whole = _run(lambda: take_step(few.whole, world), parameters)
+    _agree_on_failure(whole, "on whole sequences", context)
+    recording: set[str] = set()
+    evaluator.monitor.recording = recording
+    try:
+        sharded = _run(lambda: take_step(few.sharded, context.num_replicas), parameters)
+    finally:
+        evaluator.monitor.recording = None
+    _agree_on_failure(sharded, "on shards", context)
+    assert not isinstance(whole, str) and not isinstance(sharded, str)
+    return whole, sharded, frozenset(recording)
+
+
+def _run(step: Callable[[], Tensor], parameters: dict[str, nn.Parameter]) -> Gradients | str:
+    """Return the loss and the gradients of one step, or why it failed."""
+    before = [_gradient_state(parameter) for parameter in parameters.values()]
+    try:
+        with torch.enable_grad():
+            loss = step()
+        if not loss.requires_grad:
+            return "The loss depends on no parameter that is trained."
+        if [_gradient_state(parameter) for parameter in parameters.values()] != before:
+            return (
+                "The training step runs a backward pass of its own (loss.backward()), whose gradients cannot be "
+                "compared. Add its loss to the one that is returned, or call accelerator.backward once."
+            )
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return loss.detach(), list(gradients)
+    except Exception as problem:  # reported on every rank, with what was being tried
+        return f"{type(problem).__name__}: {problem}"
+
+
+def _agree_on_failure(result: Gradients | str, where: str, context: process.ProcessContext) -> None:
+    agree_on(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, context)
+
+
+def _gradient_state(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return what changes when a gradient is accumulated: which tensor holds it, and its version."""
+    return id(parameter.grad), -1 if parameter.grad is None else parameter.grad._version
+
+
+def agree_on(error: str | None, context: process.ProcessContext) -> None:
+    """Raise on every rank what any rank passes."""
+    try:
+        agree({}, error, group_of(context.group))
+    except ValueError as refusal:
+        error = str(refusal)
+    if context.num_replicas > 1:
+        agree({}, error)
+    elif error is not None:
+        raise ValueError(error)
+
+
+def _compare(
+    whole: Gradients,
+    sharded: Gradients,
+    parameters: dict[str, nn.Parameter],
+    context: process.ProcessContext,
+) -> TrialResult:
+    """Return how far the mean over ranks of the sharded step is from the whole step of this rank."""
+    whole_loss = float(whole[0].double().mean())
+    sharded_loss = float(all_reduce(sharded[0].double().mean(), context.group)) / context.size
+    norms, differences = [], []
+    for parameter, want, got in zip(parameters.values(), whole[1], sharded[1], strict=True):
+        zeros = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        target = zeros if want is None else want.to(zeros.dtype)
+        mean = all_reduce(zeros if got is None else got.to(zeros.dtype), context.group) / context.size
+        norms.append(float(target.norm()))
+        differences.append(float((mean - target).norm()))
+    if not max(norms) > 0:
+        raise ValueError("No gradient reached the parameters that a trial step compares, so that it proves nothing.")
+    floor = 1e-2 * max(norms)
+    ratios = [d / max(n, floor, 1e-30) for d, n in zip(differences, norms, strict=True)]
+    worst = max(range(len(ratios)), key=lambda n: ratios[n] if ratios[n] == ratios[n] else float("inf"))
+    return TrialResult(
+        loss=abs(sharded_loss - whole_loss) / max(abs(whole_loss), 1e-30),
+        gradient=ratios[worst],
+        parameter=list(parameters)[worst],
+        whole_loss=whole_loss,
+        sharded_loss=sharded_loss,
+    )
+
+
+def _choose_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the smallest parameters that are trained, as many as `MAX_COMPARED` elements allow."""
+    trained = sorted((p.numel(), name, p) for name, p in model.named_parameters() if p.requires_grad)
+    chosen: dict[str, nn.Parameter] = {}
+    total = 0
+    for numel, name, parameter in trained:
+        if chosen and total + numel > MAX_COMPARED:
+            break
+        chosen[name] = parameter
+        total += numel
+    return chosen
