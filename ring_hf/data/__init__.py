@@ -12,7 +12,8 @@ documents inside a sequence by the positions that start again at 0.
 
 from .byte_level import build_byte_tokenizer
 from .packing import PACKINGS, Piece, pack_best_fit, pack_documents, pack_separate, pack_stream
-from .sources import load_documents, split_documents
+from .sources import load_documents
+from .splits import split_documents
 from .tokens import tokenize_documents
 
 __all__ = [

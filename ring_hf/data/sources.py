@@ -2,28 +2,30 @@
 
 A source is one string. `builtin` is the standard library's own modules and the language reference
 (`pydoc_data.topics`): about ten megabytes of real documents, hundreds of them longer than 16,000 characters, on every
-machine. A path, a folder or a glob is read by the file name's ending. Anything else is the name of a dataset on the
+machine. A path, a folder or a glob is read by the file names' endings. Anything else is the name of a dataset on the
 hub.
 """
 
+import codecs
 import glob
-import hashlib
 import importlib
 import os
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from .files import ending_of, logger, read_documents
 
 BUILTIN = "builtin"
-READERS = {  # ending of the file name -> (reader of `datasets`, its options)
-    ".txt": ("text", {"sample_by": "document"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+_TEXT = Features({"text": Value("large_string")})  # a thousand books may be more than a string column can hold
+_KINDS = ".txt, .json or .jsonl (also .gz, .bz2, .xz or .zst), or .parquet"
 # Packages of the standard library that are not prose of their own: test suites, tables of numbers, vendored copies.
 SKIPPED_FOLDERS = {
     "test",
@@ -38,68 +40,122 @@ SKIPPED_FOLDERS = {
 }
 
 
-def load_documents(source: str, text_column: str = "text", split: str = "train") -> Dataset:
+def load_documents(source: str, text_column: str = "text", split: str = "train", encoding: str = "utf-8") -> Dataset:
     """Read every document of a source into a dataset with the single column `text`.
 
+    Rows whose text is empty or null are left out, with a warning that counts them.
+
     Args:
-        source (`str`): `builtin`; a file, folder or glob of .txt (one document each), .json, .jsonl or .parquet; or a
-            dataset on the hub, with `:name` behind it if it has several configurations.
+        source (`str`): `builtin`; a file, folder or glob of .txt (one document each), .json, .jsonl (both: a row each;
+            all three also compressed, such as .jsonl.gz) or .parquet; or a dataset on the hub, with `:name` behind it
+            if it has several configurations.
         text_column (`str`): the column that holds the text, in files other than .txt and on the hub.
         split (`str`): which split of a hub dataset.
+        encoding (`str`): of .txt, .json and .jsonl files.
+
+    Raises:
+        ValueError: if there is no text, or a file or row cannot be read as text, which it names.
     """
     if source == BUILTIN:
         return Dataset.from_generator(builtin_documents, gen_kwargs={"python": sys.version})
-    paths = find_files(source)
-    if not paths:
-        name, _, configuration = source.partition(":")
-        return _text_only(load_dataset(name, configuration or None, split=split), text_column, source)
-    by_ending = {ending: [path for path in paths if Path(path).suffix == ending] for ending in READERS}
-    return concatenate_datasets([_read_files(e, files, text_column) for e, files in by_ending.items() if files])
+    files = find_files(source)
+    if not files:
+        return _hub_documents(source, text_column, split)
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError(
+            f"encoding={encoding!r} is unknown to Python. Name one such as utf-8, latin-1 or utf-16."
+        ) from None
+    stats = [(os.path.abspath(path), os.stat(path)) for path in files]
+    described = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    settings = {"files": described, "text_column": text_column, "encoding": encoding}
+    try:
+        return Dataset.from_generator(read_documents, features=_TEXT, gen_kwargs=settings)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # of `read_documents`, which says more
+            raise error.__cause__ from None
+        raise
 
 
 def find_files(source: str) -> list[str]:
-    """The files a path, folder or glob stands for, sorted; empty if it looks like the name of a hub dataset
-    instead."""
+    """Return the files that a path, folder or glob stands for, sorted; none if it looks like the name of a hub dataset
+    instead.
+
+    Raises:
+        ValueError: if it is a path and no file can be read there.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if file.suffix in READERS)
-    else:
-        found = sorted(glob.glob(str(path), recursive=True))
-    looks_like_path = (
-        path.exists()
-        or path.suffix in READERS
-        or path.is_absolute()
-        or glob.has_magic(source)
-        or source.startswith(".")
-    )
-    wrong = [file for file in found if Path(file).suffix not in READERS]
-    if wrong or (looks_like_path and not found):
+        return _files_in(path)
+    files = [file for file in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(file)]
+    is_path = path.is_absolute() or glob.has_magic(source) or source.startswith(".") or ending_of(path) is not None
+    if not files and is_path:
         raise ValueError(
-            f"data source {source!r} names {wrong[0] if wrong else 'no file that exists'}. Give a file, folder or "
-            f"glob of {', '.join(READERS)}, the name of a dataset on the hub, or {BUILTIN!r}."
+            f"data source {source!r} names no file that exists (from {os.getcwd()}). Give a file, folder or glob of "
+            f"{_KINDS}; the name of a dataset on the hub; or {BUILTIN!r}."
         )
-    return found
+    for file in files:
+        if ending_of(file) is None:
+            raise ValueError(
+                f"data source {source!r} names {file}, whose ending says nothing that can be read here. Give a file, "
+                f"folder or glob of {_KINDS}. An archive (.zip, .tar) must be unpacked."
+            )
+    return files
 
 
-def split_documents(documents: Dataset, heldout_fraction: float) -> tuple[Dataset, Dataset]:
-    """Split by document into (train, held out).
+def _files_in(folder: Path) -> list[str]:
+    files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
+    readable = [file for file in files if ending_of(file) is not None]
+    if not readable:
+        endings = Counter("".join(Path(file).suffixes[-2:]) or "no ending" for file in files)
+        there = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(4)) or "no file at all"
+        raise ValueError(
+            f"the folder {str(folder)!r} holds nothing that can be read as text: {there}. Give a file, folder or glob "
+            f"of {_KINDS}."
+        )
+    return readable
 
-    A document goes where the hash of its text sends it, so the split does not depend on order or number of the
-    others, and two copies of one document never end up on both sides.
-    """
-    if not 0 < heldout_fraction < 1:
+
+def _hub_documents(source: str, text_column: str, split: str) -> Dataset:
+    name, _, configuration = source.partition(":")
+    try:
+        documents = load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"heldout_fraction={heldout_fraction} must lie between 0 and 1. 0.05 holds out one document in twenty."
-        )
-    threshold = int(heldout_fraction * 2**32)
-    heldout = [_hash(text) < threshold for text in documents["text"]]
-    if all(heldout) or not any(heldout):
+            f"data source {source!r} is no file or folder here (in {os.getcwd()}), and cannot be loaded as a dataset "
+            f"of the hub: {error}. If files were meant, correct the path; if a dataset, its name, configuration "
+            f"(`name:configuration`), split ({split!r}) or the connection."
+        ) from error
+    if text_column not in documents.column_names:
         raise ValueError(
-            f"heldout_fraction={heldout_fraction} of {len(documents)} documents leaves one side empty: documents are "
-            "held out whole. Change the fraction, or name a held-out source of its own."
+            f"text_column={text_column!r} is not a column of {source!r}, which has {documents.column_names}. Set "
+            "text_column to the one that holds the text."
         )
-    sides = [documents.select([i for i, out in enumerate(heldout) if out == side]) for side in (False, True)]
-    return sides[0], sides[1]
+    kind = documents.features[text_column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"text_column={text_column!r} of {source!r} holds {kind} and no text. Set text_column to the column that "
+            "holds the text, or make a dataset of texts first (of chats: with the tokenizer's apply_chat_template)."
+        )
+    documents = documents.select_columns([text_column])
+    return _with_text(documents if text_column == "text" else documents.rename_column(text_column, "text"), source)
+
+
+def _with_text(documents: Dataset, source: str) -> Dataset:
+    """Leave out the rows without text."""
+    table, rows = documents.with_format("arrow"), []
+    for start in range(0, len(documents), 1000):
+        texts = table[start : start + 1000]["text"].cast(pa.large_string())  # a column of nulls has no length
+        has_text = pc.greater(pc.fill_null(pc.utf8_length(texts), 0), 0)
+        rows += [start + row for row, keep in enumerate(has_text.to_pylist()) if keep]
+    if not rows:
+        raise ValueError(f"There is no text in {source!r}: all {len(documents)} rows are empty or null.")
+    if len(rows) < len(documents):
+        without = len(documents) - len(rows)
+        logger.warning("%d of %d rows of %s hold no text and are left out.", without, len(documents), source)
+        documents = documents.select(rows)
+    return documents
 
 
 def builtin_documents(python: str) -> Iterator[dict[str, str]]:
@@ -116,23 +172,3 @@ def builtin_documents(python: str) -> Iterator[dict[str, str]]:
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         yield {"text": topics[name]}
-
-
-def _read_files(ending: str, paths: list[str], text_column: str) -> Dataset:
-    reader, options = READERS[ending]
-    documents = load_dataset(reader, data_files=[os.path.abspath(path) for path in paths], split="train", **options)
-    return _text_only(documents, "text" if reader == "text" else text_column, paths[0])
-
-
-def _text_only(documents: Dataset, text_column: str, source: str) -> Dataset:
-    if text_column not in documents.column_names:
-        raise ValueError(
-            f"text_column={text_column!r} is not a column of {source!r}, which has {documents.column_names}. "
-            "Set text_column to the one that holds the text."
-        )
-    documents = documents.select_columns([text_column])
-    return documents if text_column == "text" else documents.rename_column(text_column, "text")
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:4], "big")

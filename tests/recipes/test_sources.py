@@ -1,4 +1,4 @@
-"""Documents are found, read the same way every time, and split without leaking."""
+"""Documents are found and read the same way every time, and become tokens."""
 
 import pytest
 from datasets import Dataset
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ring_hf.data import build_byte_tokenizer, load_documents, split_documents, tokenize_documents
+from ring_hf.data import build_byte_tokenizer, load_documents, tokenize_documents
 from ring_hf.data.byte_level import END_OF_TEXT, PADDING
 
 TEXTS = ["one\ntwo\n", "three", "four\n\nfive"]
@@ -45,41 +45,6 @@ def test_builtin_documents_are_many_long_and_the_same_each_time():
     assert sum(len(text) > 16_000 for text in texts) > 80
     assert sum(map(len, texts)) > 5_000_000
     assert texts == read("builtin")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("absent.txt", {}, r"absent.txt' names no file that exists. Give a file, folder or glob of .txt, .json"),
-        ("*.csv", {}, "names no file that exists"),
-        ("notes.md", {}, r"names .*notes.md. Give a file"),
-        ("more.jsonl", {"text_column": "content"}, r"text_column='content' is not a column of .*\['text', 'body'\]"),
-    ],
-)
-def test_sources_that_cannot_be_read_are_refused(folder, name, options, message):
-    with pytest.raises(ValueError, match=message):
-        read(folder / name, **options)
-
-
-def test_split_is_by_document_and_independent_of_the_others():
-    texts = [f"document {i}" for i in range(200)]
-    train, heldout = split_documents(Dataset.from_dict({"text": [*texts, *texts[:50]]}), 0.2)
-    assert not set(train["text"]) & set(heldout["text"])
-    assert len(train) + len(heldout) == 250
-    assert 20 <= len(set(heldout["text"])) <= 60
-    fewer = split_documents(Dataset.from_dict({"text": texts[::-1]}), 0.2)[1]
-    assert set(fewer["text"]) == set(heldout["text"])
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
-def test_split_refuses_fractions_outside_zero_to_one(fraction):
-    with pytest.raises(ValueError, match=f"heldout_fraction={fraction} must lie between 0 and 1"):
-        split_documents(Dataset.from_dict({"text": ["a", "b"]}), fraction)
-
-
-def test_split_refuses_to_leave_a_side_empty():
-    with pytest.raises(ValueError, match="of 1 documents leaves one side empty"):
-        split_documents(Dataset.from_dict({"text": ["a"]}), 0.5)
 
 
 def fast_tokenizer():
