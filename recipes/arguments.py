@@ -67,13 +67,22 @@ class SourceArguments:
 
     data: str = option(
         "builtin",
-        "File, folder or glob of txt, jsonl or parquet; a dataset on the hub (`name` or `name:configuration`); or "
-        "`builtin`.",
+        "File, folder or glob of txt, json, jsonl (all three also compressed) or parquet; a dataset on the hub "
+        "(`name` or `name:configuration`); or `builtin`.",
     )
     data_split: str = option("train", "Split of a dataset on the hub.")
     text_column: str = option("text", "Column that holds the text.")
+    encoding: str = option("utf-8", "Encoding of txt, json and jsonl files.")
     heldout_data: str | None = option(None, "Source of the held-out documents. Default: a fraction of `data`.")
-    heldout_fraction: float = option(0.1, "Fraction of the documents of `data` that is held out.")
+    heldout_fraction: float = option(
+        0.1,
+        "Fraction of the documents of `data` that is held out; where they are too few to hold out whole ones, the end "
+        "of each. 0: none, and no evaluation.",
+    )
+
+    @property
+    def holds_nothing_out(self) -> bool:
+        return self.heldout_data is None and self.heldout_fraction == 0
 
 
 @dataclass
@@ -184,7 +193,7 @@ def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
         raise ValueError(
             f"the first argument {path!r} is not a file. Give a run's YAML file, or only --key value pairs."
         )
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    values = read_yaml(path, Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}. A run is a YAML mapping of keys to values.")
     if unknown := sorted(set(values) - keys):
@@ -194,10 +203,18 @@ def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
 
 def parse_mapping(name: str, value: dict | str | None) -> dict | None:
     """A mapping stays what it is; a string from the command line is read as YAML, of which JSON is a part."""
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    parsed = read_yaml(name, value) if isinstance(value, str) else value
     if parsed is not None and not isinstance(parsed, dict):
         raise ValueError(f"{name}={value!r} is not a mapping. Write it as '{{key: value}}'.")
     return parsed
+
+
+def read_yaml(name: str, text: str) -> Any:
+    """Read YAML, and raise with the line of what is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} cannot be read as YAML: {error}") from None
 
 
 def explain_unknown(where: str, unknown: list[str], keys: set[str]) -> str:

@@ -10,6 +10,7 @@ configuration and a collator. The final model in output_dir is loaded by Transfo
 interrupted goes on from its last checkpoint.
 """
 
+import logging
 import os
 
 import datasets
@@ -17,8 +18,9 @@ import torch
 import transformers
 from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, parse
 from loading import load_model, load_sequences, load_tokenizer
+from refusals import run
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
 
 import ring_hf
 
@@ -32,6 +34,8 @@ def main() -> None:
     )
     only_main_process_logs(training_args)
     set_seed(training_args.seed)
+    if data_args.holds_nothing_out:
+        leave_evaluation_out(training_args)
 
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
@@ -72,6 +76,26 @@ def only_main_process_logs(training_args: TrainingArguments) -> None:
         transformers.logging.disable_progress_bar()
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
+        logging.getLogger("ring_hf").setLevel(logging.ERROR)
+
+
+def leave_evaluation_out(training_args: TrainingArguments) -> None:
+    """Train without evaluation, as `heldout_fraction=0` says; raise if something else in the arguments needs one."""
+    needs = {
+        "load_best_model_at_end=True": training_args.load_best_model_at_end,
+        "save_strategy='best'": training_args.save_strategy == SaveStrategy.BEST,
+        "lr_scheduler_type='reduce_lr_on_plateau'": training_args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU,
+    }
+    refused = [name for name, needed in needs.items() if needed]
+    if refused:
+        raise ValueError(
+            f"heldout_fraction=0 leaves nothing to evaluate on, which {' and '.join(refused)} would choose by. Leave "
+            "that out, or hold something out: heldout_fraction=0.1, or a source of its own as heldout_data."
+        )
+    if training_args.eval_strategy != IntervalStrategy.NO and training_args.process_index == 0:
+        print(f"heldout_fraction=0: eval_strategy={training_args.eval_strategy.value} is left out.")
+    training_args.eval_strategy = IntervalStrategy.NO
+    training_args.do_eval = training_args.eval_on_start = False
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
@@ -94,4 +118,4 @@ def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,5 +1,7 @@
 """Model, tokenizer and datasets of a run, from its arguments."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from arguments import DataArguments, ModelArguments, SourceArguments
@@ -8,6 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ring_hf.data import build_byte_tokenizer, load_documents, pack_documents, split_documents, tokenize_documents
 from ring_hf.data.byte_level import END_OF_TEXT, PADDING
+
+# What a folder has one of, where it has a model or a tokenizer at all.
+NEEDED = {
+    "model": ("config.json", "adapter_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+}
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -19,13 +27,35 @@ def load_tokenizer(args: ModelArguments) -> Any:
         return PreTrainedTokenizerFast(
             tokenizer_object=build_byte_tokenizer(), eos_token=END_OF_TEXT, pad_token=PADDING
         )
-    return AutoTokenizer.from_pretrained(name, revision=args.model_revision if name == args.model else "main")
+    revision = args.model_revision if name == args.model else "main"
+    return load_pretrained(AutoTokenizer, "tokenizer", name, revision=revision)
+
+
+def load_pretrained(loader: Any, kind: str, name: str, **options: Any) -> Any:
+    """Return `loader.from_pretrained(name)`; raise if neither a folder nor the hub has what it needs, in words that
+    fit both."""
+    folder = Path(name)
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        if not folder.is_dir() and isinstance(error, OSError):
+            raise ValueError(
+                f"there is no folder {name!r} here (in {os.getcwd()}). If a folder was meant, correct the path. If a "
+                f"hub id (`organisation/name`) was meant, its {kind} cannot be loaded: {error}"
+            ) from error
+        if not folder.is_dir() or any((folder / file).is_file() for file in NEEDED[kind]):
+            raise
+        there = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"the folder {name!r} holds no {kind} ({' or '.join(NEEDED[kind])}), but {there}. Name the folder that "
+            f"save_pretrained or a run wrote{', or set tokenizer' * (kind == 'tokenizer')}."
+        ) from error
 
 
 def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     """Load or build the model with its positions set for `max_length` tokens."""
     if args.model is not None:
-        config = AutoConfig.from_pretrained(args.model, revision=args.model_revision)
+        config = load_pretrained(AutoConfig, "model", args.model, revision=args.model_revision)
     else:
         assert isinstance(args.model_config, dict)
         special = {
@@ -43,7 +73,8 @@ def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation, "dtype": args.dtype}
     if args.model is None:
         return AutoModelForCausalLM.from_config(config, **options)
-    return AutoModelForCausalLM.from_pretrained(args.model, revision=args.model_revision, config=config, **options)
+    options |= {"revision": args.model_revision, "config": config}
+    return load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
 
 
 def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
@@ -71,25 +102,24 @@ def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
         config.max_position_embeddings = max_length
 
 
-def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset]:
-    """(training, held-out) documents."""
-    documents = load_documents(args.data, args.text_column, args.data_split)
+def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
+    """(training, held-out) documents; no held-out ones if `heldout_fraction` is 0."""
+    columns = (args.text_column, args.data_split, args.encoding)
+    documents = load_documents(args.data, *columns)
     if args.heldout_data is None:
         return split_documents(documents, args.heldout_fraction)
-    return documents, load_documents(args.heldout_data, args.text_column, args.data_split)
+    return documents, load_documents(args.heldout_data, *columns)
 
 
-def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset]:
+def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
     """(training, held-out) sequences of at most `max_length` tokens."""
-    train, heldout = (
-        pack_documents(
-            tokenize_documents(documents, tokenizer, args.num_proc),
-            args.max_length,
-            args.packing,
-            args.mask_boundaries,
-        )
-        for documents in load_splits(args)
-    )
-    if args.max_heldout_sequences is not None:
+
+    def packed(documents: Dataset) -> Dataset:
+        tokens = tokenize_documents(documents, tokenizer, args.num_proc)
+        return pack_documents(tokens, args.max_length, args.packing, args.mask_boundaries)
+
+    documents, rest = load_splits(args)
+    train, heldout = packed(documents), None if rest is None else packed(rest)
+    if heldout is not None and args.max_heldout_sequences is not None:
         heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
     return train, heldout

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from arguments import PerplexityArguments, SourceArguments, parse
-from loading import load_splits
+from loading import load_pretrained, load_splits
+from refusals import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ring_hf.data import tokenize_documents
@@ -30,6 +31,11 @@ def main() -> None:
     args, source_args = parse((PerplexityArguments, SourceArguments), description=str(__doc__))
     if not args.models:
         raise ValueError("models is empty: nothing to measure. Give --models name=folder, once or several times.")
+    if source_args.holds_nothing_out:
+        raise ValueError(
+            f"heldout_fraction={source_args.heldout_fraction} holds nothing out, so there is nothing to measure on. "
+            "Hold out what training held out, or name a source of its own as heldout_data."
+        )
     measured: dict[str, list[LengthResult]] = {}
     for spec in args.models:
         name, separator, source = spec.partition("=")
@@ -41,15 +47,26 @@ def main() -> None:
 def measure(args: PerplexityArguments, source_args: SourceArguments, name: str, source: str) -> list[LengthResult]:
     """Results of one model: measured now, or read from the perplexity.json of an earlier run."""
     if source.endswith(".json"):
-        rows = json.loads(Path(source).read_text())["results"][name]
-        return [
-            LengthResult(row["length"], row["num_tokens"], row["loss"], tuple(row["position_losses"])) for row in rows
-        ]
+        return read_results(source, name)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=args.attention).to(device)
-    tokens = tokenize_documents(load_splits(source_args)[1], AutoTokenizer.from_pretrained(source))
+    tokenizer = load_pretrained(AutoTokenizer, "tokenizer", source)
+    model = load_pretrained(AutoModelForCausalLM, "model", source, attn_implementation=args.attention).to(device)
+    tokens = tokenize_documents(load_splits(source_args)[1], tokenizer)
     windows_NS = evaluation_windows(tokens["input_ids"], max(args.lengths), args.max_windows)
     return perplexity_by_length(model, windows_NS, args.lengths, args.tokens_per_batch, progress=f"measuring {name}")
+
+
+def read_results(path: str, name: str) -> list[LengthResult]:
+    """Results of one model in the perplexity.json of an earlier run."""
+    if not Path(path).is_file():
+        raise ValueError(f"models: {name}={path} is no file here. Name the perplexity.json of an earlier measurement.")
+    results = json.loads(Path(path).read_text())["results"]
+    if name not in results:
+        raise ValueError(f"models: {path} has no results of {name!r}, only of {', '.join(map(repr, results))}.")
+    return [
+        LengthResult(row["length"], row["num_tokens"], row["loss"], tuple(row["position_losses"]))
+        for row in results[name]
+    ]
 
 
 def write(args: PerplexityArguments, measured: dict[str, list[LengthResult]]) -> None:
@@ -66,4 +83,4 @@ def write(args: PerplexityArguments, measured: dict[str, list[LengthResult]]) ->
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arguments import option, parse
+from refusals import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ["accelerate", "launch", "--config_file", "configs/accelerate/cpu_2proc.yaml", "recipes/finetune.py"]
@@ -99,4 +100,4 @@ def step(title: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

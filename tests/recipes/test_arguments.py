@@ -65,6 +65,16 @@ def _write(tmp_path, yaml):
         (["--model", "a", "--learning", "9"], None, "unknown in the command line: 'learning'"),
         ([], "model: a\nrope_tehta: 1\n", r"run.yaml: 'rope_tehta' \(did you mean rope_theta.*--help lists every key"),
         ([], "- model\n", "holds a list. A run is a YAML mapping"),
+        (
+            [],
+            "model: a\nmax_length: [1\n",
+            r"run.yaml cannot be read as YAML: while.*sequence\n.*line 2, col",
+        ),
+        (
+            ["--model_config", "{model_type"],
+            None,
+            r"model_config cannot be read as YAML: .*\n.*line 1, col",
+        ),
         (["absent.yaml"], None, "first argument 'absent.yaml' is not a file"),
         ([], "", "model=None and model_config=None: give exactly one"),
         (["--model", "a", "--model_config", "{model_type: llama}"], None, "model='a' and model_config={'model_type'"),

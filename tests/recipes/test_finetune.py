@@ -5,11 +5,14 @@ if it had not been, and what comes out needs nothing of ours.
 import importlib
 import json
 import pydoc_data.topics
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
+from loading import load_pretrained
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from tests.harness import ROOT, run_command
 
@@ -104,6 +107,39 @@ def test_a_finished_run_is_not_trained_further(folder):
     assert (folder / "one" / "model.safetensors").read_bytes() == before
 
 
+def test_one_text_file_is_enough(folder):
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:8])
+    (folder / "book.txt").write_text(text)
+    data = ["--data", str(folder / "book.txt"), "--max_steps", "2", "--eval_steps", "2"]
+    done = start(folder, [sys.executable], "book", *data)
+    assert "so the last 20 % of the text of each is held out instead" in done.stderr
+    assert [row["eval_loss"] > 0 for row in history(folder, "book") if "eval_loss" in row] == [True]
+
+
+def test_nothing_held_out_is_a_run_without_evaluation(folder):
+    asked = ["--heldout_fraction", "0", "--eval_on_start", "true", "--max_steps", "2"]
+    done = start(folder, LAUNCH, "all", "--context_parallel_size", "2", *asked)
+    assert done.stdout.count("heldout_fraction=0: eval_strategy=steps is left out.") == 1
+    rows = history(folder, "all")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2] and not any("eval_loss" in row for row in rows)
+    assert (folder / "all" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy='best'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
+    ],
+)
+def test_what_chooses_by_an_evaluation_needs_something_held_out(tmp_path, settings, name):
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, **settings}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=f"heldout_fraction=0 leaves nothing to evaluate on, which {re.escape(name)}"):
+        importlib.import_module("finetune").leave_evaluation_out(arguments)
+
+
 def test_the_result_is_a_plain_transformers_model(folder):
     done = run_command([sys.executable, "-c", RELOAD, str(folder / "two")])
     loss, length = done.stdout.split()
@@ -163,6 +199,44 @@ def test_mistakes_end_with_their_explanation(monkeypatch):
         run_here(monkeypatch, "finetune", str(ROOT / "configs" / "finetune.yaml"), "--modle", "x")
     with pytest.raises(ValueError, match="models is empty: nothing to measure"):
         run_here(monkeypatch, "perplexity")
+
+
+def test_perplexity_needs_results_and_something_held_out(monkeypatch, tmp_path):
+    path = tmp_path / "perplexity.json"
+    with pytest.raises(ValueError, match=r"models: one=.*perplexity.json is no file here"):
+        run_here(monkeypatch, "perplexity", "--models", f"one={path}")
+    path.write_text(json.dumps({"results": {"two": []}}))
+    with pytest.raises(ValueError, match=r"perplexity.json has no results of 'one', only of 'two'"):
+        run_here(monkeypatch, "perplexity", "--models", f"one={path}")
+
+
+def test_perplexity_of_nothing_is_refused(monkeypatch):
+    words = ["--models", "one=any", "--heldout_fraction", "0"]
+    with pytest.raises(ValueError, match=r"heldout_fraction=0.0 holds nothing out, so there is nothing to measure on"):
+        run_here(monkeypatch, "perplexity", *words)
+
+
+@pytest.mark.parametrize(("loader", "kind"), [(AutoConfig, "model"), (AutoTokenizer, "tokenizer")])
+@pytest.mark.parametrize("name", ["runs/absent", "./absent", "/absent/model", "a/b/c"])
+def test_a_folder_that_is_not_there_is_no_message_of_the_hub(monkeypatch, loader, kind, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError) as refusal:
+        load_pretrained(loader, kind, name)
+    assert str(refusal.value).startswith(f"there is no folder {name!r} here (in ")
+    assert f"If a hub id (`organisation/name`) was meant, its {kind} cannot be loaded: " in str(refusal.value)
+
+
+@pytest.mark.parametrize(("loader", "kind"), [(AutoConfig, "model"), (AutoTokenizer, "tokenizer")])
+def test_a_folder_without_model_or_tokenizer_says_what_it_holds(tmp_path, loader, kind):
+    with pytest.raises(ValueError, match=rf"holds no {kind} \(.*\), but nothing. Name the folder that save_pre"):
+        load_pretrained(loader, kind, str(tmp_path))
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ValueError, match=rf"holds no {kind} \(.*\), but checkpoint-4/, notes.md. Name the folder"):
+        load_pretrained(loader, kind, str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model_type"):
+        load_pretrained(AutoConfig, "model", str(tmp_path))
 
 
 def test_every_recipe_explains_itself(monkeypatch, capsys):

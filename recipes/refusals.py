@@ -1,0 +1,59 @@
+"""How a recipe ends when it is refused: with the message alone, and the launcher's report with it, too.
+
+A refusal is a `ValueError` that a recipe or ring_hf raises: it names the values, the rule and the way out, and the
+lines of code that led to it help nobody. Whatever else fails keeps its traceback, in the launcher's report as well.
+"""
+
+import dis
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import ring_hf
+
+OWN_FOLDERS = (Path(__file__).resolve().parent, Path(ring_hf.__file__).resolve().parent)
+# Seconds that other processes give the first one to end the run. Where they refuse for the same reason, the launcher
+# then has one failure to report and not one for each of them.
+PATIENCE = 5.0
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe's `main`; where it is refused, end this process with the message and the exit code 1."""
+    try:
+        record(main)()
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        end(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def is_refusal(error: ValueError) -> bool:
+    """Return whether a `raise` statement of ours raised it, and not an operation that failed."""
+    traceback = error.__traceback__
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    file = Path(traceback.tb_frame.f_code.co_filename).resolve()
+    return any(file.is_relative_to(folder) for folder in OWN_FOLDERS) and _is_raise(traceback)
+
+
+def _is_raise(traceback: TracebackType) -> bool:
+    return dis.opname[traceback.tb_frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+
+
+def end(message: str) -> None:
+    """Exit with the message. Under torchrun (and `accelerate launch`, which is one) it also becomes the cause that the
+    launcher's report closes with, after the tracebacks of the launcher itself."""
+    rank, report = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if rank > 0:
+        time.sleep(PATIENCE)
+        message = f"rank {rank}: {message}"
+    if report:
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    sys.exit(f"\n{message}\n")
