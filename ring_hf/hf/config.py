@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "dp_shard_size": 1,
 }
 INHERITED = ("cp_size", "sp_size", "tp_size")
+SIZE_VARIABLES = ("RING_HF_CONTEXT_PARALLEL_SIZE", "PARALLELISM_CONFIG_CP_SIZE")
 
 
 @dataclass(repr=False)
@@ -67,6 +68,7 @@ class ContextParallelConfig(ParallelismConfig):
     overlap: bool | None = None
     verify: bool | None = None
     _infer_replicas: bool = field(default=False, init=False, repr=False)
+    _size_is_given: bool = field(default=False, init=False, repr=False)
     _process: context.ProcessContext | None = field(default=None, init=False, repr=False)
     _evaluator: Evaluator | None = field(default=None, init=False, repr=False)
 
@@ -89,6 +91,9 @@ class ContextParallelConfig(ParallelismConfig):
         for name in ("tp_handler", "cp_handler", "sp_handler"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} configures Accelerate's own parallelism, which is off here. Leave it out.")
+        self._size_is_given = self.context_parallel_size is not None or any(
+            name in os.environ for name in SIZE_VARIABLES
+        )
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, _from_environment(name, default))
@@ -164,6 +169,12 @@ class ContextParallelConfig(ParallelismConfig):
 
     def _fit(self, num_processes: int) -> None:
         size = self._size
+        if num_processes > 1 and not self._size_is_given:
+            raise ValueError(
+                f"{num_processes} processes were started, but nothing says how many of them share a sequence: "
+                f"context_parallel_size was not passed, and {SIZE_VARIABLES[0]} is not set. Pass "
+                f"context_parallel_size={num_processes}, or 1 if plain data parallelism is meant."
+            )
         if num_processes % size:
             fitting = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
             raise ValueError(
@@ -227,7 +238,7 @@ def _from_environment(name: str, default: Any) -> Any:
     YAML."""
     variable = f"RING_HF_{name.upper()}"
     if name == "context_parallel_size" and variable not in os.environ:
-        variable = "PARALLELISM_CONFIG_CP_SIZE"
+        variable = SIZE_VARIABLES[1]
     text = os.environ.get(variable)
     if text is None or (name == "ulysses_size" and text == "auto"):
         return default if text is None else text

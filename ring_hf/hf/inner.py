@@ -27,7 +27,7 @@ class PadOrPack:
 
     Labels default to the tokens themselves, as for causal language modelling. With `packing`, the examples follow each
     other in one row, positions restart at each of them, and the first label of each is ignored: no document is
-    predicted from the one before it.
+    predicted from the one before it. An example without tokens adds neither token nor target to a packed row.
     """
 
     def __init__(self, packing: bool = False, pad_token_id: int = 0):
@@ -35,12 +35,16 @@ class PadOrPack:
         self.pad_token_id = pad_token_id
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        examples = [self._example(feature) for feature in features]
+        examples = [self._example(number, feature) for number, feature in enumerate(features)]
+        if not any(len(example["input_ids"]) for example in examples):
+            raise ValueError(
+                f"None of the {len(examples)} examples of the batch has a token. Drop empty examples from the dataset."
+            )
         if any(example.keys() != examples[0].keys() for example in examples):
             raise ValueError(f"Examples of one batch have different keys: {sorted({tuple(e) for e in examples})}.")
         return self._pack(examples) if self.packing else self._pad(examples)
 
-    def _example(self, feature: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _example(self, number: int, feature: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         unknown = sorted(set(feature) - {"input_ids", *FILL})
         if unknown:
             raise ValueError(
@@ -49,7 +53,7 @@ class PadOrPack:
             )
         if "input_ids" not in feature:
             raise ValueError(f"An example has no input_ids, only {sorted(feature)}. Tokenise the dataset first.")
-        example = {key: torch.as_tensor(value, dtype=_dtype(key)).flatten() for key, value in feature.items()}
+        example = {key: _tensor(number, key, value) for key, value in feature.items()}
         lengths = {key: len(value) for key, value in example.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
@@ -74,6 +78,7 @@ class PadOrPack:
         return batch
 
     def _pack(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        examples = [example for example in examples if len(example["input_ids"])]
         for example in examples:
             mask = example.pop("attention_mask", None)
             if mask is not None and not bool(mask.bool().all()):
@@ -86,6 +91,16 @@ class PadOrPack:
                 example["labels"] = example["labels"].clone()
                 example["labels"][0] = IGNORE_INDEX
         return {key: torch.cat([example[key] for example in examples])[None] for key in examples[0]}
+
+
+def _tensor(number: int, key: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value, dtype=_dtype(key)).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Example {number} of the batch: {key} is no list of numbers, one per token, but {str(value)[:60]} "
+            f"({error}). Tokenise the dataset, and drop or repair rows without values."
+        ) from None
 
 
 def _dtype(key: str) -> torch.dtype:

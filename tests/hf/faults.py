@@ -9,8 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils.data import IterableDataset
-from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 import ring_hf
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
@@ -18,8 +26,8 @@ from ring_hf.hf.collator import PadOrPack
 from tests.hf.models import llama, rows
 
 
-def arguments(config: Any = None, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
+def arguments(config: Any = None, kind: type = TrainingArguments, **more: Any) -> Any:
+    return kind(
         output_dir="unused",
         max_steps=2,
         use_cpu=True,
@@ -82,6 +90,53 @@ def other_layout_on_rank_1(rank: int, world_size: int) -> None:
 def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
     train(model, PadOrPack() if rank == 1 else ContextParallelCollator(model))
+
+
+def plain_loader_on_rank_1(rank: int, world_size: int) -> None:
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self) -> Any:
+            collate = PadOrPack() if rank == 1 else self.data_collator
+            return self.accelerator.prepare(torch.utils.data.DataLoader(self.train_dataset, 2, collate_fn=collate))
+
+    model = llama()
+    collator = ContextParallelCollator(model)
+    OwnLoader(model, arguments(), data_collator=collator, train_dataset=rows(16, 20, 12, 16)).train()
+
+
+def generating_trainer(rank: int, world_size: int) -> None:
+    model = llama()
+    config = ContextParallelConfig(context_parallel_size=2)
+    args = arguments(config, Seq2SeqTrainingArguments, predict_with_generate=True)
+    Seq2SeqTrainer(model, args, data_collator=ContextParallelCollator(model))
+
+
+def compiled_model(rank: int, world_size: int) -> None:
+    model = llama()
+    model.compile()
+    train(model)
+
+
+def prompt_tuning(rank: int, world_size: int) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    train(get_peft_model(llama(), config))
+
+
+def activated_lora(rank: int, world_size: int) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    train(get_peft_model(llama(), config))
+
+
+def two_models_in_one(rank: int, world_size: int) -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = llama(), llama()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.student(**inputs)
+
+    pair = Pair()
+    train(pair, ContextParallelCollator(pair.student))
 
 
 def other_dtype_on_rank_1(rank: int, world_size: int) -> None:
@@ -200,6 +255,12 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
         other_rows_on_rank_1,
         other_layout_on_rank_1,
         plain_collator_on_rank_1,
+        plain_loader_on_rank_1,
+        generating_trainer,
+        compiled_model,
+        prompt_tuning,
+        activated_lora,
+        two_models_in_one,
         other_dtype_on_rank_1,
         ignored_backend,
         sdpa_layer,
@@ -230,5 +291,5 @@ def run_fault(rank: int, world_size: int, name: str) -> str:
     except ValueError as error:
         return str(error)
     finally:
-        context.activate(None)
+        context.reset()
     return "nothing was raised"

@@ -73,7 +73,10 @@ def batch(**changes):
 
 
 BATCHES = {
-    "too few tokens": (batch(input_ids=ONES[:, :5], labels=None), "5 tokens cannot be dealt to 8 chunks"),
+    "targets of padding": (
+        batch(attention_mask=torch.tensor([[1] * 14 + [0] * 2] * 2)),
+        r"2 targets are to be predicted by padding \(attention_mask 0\).*labels\[attention_mask == 0\] = -100",
+    ),
     "holes in the mask": (batch(attention_mask=holes()), "attention_mask has zeros between ones"),
     "4D mask": (batch(attention_mask=torch.ones(2, 1, 16, 16)), "attention_mask has 4 dims .shape .2, 1, 16, 16"),
     "3D mask": (batch(attention_mask=torch.ones(2, 16, 16)), "attention_mask has 3 dims"),
@@ -324,11 +327,17 @@ PASSED = {
 
 DISTRIBUTED = {
     "left_padding_on_rank_1": "rank 1: attention_mask has left padding",
-    "short_rows_on_rank_1": "rank 1: 3 tokens cannot be dealt to 4 chunks",
+    "short_rows_on_rank_1": "The ranks disagree about the batch",
     "other_rows_on_rank_1": "The ranks disagree about the batch (hash of its tokens, labels and documents)",
     "other_layout_on_rank_1": "rank 1: The model attends with 'ring_zigzag', but the batch was sharded for layout "
     "'striped'",
-    "plain_collator_on_rank_1": "did not come from ContextParallelCollator",
+    "plain_collator_on_rank_1": "rank 1: The Trainer's data_collator is a PadOrPack",
+    "plain_loader_on_rank_1": "did not come from ContextParallelCollator",
+    "generating_trainer": "predict_with_generate=True generates from evaluation batches",
+    "compiled_model": "The model is compiled (model.compile() or torch.compile)",
+    "prompt_tuning": "puts virtual tokens in front of the sequence",
+    "activated_lora": "'default' is an activated LoRA: it looks for its alora_invocation_tokens",
+    "two_models_in_one": "holds 2 Transformers models (student, teacher)",
     "other_dtype_on_rank_1": "The ranks disagree about the model",
     "ignored_backend": "BloomForCausalLM does not pass its attention through Transformers' attention interface",
     "sdpa_layer": "has 2 layers, but called the attention function 1 times",
@@ -343,7 +352,7 @@ DISTRIBUTED = {
     "other_transport_on_rank_1": "The ranks disagree about the way sequences are split",
     "ulysses_collator_on_rank_1": "rank 1: The model attends with 'ring_contiguous', but the batch was sharded for "
     "layout 'contiguous', 2 ranks with ulysses_size=2",
-    "wrong_world_size": "context_parallel_size=3 does not divide 2 processes",
+    "wrong_world_size": "context_parallel_size=3 does not divide 2 processes. Set it to 1 or 2",
     "wrong_product": "context_parallel_size=2 * dp_replicate_size=2 = 4, but 2 processes were started",
     "shard_made_metric": "differs between ranks that share a sequence",
 }

@@ -8,10 +8,11 @@ import torch
 from accelerate.utils import DistributedType
 from transformers.masking_utils import create_causal_mask
 
-from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, announcements
 from ring_hf.hf.backend import attention, mask_2d
-from ring_hf.hf.batch import KEY, RefusedBatch
-from ring_hf.hf.guard import _batch_error, base_model
+from ring_hf.hf.batch import KEY, ContextParallelBatch, RefusedBatch
+from ring_hf.hf.batch_checks import find_batch_error
+from ring_hf.hf.guard import base_model
 from ring_hf.hf.models import MODEL_RULES
 from ring_hf.hf.supported import ARGUMENT_RULES, first_error
 from tests.harness import run_distributed
@@ -61,9 +62,18 @@ def test_wrong_world_size_names_both_numbers_and_the_way_out():
     with pytest.raises(ValueError) as refusal:
         ContextParallelConfig(context_parallel_size=3)._fit(8)
     assert str(refusal.value) == (
-        "context_parallel_size=3 does not divide 8 processes. Set dp sizes so that context_parallel_size * dp = 8, or "
-        "start 3, 6 or 9 processes."
+        "context_parallel_size=3 does not divide 8 processes. Set it to 1 or 2 or 4 or 8, or start 3, 6 or 9 "
+        "processes."
     )
+
+
+def test_a_size_that_nobody_gave_is_refused_in_several_processes(monkeypatch):
+    with pytest.raises(ValueError, match=r"2 processes were started, but nothing says how many.*or 1 if plain data"):
+        ContextParallelConfig()._fit(2)
+    ContextParallelConfig()._fit(1)
+    ContextParallelConfig(context_parallel_size=1)._fit(2)
+    monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "1")
+    ContextParallelConfig()._fit(2)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])
@@ -161,6 +171,9 @@ def call(
     for name, setting in kwargs.pop("module_config", {}).items():
         setattr(module.config, name, setting)
     mask = kwargs.pop("attention_mask", None)
+    if isinstance(batch := kwargs.get(KEY), ContextParallelBatch):
+        announcements.register(model)
+        announcements.announce(model, batch)
     tensors = (torch.zeros(shape, dtype=dtype) for shape in (query, key, value or key))
     return attention(module, *tensors, mask, scaling=0.3, **kwargs)
 
@@ -243,9 +256,9 @@ def test_plain_arguments_are_accepted():
 @pytest.mark.parametrize("name", PASSED)
 def test_model_arguments_are_refused(name):
     changes, message = PASSED[name]
-    found = _batch_error(llama(), (), {**SHARD, **changes}, context_of(2, 0))
+    found = find_batch_error(llama(), (), {**SHARD, **changes}, context_of(2, 0))
     assert found is not None and message in found
-    assert _batch_error(llama(), (), SHARD, context_of(2, 0)) is None
+    assert find_batch_error(llama(), (), SHARD, context_of(2, 0)) is None
 
 
 def test_router_losses_that_would_be_overlooked_are_refused():
@@ -255,13 +268,13 @@ def test_router_losses_that_would_be_overlooked_are_refused():
     ):
         model = llama()
         model.config.output_router_logits = config
-        found = _batch_error(model, (), {**SHARD, **passed}, context_of(2, 0))
+        found = find_batch_error(model, (), {**SHARD, **passed}, context_of(2, 0))
         assert found is not None and message in found
-        assert _batch_error(model, (), SHARD, context_of(2, 0)) is None
+        assert find_batch_error(model, (), SHARD, context_of(2, 0)) is None
 
 
 def test_tokens_by_position_are_refused():
-    assert "Tokens were passed by position" in _batch_error(llama(), (ONES,), {KEY: DESCRIPTION}, context_of(2, 0))
+    assert "Tokens were passed by position" in find_batch_error(llama(), (ONES,), {KEY: DESCRIPTION}, context_of(2, 0))
 
 
 # Two processes: every rank gets the message, whoever is at fault, and none hangs

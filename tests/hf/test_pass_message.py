@@ -1,0 +1,111 @@
+"""The message of every forward pass: what it carries, and what ranks read in it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Trainer, TrainerCallback
+
+from ring_hf.hf import ContextParallelCollator, context
+from ring_hf.hf.loss_monitor import find_other_loss
+from ring_hf.hf.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
+from tests.harness import run_distributed
+from tests.hf.faults import arguments
+from tests.hf.models import context_of, llama, rows
+
+FINGERPRINTS = st.binary(min_size=16, max_size=16).map(bytes.hex)
+NUMBERS = st.floats(allow_nan=False)
+MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+PLAIN = PassMessage("ab" * 16, True, False, 3.0, 2.0, 0.0, 1e-6)
+
+
+@given(MESSAGES)
+def test_encoded_messages_are_56_bytes_and_come_back(message):
+    numbers = message.encode()
+    assert len(numbers) == 7 and all(-(2**63) <= number < 2**63 for number in numbers)
+    assert PassMessage.decode(torch.tensor(numbers, dtype=torch.int64).tolist()) == message
+
+
+def test_a_message_without_a_backward_pass_says_nothing_of_losses():
+    decoded = PassMessage.decode(PassMessage(NO_FINGERPRINT, False, True).encode())
+    assert math.isnan(decoded.loss_factor) and math.isnan(decoded.loss_residual)
+    assert find_other_loss([decoded, PLAIN], context_of(2, 0)) is None
+
+
+def test_ranks_of_one_group_must_agree_and_those_of_two_need_not():
+    other = replace(PLAIN, fingerprint="cd" * 16)
+    assert find_disagreement([PLAIN, PLAIN, other, other], context_of(2, 0)) is None
+    message = find_disagreement([PLAIN, PLAIN, other, PLAIN], context_of(2, 0))
+    assert f"rank 2: {'cd' * 16}, rank 3: {'ab' * 16}" in message
+    assert "the mode (rank 0: training, rank 1: evaluation)" in find_disagreement(
+        [PLAIN, replace(PLAIN, is_training=False)], context_of(2, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss_factor": 2.1}, r"multiplies the loss of the model by"),
+        ({"loss_residual": 1e-3}, r"adds to the loss of the model"),
+        ({"loss_residual": 5e-7}, None),  # rounding
+        ({"loss_factor": 2.0 + 1e-7}, None),
+    ],
+)
+def test_losses_may_differ_by_the_same_factor_and_term_on_all_ranks(change, words):
+    common = find_other_loss([replace(PLAIN, **change)] * 2, context_of(2, 0))
+    assert common is None
+    message = find_other_loss([PLAIN, replace(PLAIN, **change)], context_of(2, 0))
+    assert (message is None) if words is None else words in message
+
+
+class DrawsOnRankZero(TrainerCallback):
+    """Moves the random numbers of rank 0 on in the middle of an epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and state.is_world_process_zero:
+            torch.rand(7)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Rows whose tokens are replaced at random, by the global generator of PyTorch."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        row = rows(16, seed=index)[0]
+        if torch.rand(()) < 0.9:
+            row = {key: [*values[:-1], int(torch.randint(1, 60, ()))] for key, values in row.items()}
+        return row
+
+
+def drift(rank, world_size):
+    model = llama()
+    args = arguments()
+    args.max_steps = 12
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Augmented(),
+        data_collator=ContextParallelCollator(model),
+        callbacks=[DrawsOnRankZero()],
+    )
+    try:
+        trainer.train()
+    except ValueError as error:
+        return trainer.state.global_step, str(error)
+    finally:
+        context.reset()
+    return trainer.state.global_step, "nothing was raised"
+
+
+def test_ranks_that_drift_apart_are_refused_together_with_step_and_fingerprints():
+    (step, message), other = run_distributed(2, drift)
+    assert (step, message) == other and 3 <= step <= 5
+    assert message.startswith(
+        f"In optimizer step {step + 1}: the ranks that share a sequence disagree about the batch"
+    )
+    assert "rank 0: " in message and "rank 1: " in message and "Random numbers were drawn" in message

@@ -1,0 +1,193 @@
+"""The trial step: what it proves, what it catches, and that it leaves no trace."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM, Trainer
+
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
+from ring_hf.hf.preserve import preserved
+from ring_hf.hf.proven import find_unproven, find_unproven_path
+from tests.harness import run_distributed
+from tests.hf.faults import arguments
+from tests.hf.models import llama, rows
+
+
+class Own(Trainer):
+    """A loss of its own, from logits."""
+
+    reduction, coefficient = "sum", 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        logits, labels = outputs.logits.float().flatten(0, 1), inputs["shift_labels"].flatten()
+        loss = cross_entropy(logits, labels, reduction=self.reduction)
+        if self.reduction == "sum":
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        loss = loss + self.coefficient * outputs.logits.float().logsumexp(-1).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Means(Own):
+    reduction = "mean"
+
+
+class ZLoss(Own):
+    coefficient = 1e-3
+
+
+class OwnBackward(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        outputs.logits.logsumexp(-1).mean().backward(retain_graph=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+class HarmlessForCausalLM(LlamaForCausalLM):
+    """Another name, the same numbers."""
+
+
+class LeakyForCausalLM(LlamaForCausalLM):
+    """A loss that is weighed by a mean over tokens."""
+
+    def forward(self, input_ids=None, **kwargs):
+        embedded = self.model.embed_tokens(input_ids)
+        output = super().forward(input_ids=input_ids, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss * (1 + embedded.mean())
+        return output
+
+
+def train(rank, world_size, kind, dtype, settings, model_class=LlamaForCausalLM):
+    model = model_class(llama().config).to(dtype)
+    config = ContextParallelConfig(context_parallel_size=2, **settings)
+    data = rows(31, 22, 17, 30, 12, 25, 31, 8)
+    trainer = kind(model, arguments(config), train_dataset=data, data_collator=ContextParallelCollator(model))
+    torch.manual_seed(5)
+    before = states(trainer)
+    seen = []
+    stock = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: (
+        seen.append(states(trainer)),
+        stock(*args, **kwargs),
+    )[1]
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error), before, seen
+    finally:
+        context.reset()
+    return "trained", before, seen
+
+
+def states(trainer):
+    """What a trial step could disturb."""
+    return (
+        torch.get_rng_state().sum().item(),
+        str(random.getstate())[:200],
+        str(numpy.random.get_state()[1][:8]),
+        sorted((name, value) for name, value in vars(trainer).items() if isinstance(value, int | float | str)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(Own, torch.float32), (Own, torch.bfloat16), (Own, torch.float64), (Trainer, torch.bfloat16)],
+    ids=["own-fp32", "own-bf16", "own-fp64", "plain-bf16"],
+)
+def test_a_loss_that_is_a_sum_over_the_count_is_proven_and_trained(kind, dtype):
+    for message, _, _ in run_distributed(2, train, kind, dtype, {"verify": True}):
+        assert message == "trained"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "words"),
+    [
+        (Means, torch.float32, "does not have the numbers of one process"),
+        (Means, torch.bfloat16, "does not have the numbers of one process"),
+        (ZLoss, torch.float32, "does not have the numbers of one process"),
+        (ZLoss, torch.bfloat16, "does not have the numbers of one process"),
+        (OwnBackward, torch.float32, "runs a backward pass of its own"),
+    ],
+    ids=["means-fp32", "means-bf16", "z-loss-fp32", "z-loss-bf16", "own-backward"],
+)
+def test_a_loss_of_one_shard_is_refused_before_the_first_step(kind, dtype, words):
+    (message, *_, first), (other, *_, second) = run_distributed(2, train, kind, dtype, {})
+    assert words in message and message == other and first == second == []
+    assert f"{kind.__name__} is not Transformers' own Trainer" in message or kind is OwnBackward
+
+
+@pytest.mark.parametrize(
+    "settings", [{"transport": "direct"}, {"transport": "allgather"}, {"ulysses_size": 2}], ids=str
+)
+def test_unknown_classes_are_tried_by_every_way(settings):
+    for message, _, _ in run_distributed(2, train, Trainer, torch.float32, settings, HarmlessForCausalLM):
+        assert message == "trained"
+    for message, _, _ in run_distributed(2, train, Trainer, torch.float32, settings, LeakyForCausalLM):
+        assert "LeakyForCausalLM is not one of the classes that are proven by name" in message
+
+
+def test_a_trial_step_leaves_no_trace():
+    """The first optimizer step finds the random numbers and counters of a run without a trial."""
+    (tried, *_, with_trial), _ = run_distributed(2, train, Trainer, torch.float32, {"verify": True})
+    (plain, *_, without), _ = run_distributed(2, train, Trainer, torch.float32, {})
+    assert tried == plain == "trained" and with_trial and with_trial == without
+
+
+def test_preserved_restores_modes_buffers_checkpointing_and_counters():
+    class Counting:
+        def __init__(self, model):
+            self.model, self.steps, self.metrics = model, 3, {"loss": [1.0]}
+
+    model = llama().train()
+    model.gradient_checkpointing_enable()
+    model.register_buffer("count", torch.zeros(3))
+    owner = Counting(model)
+    metrics, flags = owner.metrics, [module.gradient_checkpointing for module in model.model.layers]
+    with preserved(model, owner):
+        assert not any(module.gradient_checkpointing for module in model.model.layers)
+        model.eval()
+        model.count += 1
+        owner.steps += 1
+        owner.metrics["loss"].append(2.0)
+        owner.metrics["more"] = []
+        torch.rand(1), random.random(), numpy.random.rand()
+    assert model.training and model.model.layers[0].training and not model.count.any()
+    assert owner.steps == 3 and owner.metrics is metrics and metrics == {"loss": [1.0]}
+    assert [module.gradient_checkpointing for module in model.model.layers] == flags == [True, True]
+
+
+def test_what_is_not_proven_is_named():
+    model = llama()
+    guard_model(model)
+    assert find_unproven(model) is None
+    assert "HarmlessForCausalLM is not one of the classes" in find_unproven(HarmlessForCausalLM(model.config))
+    hook = model.model.layers[1].register_forward_hook(lambda module, args, output: None)
+    assert "model.layers.1 has a hook" in find_unproven(model)
+    hook.remove()
+    model.model.layers[0].mlp.act_fn = Own2()
+    assert "model.layers.0.mlp.act_fn is a Own2, which is not part of Transformers" in find_unproven(model)
+    model = llama()
+    model.model.forward = lambda *args, **kwargs: None
+    assert "the forward of model was replaced" in find_unproven(model)
+
+
+class Own2(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_trainers_that_are_not_proven_are_named():
+    model = llama("sdpa")
+    args = arguments(ContextParallelConfig(context_parallel_size=1))
+    try:
+        assert find_unproven_path(Trainer(model, args)) is None
+        assert "Own is not Transformers' own Trainer" in find_unproven_path(Own(model, args))
+        trainer = Trainer(model, args)
+        trainer.compute_loss = lambda *args, **kwargs: None
+        assert "the Trainer's compute_loss was replaced" in find_unproven_path(trainer)
+    finally:
+        context.reset()
