@@ -1,4 +1,4 @@
-"""One launch per world size, shared by all tests of this folder, also by several workers (pytest -n)."""
+"""One launch per script and world size, shared by all tests of this folder, also by several workers (pytest -n)."""
 
 import json
 import os
@@ -13,10 +13,11 @@ from tests.harness import accelerate_launch
 
 
 class Launches:
-    """Results of the launched script by world size; each is started when first asked for."""
+    """Results of a launched script by world size; each is started when first asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, script: str):
         self.folder = folder
+        self.script = script
         self.of = cache(self._launch)
 
     def path(self, world_size: int) -> Path:
@@ -27,13 +28,25 @@ class Launches:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 folder.mkdir()
-                accelerate_launch(["tests/trainer/train_script.py", str(folder)], world_size, timeout=560)
+                accelerate_launch([f"tests/trainer/{self.script}", str(folder)], world_size, timeout=560)
             return json.loads((folder / "results.json").read_text())
+
+
+def _folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """The same for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def launches(tmp_path_factory) -> Launches:
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "launches"
-    folder.mkdir(exist_ok=True)
-    return Launches(folder)
+    return Launches(_folder(tmp_path_factory, "launches"), "train_script.py")
+
+
+@pytest.fixture(scope="session")
+def wrapper_launches(tmp_path_factory) -> Launches:
+    launches = Launches(_folder(tmp_path_factory, "wrapper_launches"), "wrapper_script.py")
+    launches.of(1)  # two processes resume from its checkpoint
+    return launches
