@@ -116,6 +116,7 @@ class ContextParallelCollator:
         context = self._context()
         if context is None or context.size == 1:
             whole = self._whole(features)
+            self._refuse_padded_targets(whole)
             model = self._model() if self._model is not None and whole.get("loss_weights") is not None else None
             if model is not None and (error := check_weights(model)) is not None:
                 raise ValueError(error)
@@ -127,6 +128,15 @@ class ContextParallelCollator:
             nothing = torch.full((max(len(features), 1), 1), IGNORE_INDEX)
             empty = {"labels": nothing, "shift_labels": nothing.clone()}
             return {"input_ids": torch.zeros_like(nothing), **empty, KEY: RefusedBatch(str(error))}
+
+    def _refuse_padded_targets(self, whole: Mapping[str, Any]) -> None:
+        """In one process as with several, a ring backend is not asked for predictions of padding."""
+        mask, labels = whole.get("attention_mask"), whole.get("labels")
+        if attention_name(self._config) not in BACKENDS or mask is None or labels is None or mask.ndim != 2:
+            return
+        error = padded_targets.check(whole.get("shift_labels", shift_left(labels)), mask)
+        if error is not None:
+            raise ValueError(error)
 
     def _whole(self, features: Sequence[Any]) -> dict[str, Any]:
         """The batch of a process that holds whole sequences."""

@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 from .batch import KEY, ContextParallelBatch
-from .context import ProcessContext
+from .context import ProcessContext, current_evaluator
 
 
 def install(trainer: Trainer, context: ProcessContext) -> None:
@@ -22,6 +22,7 @@ def install(trainer: Trainer, context: ProcessContext) -> None:
     if "get_total_train_batch_size" not in vars(trainer):
         _correct_batch_size(trainer, context)
         _correct_input_tokens(trainer)
+        _correct_num_items(trainer)
     if hasattr(trainer, "_total_train_tokens") and "training_step" not in vars(trainer):
         _correct_sft_tokens(trainer)
 
@@ -66,6 +67,26 @@ def _correct_input_tokens(trainer: Trainer) -> None:
         trainer.state.num_input_tokens_seen += _sum_over_replicas(trainer, tokens, batch)
 
     trainer._track_num_input_tokens = track
+
+
+def _correct_num_items(trainer: Trainer) -> None:
+    """Count targets as the Trainer does for this class in one process.
+
+    For classes without a `loss_type` (GPT-2, BERT) it does not shift labels before it counts them, so that the first
+    label of a row counts, though nothing predicts it.
+    """
+    stock = getattr(trainer, "_get_num_items_in_batch", None)
+    if stock is None or getattr(trainer, "_loss_shifts_labels", True):
+        return
+
+    def count(batch_samples: list, *args: Any, **kwargs: Any) -> Any:
+        plain = [{key: x for key, x in batch.items() if key != "shift_labels"} for batch in batch_samples]
+        return stock(plain, *args, **kwargs)
+
+    trainer._get_num_items_in_batch = count
+    evaluator = current_evaluator()
+    if evaluator is not None:
+        evaluator.counts_first_labels = True
 
 
 def _correct_sft_tokens(trainer: Any) -> None:

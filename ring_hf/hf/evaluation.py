@@ -27,6 +27,7 @@ from .batch import IGNORE_INDEX, ContextParallelBatch
 from .context import ProcessContext
 from .loss_monitor import LossMonitor, find_other_loss
 from .pass_message import exchange
+from .token_reads import TokenReads
 
 
 class Evaluator:
@@ -37,7 +38,9 @@ class Evaluator:
         self.batch: ContextParallelBatch | None = None
         self.monitor = LossMonitor()
         self.captured: list[torch.Tensor] | None = None  # in a trial step, losses instead of backward passes
+        self.token_reads: TokenReads | None = None  # in a trial step, what looks at tokens outside of the model
         self.scalars_are_sums = False  # whether what a Trainer gathers as scalars are sums over tokens of this rank
+        self.counts_first_labels = False  # whether the Trainer counts the first label of a row, which nothing predicts
         self._accelerator: Callable[[], Any] = lambda: None
 
     def install(self, accelerator: Any) -> None:
@@ -93,6 +96,8 @@ class Evaluator:
         counted_BC = shift_labels_BC != IGNORE_INDEX
         weights_BC = kwargs.get("loss_weights") if kwargs.get("num_items_in_batch") is None else None  # then a mean
         count = counted_BC.sum() if weights_BC is None else (weights_BC * counted_BC).sum()
+        if self.counts_first_labels and weights_BC is None and batch.sequence.segments(batch.rank)[0].start == 0:
+            count = count + (kwargs["labels"][: self._num_real_examples(), 0] != IGNORE_INDEX).sum()
         return {**kwargs, "shift_labels": shift_labels_BC, "num_items_in_batch": self._sum(count)}
 
     def loss(self, loss_of_rank: torch.Tensor, scaled_by_trainer: bool) -> torch.Tensor:

@@ -150,6 +150,8 @@ class Guard:
             return None
         batch = kwargs.get(KEY)
         evaluator.batch = None
+        if evaluator.token_reads is not None:
+            evaluator.token_reads.inside_model = True
         if batch is None and not (model.training and kwargs.get("labels") is not None):
             return None  # whole sequences: generation, samples
         mode = _mode(model)
@@ -181,6 +183,8 @@ class Guard:
         context, evaluator = process.current(), process.current_evaluator()
         if context is None or evaluator is None or kwargs.get(KEY) is None:
             return None
+        if evaluator.token_reads is not None:
+            evaluator.token_reads.inside_model = False
         mode = _mode(model)
         if mode not in self._proven:
             _check_calls(model, call_count.stop())
@@ -215,6 +219,7 @@ class Guard:
             model.training,
             is_first or error is not None,
             targets,
+            _number_of_items(kwargs) if model.training else math.nan,
             *evaluator.monitor.take_last(),
         )
         messages = exchange(mine, kwargs["input_ids"].device if "input_ids" in kwargs else model.device)
@@ -222,11 +227,7 @@ class Guard:
             refuse_together(error, _facts(model, batch), context)
         different = find_disagreement(messages, context)
         if different is not None:
-            raise ValueError(
-                f"{self._when()}{different}. Random numbers were drawn on some of them only, or differently: by a "
-                "sampler, a dataset or collator that augments, or a callback. Draw them on all ranks alike, from a "
-                "generator of their own with one seed."
-            )
+            raise ValueError(f"{self._when()}{different}. {_advice(different)}")
         other_loss = find_other_loss(messages, context)
         if other_loss is not None:
             raise ValueError(f"{self._when()}{other_loss}")
@@ -268,6 +269,23 @@ def _mode(model: PreTrainedModel) -> str:
 def _needs_count(kwargs: dict[str, Any]) -> bool:
     """Whether the caller wants a mean over the targets and leaves it to the model to count them."""
     return kwargs.get("labels") is not None and kwargs.get("num_items_in_batch") is None
+
+
+def _number_of_items(kwargs: dict[str, Any]) -> float:
+    items = kwargs.get("num_items_in_batch")
+    return math.nan if items is None else float(items)
+
+
+def _advice(different: str) -> str:
+    if "num_items_in_batch" in different:
+        return (
+            "Count the targets of all ranks (accelerator.reduce(..., reduction='sum')), or leave num_items_in_batch "
+            "out: then they are counted here."
+        )
+    return (
+        "Random numbers were drawn on some of them only, or differently: by a sampler, a dataset or collator that "
+        "augments, or a callback. Draw them on all ranks alike, from a generator of their own with one seed."
+    )
 
 
 def _count_targets(kwargs: dict[str, Any]) -> float:

@@ -68,19 +68,14 @@ class LossMonitor:
             return value
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return value
-        alias = value.view_as(value)
-        # The Trainer multiplies the loss in place, so its value is kept apart.
-        before = value.detach().clone() if name == "loss" else value.detach()
-        alias.register_hook(self._hook(name, before, num_ranks))
-        return alias
+        return _Alias.apply(value, self._hook(name, value.detach(), num_ranks))
 
-    def _hook(self, name: str, value: torch.Tensor, num_ranks: int) -> Callable[[torch.Tensor | None], Any]:
-        def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:
-            if gradient is None:  # DDP hands on that an output was not used
-                return None
+    def _hook(self, name: str, value: torch.Tensor, num_ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
             if name == "loss":
-                self._terms.append((gradient.detach(), value))
-                return None
+                if self.recording is None:  # a trial step compares gradients itself
+                    self._terms.append((gradient.detach(), value))
+                return gradient
             if name in WHOLE_ON_EVERY_RANK:
                 return gradient * num_ranks
             self._outside = True
@@ -93,7 +88,7 @@ class LossMonitor:
                     "Let the model compute the loss from its labels, or train with a Trainer whose compute_loss takes "
                     "the sum over shift_labels, divided by num_items_in_batch: a trial step then proves it."
                 )
-            return None
+            return gradient
 
         return hook
 
@@ -120,12 +115,28 @@ class LossMonitor:
         if self.is_compared:
             return None
         self.is_compared = True
-        return PassMessage(NO_FINGERPRINT, True, False, 0.0, *self.take_last())
+        return PassMessage(NO_FINGERPRINT, True, False, 0.0, NAN, *self.take_last())
 
     def take_last(self) -> tuple[float, float, float]:
         """Return factor, residual and its rounding of the last backward pass, once; NaN if there is none."""
         last, self._last = self._last, None
         return (NAN, NAN, NAN) if last is None else (float(last[0]), float(last[1]), float(last[2]))
+
+
+class _Alias(torch.autograd.Function):
+    """The same tensor, whose gradient passes through a hook: a hook of the tensor would be lost if it is changed in
+    place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, hook: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.hook = hook
+        return x.view_as(x) if x.ndim else x.clone()  # the Trainer multiplies the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        (gradient,) = gradients  # None where DDP hands on that an output was not used
+        return None if gradient is None else ctx.hook(gradient), None
 
 
 def find_other_loss(messages: Sequence[PassMessage], context: ProcessContext) -> str | None:

@@ -7,7 +7,6 @@ ranks, or with a message about something else; what nobody has named is caught b
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 
 from .collator import ContextParallelCollator
@@ -44,12 +43,16 @@ def _collator(trainer: Trainer) -> str | None:
 
 
 def _compiled(trainer: Trainer) -> str | None:
-    compiled = [part for part in _wrappers(trainer.model) if getattr(part, "_compiled_call_impl", None) is not None]
-    if not compiled and not any(hasattr(part, "_orig_mod") for part in _wrappers(trainer.model)):
+    compiled = [
+        name or type(part).__name__
+        for name, part in trainer.model.named_modules()
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+    ]
+    if not compiled:
         return None
     return (
-        "The model is compiled (model.compile() or torch.compile), which is not proven yet with context parallelism. "
-        "Leave it out."
+        f"The model is compiled (model.compile() or torch.compile, for {compiled[0]}), which is not proven yet with "
+        "context parallelism. Leave it out."
     )
 
 
@@ -81,14 +84,6 @@ TRAINER_RULES: tuple[Callable[[Trainer], str | None], ...] = (
     _prompt_learning,
     _activated_lora,
 )
-
-
-def _wrappers(model: Any) -> Iterator[nn.Module]:
-    """The model and what it wraps, from the outside in."""
-    while isinstance(model, nn.Module):
-        yield model
-        get_base_model: Any = getattr(model, "get_base_model", None)
-        model = getattr(model, "module", None) if get_base_model is None else get_base_model()
 
 
 def _peft_configs(model: Any) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,7 @@ from .backend import NOT_FROM_COLLATOR
 from .batch import KEY, ContextParallelBatch
 from .evaluation import Evaluator
 from .preserve import preserved
+from .token_reads import TokenReads
 from .trial_inputs import TrialInputs, make_inputs
 
 logger = logging.getLogger("ring_hf")
@@ -106,7 +107,7 @@ def run_trial(
     assert isinstance(batch, ContextParallelBatch)
     agree({"the batch (hash of its tokens, labels and documents)": batch.fingerprint}, None, group_of(context.group))
     few = make_inputs(model, inputs, context)
-    parameters = _choose_parameters(model)
+    parameters = _choose_parameters(model if owner is None else owner.model)
     is_half = model.dtype in full_precision.HALF
     widened = is_half and full_precision.fits(model)
     attempt = functools.partial(_attempt, few, step, parameters, context, evaluator, count)
@@ -166,11 +167,15 @@ def _attempt(
     _agree_on_failure(whole, "on whole sequences", context)
     recording: set[str] = set()
     evaluator.monitor.recording = recording
+    evaluator.token_reads = TokenReads(few.sharded)
     try:
-        sharded = _run(lambda: take_step(few.sharded, context.num_replicas), parameters)
+        with evaluator.token_reads:
+            sharded = _run(lambda: take_step(few.sharded, context.num_replicas), parameters)
+        error = evaluator.token_reads.error()
     finally:
-        evaluator.monitor.recording = None
+        evaluator.monitor.recording = evaluator.token_reads = None
     _agree_on_failure(sharded, "on shards", context)
+    agree_on(error, context)
     assert not isinstance(whole, str) and not isinstance(sharded, str)
     return whole, sharded, frozenset(recording)
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from ring_hf.hf import ContextParallelCollator, context
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
 from ring_hf.hf.loss_monitor import find_other_loss
 from ring_hf.hf.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
 from tests.harness import run_distributed
@@ -18,14 +20,14 @@ from tests.hf.models import context_of, llama, rows
 
 FINGERPRINTS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 NUMBERS = st.floats(allow_nan=False)
-MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), NUMBERS, NUMBERS, NUMBERS, NUMBERS)
-PLAIN = PassMessage("ab" * 16, True, False, 3.0, 2.0, 0.0, 1e-6)
+MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), *[NUMBERS] * 5)
+PLAIN = PassMessage("ab" * 16, True, False, 3.0, 9.0, 2.0, 0.0, 1e-6)
 
 
 @given(MESSAGES)
-def test_encoded_messages_are_56_bytes_and_come_back(message):
+def test_encoded_messages_are_64_bytes_and_come_back(message):
     numbers = message.encode()
-    assert len(numbers) == 7 and all(-(2**63) <= number < 2**63 for number in numbers)
+    assert len(numbers) == 8 and all(-(2**63) <= number < 2**63 for number in numbers)
     assert PassMessage.decode(torch.tensor(numbers, dtype=torch.int64).tolist()) == message
 
 
@@ -40,6 +42,9 @@ def test_ranks_of_one_group_must_agree_and_those_of_two_need_not():
     assert find_disagreement([PLAIN, PLAIN, other, other], context_of(2, 0)) is None
     message = find_disagreement([PLAIN, PLAIN, other, PLAIN], context_of(2, 0))
     assert f"rank 2: {'cd' * 16}, rank 3: {'ab' * 16}" in message
+    assert "num_items_in_batch (rank 0: 9, rank 1: 4)" in find_disagreement(
+        [PLAIN, replace(PLAIN, num_items=4.0)], context_of(2, 0)
+    )
     assert "the mode (rank 0: training, rank 1: evaluation)" in find_disagreement(
         [PLAIN, replace(PLAIN, is_training=False)], context_of(2, 0)
     )
@@ -109,3 +114,50 @@ def test_ranks_that_drift_apart_are_refused_together_with_step_and_fingerprints(
         f"In optimizer step {step + 1}: the ranks that share a sequence disagree about the batch"
     )
     assert "rank 0: " in message and "rank 1: " in message and "Random numbers were drawn" in message
+
+
+def loop(rank, world_size, change, count):
+    """A hand-written loop of two steps, which changes the loss of rank 1 in the second."""
+    accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=2))
+    model = llama()
+    loader = DataLoader(rows(*[16] * 8), batch_size=2, collate_fn=ContextParallelCollator(model))
+    model, loader = accelerator.prepare(model, loader)
+    num_backward = 0
+    try:
+        for step, batch in enumerate(loader):
+            targets = {"num_items_in_batch": torch.tensor(30.0 + count * rank)} if count is not None else {}
+            loss = model(**batch, **targets).loss
+            accelerator.backward(change(loss) if rank and step == 1 else loss)
+            num_backward += 1
+    except ValueError as error:
+        return num_backward, str(error)
+    finally:
+        context.reset()
+    return num_backward, "nothing was raised"
+
+
+def plus_constant(loss):
+    return loss + 0.1
+
+
+def squared(loss):
+    return loss**2
+
+
+def same(loss):
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(plus_constant, "adds to the loss of the model"), (squared, "multiplies the loss of the")]
+)
+def test_a_loss_that_changes_later_is_refused_with_the_next_pass(change, words):
+    for num_backward, message in run_distributed(2, loop, change, None):
+        assert num_backward == 2 and words in message
+
+
+@pytest.mark.parametrize("count", [None, 0, 1])
+def test_counts_that_differ_between_ranks_are_refused(count):
+    for num_backward, message in run_distributed(2, loop, same, count):
+        assert (num_backward, message) == (4, "nothing was raised") if not count else num_backward == 0
+        assert not count or "num_items_in_batch (rank 0: 30, rank 1: 31)" in message
