@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from .collator import ContextParallelCollator
-
 
 def _trl_trainer(trainer: Trainer) -> str | None:
     theirs = [kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
@@ -28,17 +26,6 @@ def _predict_with_generate(trainer: Trainer) -> str | None:
     return (
         "predict_with_generate=True generates from evaluation batches, of which every rank has its shard only. Set it "
         "to False, and generate from whole prompts after training (model.generate)."
-    )
-
-
-def _collator(trainer: Trainer) -> str | None:
-    own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
-    if isinstance(trainer.data_collator, ContextParallelCollator) or own_loader:
-        return None
-    return (
-        f"The Trainer's data_collator is a {type(trainer.data_collator).__name__}, which hands whole sequences to "
-        "every rank. Pass data_collator=ring_hf.ContextParallelCollator(model), with that one as its inner collator "
-        "(inner=...) if it is needed."
     )
 
 
@@ -79,7 +66,6 @@ def _activated_lora(trainer: Trainer) -> str | None:
 TRAINER_RULES: tuple[Callable[[Trainer], str | None], ...] = (
     _trl_trainer,
     _predict_with_generate,
-    _collator,
     _compiled,
     _prompt_learning,
     _activated_lora,

@@ -92,17 +92,6 @@ def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
     train(model, PadOrPack() if rank == 1 else ContextParallelCollator(model))
 
 
-def plain_loader_on_rank_1(rank: int, world_size: int) -> None:
-    class OwnLoader(Trainer):
-        def get_train_dataloader(self) -> Any:
-            collate = PadOrPack() if rank == 1 else self.data_collator
-            return self.accelerator.prepare(torch.utils.data.DataLoader(self.train_dataset, 2, collate_fn=collate))
-
-    model = llama()
-    collator = ContextParallelCollator(model)
-    OwnLoader(model, arguments(), data_collator=collator, train_dataset=rows(16, 20, 12, 16)).train()
-
-
 def generating_trainer(rank: int, world_size: int) -> None:
     model = llama()
     config = ContextParallelConfig(context_parallel_size=2)
@@ -255,7 +244,6 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
         other_rows_on_rank_1,
         other_layout_on_rank_1,
         plain_collator_on_rank_1,
-        plain_loader_on_rank_1,
         generating_trainer,
         compiled_model,
         prompt_tuning,

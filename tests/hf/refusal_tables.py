@@ -331,8 +331,7 @@ DISTRIBUTED = {
     "other_rows_on_rank_1": "The ranks disagree about the batch (hash of its tokens, labels and documents)",
     "other_layout_on_rank_1": "rank 1: The model attends with 'ring_zigzag', but the batch was sharded for layout "
     "'striped'",
-    "plain_collator_on_rank_1": "rank 1: The Trainer's data_collator is a PadOrPack",
-    "plain_loader_on_rank_1": "did not come from ContextParallelCollator",
+    "plain_collator_on_rank_1": "did not come from ContextParallelCollator",
     "generating_trainer": "predict_with_generate=True generates from evaluation batches",
     "compiled_model": "The model is compiled (model.compile() or torch.compile)",
     "prompt_tuning": "puts virtual tokens in front of the sequence",
