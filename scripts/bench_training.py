@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,14 @@ def sequences(job: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-def start(processes: int, measures_memory: bool = False) -> Team:
+def start(processes: int, measures_memory: bool = False, target: Callable[..., None] | None = None) -> Team:
     """A team whose ranks meet at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Team(processes, measures_memory, worker, lambda store: Path(f"{store}.port").write_text(str(port)))
+    return Team(
+        processes, measures_memory, target or worker, lambda store: Path(f"{store}.port").write_text(str(port))
+    )
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

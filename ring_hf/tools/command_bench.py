@@ -16,6 +16,7 @@ BENCHMARKS = {
     "training": "a training step through the Trainer, one process and two, every lever off and on: time, peak memory",
     "memory": "peak memory of a training step, every lever of ring_hf.memory off and on, each in its own process",
     "longest": "one step at 256K tokens, its loss compared with plain Transformers in one process",
+    "checks": "what the message of every forward pass and the trial step cost: seconds, share of a step",
     "peers": "this package, PyTorch's own ring and two packages from PyPI: exactness, time, peak memory",
 }
 _EXAMPLES = """examples:

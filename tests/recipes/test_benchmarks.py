@@ -109,6 +109,13 @@ def test_the_longest_sequence_has_the_loss_of_one_process(tmp_path):
     assert row["difference"] <= BAR and 3 < row["loss"] < 5
 
 
+def test_checks_are_timed_in_the_steps_they_belong_to(tmp_path):
+    sizes = ["--lengths", "64", "--layers", "1", "--hidden", "64", "--vocabulary", "48", "--steps", "3"]
+    run_command([*script("checks"), *sizes, "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "checks.json").read_text())["rows"]
+    assert 0 < row["shortest"] <= row["message"] < row["step"] and row["trial"] > 0
+
+
 def test_packages_to_install_are_named_with_their_versions():
     wanted = {CONTENDERS[variant["contender"]].package for variant in VARIANTS.values()} - {None}
     assert wanted == {"ring-attention-pytorch==0.5.20", "axolotl-ringmaster==0.2.7"}

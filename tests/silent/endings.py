@@ -148,7 +148,7 @@ def compiled_layers(setting: Setting) -> None:
 
 
 def compiled_copy(setting: Setting) -> None:
-    setting.train(torch.compile(setting.llama()))
+    setting.train(torch.compile(setting.llama()), remove_unused_columns=False)
 
 
 def prompt_tuning(setting: Setting) -> None:

@@ -15,7 +15,7 @@ Term = Callable[[Any, Any], torch.Tensor]  # of the model's outputs and its inpu
 
 
 def replaced_by(loss_of: Term) -> type[Trainer]:
-    """A Trainer whose loss is computed from `outputs` and `inputs`, as user's overrides of `compute_loss` do."""
+    """A Trainer whose loss is computed from `outputs` and `inputs`, as overrides of `compute_loss` do."""
 
     class OwnLoss(Trainer):
         def compute_loss(

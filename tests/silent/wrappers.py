@@ -85,7 +85,7 @@ def wrapper_that_does_no_harm(setting: Setting) -> None:
 
 
 def replaced_forward(setting: Setting) -> None:
-    """`model.forward` is wrapped in place, as profilers and patches do: the hooks still run."""
+    """`model.forward` is replaced by a wrapper, as profilers and patches do: the hooks still run."""
     model = setting.llama()
     forward = model.forward
 
@@ -190,7 +190,7 @@ def pairs_of_tokens(setting: Setting) -> None:
 
 
 def mask_by_hook(setting: Setting) -> None:
-    """A pre-hook on the model hides a random-looking tenth of the tokens, chosen by their place in the row."""
+    """A pre-hook on the model hides a random-looking tenth of the tokens, chosen by their position in the row."""
 
     def hide(module: Any, args: Any, kwargs: Any) -> Any:
         tokens = kwargs["input_ids"]
@@ -203,7 +203,7 @@ def mask_by_hook(setting: Setting) -> None:
 
 
 def one_token_at_a_time(setting: Setting) -> None:
-    """A gate that looks at nothing but the token itself: exact."""
+    """A gate that looks at nothing but the token itself, which a trial of a few tokens cannot tell."""
 
     class Even(_Gated):
         def gate(self, input_ids: torch.Tensor) -> torch.Tensor:

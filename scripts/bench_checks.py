@@ -1,0 +1,143 @@
+"""What the run-time checks cost: the message of every forward pass, and the trial step before the first one.
+
+Two processes share each sequence of a small Llama, through the Trainer. The message is timed inside the steps of that
+one run; its seconds contain the wait for the slower rank, so the shortest of all steps is given too. The trial step is
+switched on (`verify=True`), though such a model needs none.
+
+    python scripts/bench_checks.py --output results/
+    python scripts/bench_checks.py --lengths 1024 --steps 4
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from scripts.bench_training import model_config, sequences
+from scripts.teams import Team, report
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps; the first is not counted")
+    parser.add_argument("--processes", type=int, default=2, help="ranks that share the sequence, one thread each")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--output", type=Path, help="folder for checks.json and checks.md")
+    return parser.parse_args()
+
+
+class Stopwatch:
+    """Seconds of every call of a function."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.seconds: list[float] = []
+        self._function = getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            self.seconds.append(time.perf_counter() - began)
+
+
+def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: Any, results: Any) -> None:
+    """One rank; the single process that a team holds besides has nothing to do here."""
+    torch.set_num_threads(1)
+    if rank == processes:
+        jobs.get()
+        return
+    port = Path(f"{store}.port").read_text()
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"})
+    while (job := jobs.get()) is not None:
+        results.put(train(job))
+
+
+def train(job: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a step and of the message in it, the shortest message, and seconds of the trial step."""
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    import ring_hf
+    from ring_hf.hf import guard, trainer_hooks
+
+    steps: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            steps.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            steps[-1] += time.perf_counter()
+
+    set_seed(0)
+    messages, trials = Stopwatch(guard, "exchange"), Stopwatch(trainer_hooks, "run_trial")
+    model = LlamaForCausalLM(model_config(job, "ring_zigzag"))
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in sequences(job)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=job["steps"],
+            per_device_train_batch_size=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=job["processes"], verify=True),
+        )
+        collator = ring_hf.ContextParallelCollator(model)
+        Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()  # type: ignore[arg-type]
+    setattr(guard, "exchange", messages._function)  # noqa: B010
+    setattr(trainer_hooks, "run_trial", trials._function)  # noqa: B010
+    in_steps = messages.seconds[-len(steps) + 1 :]
+    return {
+        "step": statistics.median(steps[1:]),
+        "message": statistics.median(in_steps),
+        "shortest": min(in_steps),
+        "trial": trials.seconds[0],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| tokens | step s | message ms (median) | shortest ms | share of a step | trial step s | in steps |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['length']:,} | {row['step']:.3f} | {row['message'] * 1e3:.2f} | {row['shortest'] * 1e3:.2f} "
+            f"| {row['message'] / row['step']:.2%} | {row['trial']:.2f} | {row['trial'] / row['step']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from scripts.bench_training import start
+
+    arguments = parse_arguments()
+    team: Team = start(arguments.processes, target=worker)
+    rows = []
+    for length in tqdm(arguments.lengths, desc="checks", disable=None):
+        job = {**{key: value for key, value in vars(arguments).items() if key != "output"}, "length": length}
+        team.run({**job, "length": 256})  # code and buffers of a first run
+        rows.append({"length": length, **team.run(job)})
+    team.stop()
+    sizes = f"{arguments.processes} processes, {arguments.layers} layers, hidden {arguments.hidden}, fp32"
+    report(arguments.output, "checks", f"{sizes}\n\n{table(rows)}\n", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What was silently wrong, hung or was refused late, a case each: exact, or refused by all ranks with one message.
+
+`REFUSED` says which of both, where a case allows either: what was made exact must not become a refusal unnoticed.
+Cases that need TRL run where it is installed; `python -m tests.silent.report` prints them all as a table.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.silent.cases import CASES, EITHER, KINDS
+from tests.silent.report import launch, outcome
+
+REFUSED = {
+    1: ("shuffled_stream", "hardest_rows_first", "generator_of_the_system"),
+    2: (
+        *("weighted_cross_entropy", "focal_loss", "z_loss", "adalora", "entropy_bonus", "repetition_penalty"),
+        *("hidden_states_by_hook", "largest_activation_by_hook", "flooding", "clamped_loss", "scaled_by_rows"),
+        *("distillation", "second_backward", "clipped_gradient_by_hook", "own_training_step", "shadow"),
+        "loss_function_of_the_trainer",
+    ),
+    3: ("count_of_its_own_batch", "loop_with_count_of_a_shard", "loop_of_plain_pytorch"),
+    4: (
+        *("multi_token_prediction", "own_cross_entropy", "later_tokens_weigh_more", "answers_only", "pooled_head"),
+        *("contrastive_neighbours", "token_shift", "positions_of_its_own", "smoothed_labels_inside"),
+        "noise_in_the_model",
+    ),
+    5: ("adaption_prompt", "adalora_evaluated", "wrapper_that_calls_forward", "wrapper_that_calls_the_decoder"),
+    6: (
+        *("activated_lora", "prompt_of_first_tokens", "after_a_separator", "counts_of_tokens", "pairs_of_tokens"),
+        *("mask_by_hook", "one_token_at_a_time"),
+    ),
+    7: ("padded_to_max_length", "labels_filled_with_the_pad_token", "two_ends_of_text", "padded_in_evaluation"),
+    11: ("sft_packed", "generated_predictions_without_metrics"),
+}
+RUNNABLE = [case for case in CASES if not case.needs_trl or find_spec("trl") is not None]
+NAMES = [case.name for case in RUNNABLE]
+
+
+def pinned(case):
+    if case.expected != EITHER:
+        return case.expected
+    return "refused" if case.run.__name__ in REFUSED.get(case.item, ()) else "exact"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Records by mode and name; only what must be exact needs a reference."""
+    folder = tmp_path_factory.mktemp("silent")
+    exact = [case for case in RUNNABLE if pinned(case) == "exact"]
+    return {
+        "shared": launch(folder, "shared", RUNNABLE),
+        "reference": launch(folder, "reference", exact),
+        "alone": launch(folder, "alone", [case for case in RUNNABLE if case.alone]),
+    }
+
+
+def test_every_kind_has_listed_cases_and_two_more():
+    for item, kind in KINDS.items():
+        listed = [case.listed for case in CASES if case.item == item]
+        assert any(listed), kind
+        if item <= 8:
+            assert listed.count(False) >= 2, kind
+    known = {name for names in REFUSED.values() for name in names}
+    assert known <= {case.run.__name__ for case in CASES}
+
+
+@pytest.mark.timeout(900)  # the first waits for the launches
+@pytest.mark.parametrize("case", RUNNABLE, ids=NAMES)
+def test_numbers_are_exact_or_refused(results, case):
+    shared = results["shared"][case.name]
+    together = outcome(shared, results["reference"].get(case.name, shared))
+    assert together.verdict == pinned(case), f"{case.name} is {together.verdict}: {together.detail}"
+    if case.alone:
+        alone = results["alone"][case.name]
+        verdict = outcome(alone, results["reference"].get(case.name, alone))
+        assert verdict.verdict == pinned(case), f"{case.name} in one process is {verdict.verdict}: {verdict.detail}"
