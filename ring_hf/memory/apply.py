@@ -1,5 +1,6 @@
 """`apply(model, config)`: find what each lever works on, prove it on the model itself, switch it on, say so."""
 
+import functools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -113,12 +114,39 @@ def _refuse_model(model: Any) -> None:
             "Parameters of the model are on the meta device, so nothing can be tried on it. Load its weights before "
             "memory.apply."
         )
-    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    replaced = [(name, module) for name, module in model.named_modules() if "forward" in vars(module)]
     if replaced:
+        name, module = replaced[0]
         raise ValueError(
-            f"The forward of {len(replaced)} modules was replaced ({replaced[0] or type(model).__name__}, for "
-            "example), as Accelerate does for device_map. Call memory.apply on a model that is loaded plainly."
+            f"The forward of {len(replaced)} modules was replaced ({name or type(model).__name__}, for example), "
+            f"{_cause_of(module)}"
         )
+
+
+def _replaced_by(module: nn.Module) -> str:
+    """Return the name of the Python module whose function stands in for the forward of an instance."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    # Of the function itself: `functools.wraps` gives it the name of what it replaces.
+    return getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "")
+
+
+def _has_trl_head(module: nn.Module) -> bool:
+    return _replaced_by(module).split(".")[0] == "trl"
+
+
+def _cause_of(module: nn.Module) -> str:
+    """Say who replaced a forward, and what to do about it."""
+    if _has_trl_head(module):
+        return (
+            "by TRL: its trainers give a model a fused LM head, which takes the loss tile by tile itself. Call "
+            "memory.apply before the trainer is made, with loss_block=None."
+        )
+    if hasattr(module, "_hf_hook"):
+        return "as Accelerate does for device_map. Call memory.apply on a model that is loaded without device_map."
+    source = f"a function of {_replaced_by(module)}" if _replaced_by(module) else "something that is not a Python function"
+    return f"by {source}. Call memory.apply first, on the model as it is loaded."
 
 
 def _refuse_compiled(model: Any, args: tuple) -> None:
@@ -214,6 +242,11 @@ def _switch_loss(model: Any, config: MemoryConfig) -> None:
         while armed:
             arm(armed.pop(), None)
         if wanted and not asked and output is not None:
+            if _has_trl_head(module):
+                raise ValueError(
+                    f"TRL gave {type(module).__name__} a fused LM head, which takes the loss tile by tile itself and "
+                    "never asks the model's loss function, so that loss_block would be ignored. Set loss_block=None."
+                )
             raise ValueError(
                 f"The forward pass of {type(module).__name__} was replaced since memory.apply, and does not call the "
                 "model's loss function, so that loss_block would be ignored. Leave the replacement (such as "
