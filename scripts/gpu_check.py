@@ -6,13 +6,14 @@ Three sections, each of which is kept when it is done, so that a run that was st
     trainer     losses and grad norms of a ring, emulated on one device and run on several, against one process
     benchmark   attention TFLOP/s of rings (all blocks resident) against one device with the whole sequence
 
-    python scripts/gpu_check.py                          # minutes on one GPU; writes scripts/results/gpu_check_...
+    python scripts/gpu_check.py                          # minutes on one GPU; writes runs/gpu_check/...
     python scripts/gpu_check.py --quick
     python scripts/gpu_check.py --only exactness         # or several: exactness,benchmark
     python scripts/gpu_check.py --only exactness --kernels kernels-community/flash-attn3   # loaded from the hub
     python scripts/gpu_check.py --emulate --quick        # on a CPU, at sizes that say nothing of speed
 
-Writes results.json and results.md. The exit code is 1 if anything is not exact.
+Writes results.json and results.md, by default to a folder of the device and the day in runs/gpu_check, which git
+ignores; it is named first and last. The exit code is 1 if anything is not exact.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from ring_hf.kernels import check_name
 from scripts.checks import exactness, timing, training
 from scripts.checks.report import markdown
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "runs" / "gpu_check"  # git ignores runs/
 Progress = Callable[[str, int], None]
 SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress], dict[str, Any]]] = {
     "exactness": lambda device, options, say: exactness.run(
@@ -53,7 +54,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer problems and lengths")
     parser.add_argument("--emulate", action="store_true", help="run on the CPU, with tiny shapes")
-    parser.add_argument("--output", type=Path, help="folder (default: scripts/results/gpu_check_DEVICE_DATE)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/gpu_check/DEVICE_DATE)")
     parser.add_argument("--again", action="store_true", help="repeat sections that are done already")
     return parser.parse_args(words)
 
@@ -76,8 +77,9 @@ def main(words: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.emulate else "cuda")
     about = describe(device, sys.argv[1:] if words is None else words)
     name = re.sub(r"[^A-Za-z0-9]+", "-", about["device"]).strip("-")
-    folder = options.output or RESULTS / f"gpu_check_{name}_{about['date']}"
+    folder = options.output or RESULTS / f"{name}_{about['date']}"
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"results: {folder}")
     path = folder / "results.json"
     settings = {"quick": options.quick, "emulate": options.emulate, "kernels": options.kernels}
     settings["versions"] = about["versions"]

@@ -12,6 +12,7 @@ import torch
 
 from ring_hf.kernels import KERNELS, merge
 from ring_hf.parallel import emulation, resident
+from scripts import gpu_check
 from scripts.checks import exactness, report, timing, training
 from scripts.gpu_check import SECTIONS, main
 from tests import aten_stand_ins, flash_stand_ins
@@ -115,6 +116,19 @@ def test_a_wrong_kernel_makes_the_command_fail_until_it_is_repaired(tmp_path, mo
     assert main(words) == 0  # what is done is
     assert "exactness: done before, kept (--again repeats it)" in capsys.readouterr().out
     assert (tmp_path / "results.md").read_text() == text
+
+
+def test_results_go_where_git_does_not_look_and_the_place_is_named(tmp_path, monkeypatch, capsys):
+    assert gpu_check.RESULTS == ROOT / "runs" / "gpu_check"
+    assert "runs/" in (ROOT / ".gitignore").read_text().splitlines()
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(exactness, "problems", lambda quick, tiny: [exactness.Problem(unit=13)])
+    assert main([*QUICK, "--only", "exactness"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert re.fullmatch(r"CPU-\d+-cores_\d{4}-\d\d-\d\d", folder.name)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"results: {folder}" and lines[-1] == f"written: {folder}/results.json and results.md"
+    assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md"]
 
 
 GPU_KERNELS = {
