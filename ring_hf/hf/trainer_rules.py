@@ -21,11 +21,11 @@ def _trl_trainer(trainer: Trainer) -> str | None:
 
 
 def _predict_with_generate(trainer: Trainer) -> str | None:
-    if not getattr(trainer.args, "predict_with_generate", False):
-        return None
+    if not getattr(trainer.args, "predict_with_generate", False) or trainer.compute_metrics is None:
+        return None  # without metrics the Trainer asks for losses only
     return (
-        "predict_with_generate=True generates from evaluation batches, of which every rank has its shard only. Set it "
-        "to False, and generate from whole prompts after training (model.generate)."
+        "predict_with_generate=True with compute_metrics generates from evaluation batches, of which every rank has "
+        "its shard only. Set it to False, and generate from whole prompts after training (model.generate)."
     )
 
 

@@ -332,7 +332,7 @@ DISTRIBUTED = {
     "other_layout_on_rank_1": "rank 1: The model attends with 'ring_zigzag', but the batch was sharded for layout "
     "'striped'",
     "plain_collator_on_rank_1": "did not come from ContextParallelCollator",
-    "generating_trainer": "predict_with_generate=True generates from evaluation batches",
+    "generating_trainer": "predict_with_generate=True with compute_metrics generates from evaluation batches",
     "compiled_model": "The model is compiled (model.compile() or torch.compile)",
     "prompt_tuning": "puts virtual tokens in front of the sequence",
     "activated_lora": "'default' is an activated LoRA: it looks for its alora_invocation_tokens",
