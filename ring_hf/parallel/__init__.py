@@ -6,7 +6,16 @@ Start at `ring_attention`; `agree` is how ranks refuse together.
 from .agreement import agree, gather_numbers, num_processes
 from .attention import check_tensors, local_attention, ring_attention
 from .functional import context_attention
-from .groups import all_gather, all_reduce, broadcast_object, forget_group, group_of, rank_in, register_group
+from .groups import (
+    all_gather,
+    all_reduce,
+    broadcast_object,
+    end_groups,
+    forget_group,
+    group_of,
+    rank_in,
+    register_group,
+)
 from .sharding import cut, join, shard, unshard
 from .warm_up import warm_up
 
@@ -18,6 +27,7 @@ __all__ = [
     "check_tensors",
     "context_attention",
     "cut",
+    "end_groups",
     "forget_group",
     "gather_numbers",
     "group_of",

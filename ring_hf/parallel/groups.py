@@ -2,6 +2,8 @@
 of our own, so that exchanges never wait in the queue of a group on which FSDP or Accelerate post theirs."""
 
 import contextlib
+import logging
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -11,11 +13,17 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from .shutdown import register_shutdown
+
+logger = logging.getLogger("ring_hf")
+
 _GROUPS: dict[str, ProcessGroup] = {}
 # By name of the group they were made for, purpose, ranks: that group and ours.
 _OWN: dict[tuple[str, str, tuple[int, ...]], tuple[ProcessGroup, ProcessGroup]] = {}
 # By name of the group that was warmed up: that group, and how its ranks were split.
 _WARM: dict[str, tuple[ProcessGroup, set[Hashable]]] = {}
+# Default groups during whose life a group was registered: those that end with the process.
+_DEFAULTS: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 _made = 0  # groups of ours so far, in the process of those it has met that has made most
 
 
@@ -29,6 +37,9 @@ def register_group(group: ProcessGroup | DeviceMesh) -> str:
             )
         group = group.get_group()
     _GROUPS[group.group_name] = group
+    if dist.group.WORLD is not None:
+        _DEFAULTS.add(dist.group.WORLD)
+        register_shutdown(end_groups)
     return group.group_name
 
 
@@ -74,6 +85,37 @@ def forget_group(group: ProcessGroup) -> None:
             dist.destroy_process_group(made)
     _WARM.pop(group.group_name, None)
     _GROUPS.pop(group.group_name, None)
+
+
+def end_groups(failed: bool = False) -> list[ProcessGroup]:
+    """Destroy our groups, the latest first, then the default group if groups were registered under it; forget all.
+
+    Not a collective call on gloo, whose destructor waits only for what this process itself has posted. Groups that
+    were destroyed already, and a default group that nothing was registered under, are left alone. Called at exit
+    (`shutdown.py`); after a failure it destroys nothing and returns the groups that must not be destructed.
+    """
+    world = dist.group.WORLD
+    ending = [world] if world is not None and world in _DEFAULTS else []
+    ending += [made for _, made in _OWN.values()]
+    if failed:
+        every = distributed_c10d._world.pg_map if ending else ()
+        return [group for group in every if _backends(group) == {"gloo"}]
+    del world
+    for known in (_OWN, _WARM, _GROUPS):
+        known.clear()
+    while ending:
+        group = ending.pop()
+        if _alive(group):
+            try:
+                dist.destroy_process_group(group)
+            except RuntimeError:
+                logger.warning("The group %r did not end in order.", group.group_desc, exc_info=True)
+        del group  # if this was the last reference, its threads are joined here
+    return []
+
+
+def _backends(group: ProcessGroup) -> set[str]:
+    return {entry.rpartition(":")[2] for entry in dist.get_backend_config(group).split(",")}
 
 
 def splits_that_are_warm(group: ProcessGroup) -> set[Hashable]:
@@ -159,3 +201,19 @@ def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:
     gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group_of(name)))]
     dist.all_gather(gathered, x, group=group_of(name))
     return gathered
+
+
+def all_reduce(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the sum of `x` over the ranks of a registered group, the same bits on every rank; no gradient."""
+    total = x.detach().clone().contiguous()
+    dist.all_reduce(total, group=group_of(name))
+    return total
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return the (picklable) `value` of the first process on every process. A collective call of the default group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
