@@ -67,6 +67,7 @@ def main() -> None:
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
+    trainer.accelerator.wait_for_everyone()  # if a rank died while another is writing, the launcher would end that one
 
 
 def only_main_process_logs(training_args: TrainingArguments) -> None:
