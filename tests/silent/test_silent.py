@@ -1,8 +1,8 @@
 """What was silently wrong, hung or was refused late, a case each: exact, or refused by all ranks with one message.
 
 `REFUSED` says which of both, where a case allows either: what was made exact must not become a refusal unnoticed.
-Here run those that the reports named and three more of each kind; all of them with RING_HF_ALL_CASES=1 (six minutes), and
-as a table by `python -m tests.silent.report FOLDER`. Cases that need TRL run where it is installed.
+Here run those that the reports named and three more of each kind; all of them with RING_HF_ALL_CASES=1 (six minutes),
+and as a table by `python -m tests.silent.report FOLDER`. Cases that need TRL run where it is installed.
 """
 
 import os
