@@ -145,7 +145,8 @@ def _cause_of(module: nn.Module) -> str:
         )
     if hasattr(module, "_hf_hook"):
         return "as Accelerate does for device_map. Call memory.apply on a model that is loaded without device_map."
-    source = f"a function of {_replaced_by(module)}" if _replaced_by(module) else "something that is not a Python function"
+    source = _replaced_by(module)
+    source = f"a function of {source}" if source else "something that is not a Python function"
     return f"by {source}. Call memory.apply first, on the model as it is loaded."
 
 
