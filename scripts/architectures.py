@@ -1,27 +1,49 @@
-"""Writes the table of architectures into the README, from the same data that the tests prove.
+"""Writes what the tests prove of architectures to where it is read: the table in the README, and the names of classes
+that need no trial step in `ring_hf/hf/proven.py`.
 
 python scripts/architectures.py
 """
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "proven.py"
 BEGIN, END = "<!-- generated: architectures -->", "<!-- end generated -->"
+NAMES_BEGIN, NAMES_END = '_NAMES = """\n', '\n"""'
+WIDTH = 115
 
 
 def with_table(readme: str) -> str:
-    """The README with the table between its markers made anew."""
+    """Return the README with the table between its markers made from the tests' data."""
     sys.path.insert(0, str(ROOT))
     from tests.hf.architectures import markdown
 
-    if readme.count(BEGIN) != 1:
-        raise ValueError(f"README.md holds {readme.count(BEGIN)} lines {BEGIN}; it must hold one, and {END} after it.")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", readme)
+    return _replace_between(readme, BEGIN, END, f"\n{markdown()}\n", "README.md")
+
+
+def with_names(module: str) -> str:
+    """Return `proven.py` with the names of the classes that the tests compare."""
+    sys.path.insert(0, str(ROOT))
+    from tests.hf.architectures import exact_classes
+
+    names = " ".join(sorted(exact_classes()))
+    indent = " " * 4
+    lines = textwrap.fill(names, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return _replace_between(module, NAMES_BEGIN, NAMES_END, lines, "proven.py")
+
+
+def _replace_between(text: str, begin: str, end: str, content: str, name: str) -> str:
+    if text.count(begin) != 1:
+        raise ValueError(
+            f"{name} holds {text.count(begin)} times {begin!r}; it must hold it once, and {end!r} after it."
+        )
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}{content}{end}", text)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text()))
+    for path, renew in ((README, with_table), (PROVEN, with_names)):
+        path.write_text(renew(path.read_text()))

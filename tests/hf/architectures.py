@@ -1,9 +1,10 @@
 """The verdict on every causal language model of Transformers: exact under context parallelism, or refused and why.
 
 `EXACT` maps a family (a `model_type`, with a variant behind a slash) to what its tiny random configuration changes in
-`SIZES`; `tests/hf/test_architectures.py` compares each with one process. `REFUSED` maps a family to a key of `REASONS`
-and what its configuration must say; the test asserts the message. Every family of Transformers must be in one of them,
-or in `UNTESTED` with the reason. `markdown()` is the table in the README (`scripts/architectures.py` writes it).
+`SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED` maps a family
+to a key of `REASONS` and what its configuration must say; the test asserts the message. Every family of Transformers
+must be in one of them, or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into the
+README and `exact_classes()` into `ring_hf/hf/proven.py`.
 """
 
 from typing import Any
@@ -228,6 +229,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "youtu": MLA,
 }
 
+# The Trainer does not tell their models the number of targets (`accepts_loss_kwargs = False`).
+NO_COUNT = ["gemma4"]
+
 # Families whose loss contains one of their routers, when asked.
 ROUTED = [
     *(
@@ -303,8 +307,8 @@ UNTESTED: dict[str, str] = {
 
 
 def model_class(config_class: type) -> type[PreTrainedModel]:
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    return found[0] if isinstance(found, (tuple, list)) else found
+    entry = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return entry[0] if isinstance(entry, (tuple, list)) else entry
 
 
 def make(name: str, changes: dict[str, Any], attention: str) -> PreTrainedModel:
@@ -339,14 +343,19 @@ def tiny(name: str, attention: str, dropout: bool = False, **more: Any) -> PreTr
 
 def dropouts(config: Any) -> dict[str, float]:
     """Every probability of dropping something in a configuration, but for heads that a language model has not."""
-    found = {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
-    return {key: value for key, value in found.items() if "classifier" not in key}
+    rates = {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    return {key: value for key, value in rates.items() if "classifier" not in key}
 
 
 def refused(name: str) -> PreTrainedModel:
     """A family of `REFUSED` as it is by default, without weights."""
     with torch.device("meta"):
         return make(name, NEEDS.get(name, {}), "ring_zigzag")
+
+
+def exact_classes() -> set[str]:
+    """Names of the classes that the families of `EXACT` are made of."""
+    return {model_class(CONFIG_MAPPING[name.split("/")[0]]).__name__ for name in EXACT}
 
 
 def exact_families() -> set[str]:
@@ -367,4 +376,5 @@ def markdown() -> str:
         lines.append(f"| {title} | {len(families)} | {', '.join(families)} |")
     untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
     count = f"{len(exact_families())} families exact ({len(EXACT)} configurations), {len(refused_families())} refused"
-    return f"{count} before anything is computed; not tested: {untested}.\n\n" + "\n".join(lines)
+    compared = "Compared is an optimizer step of an unmodified Trainer, in two processes and in one."
+    return f"{count} before anything is computed; not tested: {untested}. {compared}\n\n" + "\n".join(lines)
