@@ -37,13 +37,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; what does not fit is said in one line, without a traceback."""
+    """Runs one command and returns its exit code; what does not fit is said in one line, without a traceback, and so is
+    a file that cannot be opened."""
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
         print(f"ring-hf {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:  # of a connection, say: no file that an option names
+            raise
+        print(f"ring-hf {options.command}: {error.filename}: {error.strerror}. Name another file.", file=sys.stderr)
         return 2
 
 

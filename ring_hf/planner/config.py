@@ -65,6 +65,11 @@ def read_keys(text: str) -> tuple[Mapping[str, Any], str, str]:
             raise ValueError(
                 f"{file} is no JSON: {error}. Pass a config.json of Transformers, or its folder."
             ) from None
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{file} holds a {type(config).__name__} and no object of keys. Pass a config.json of Transformers, "
+                "or its folder."
+            )
         return config, path.name if path.is_dir() else path.parent.name or text, str(file)
     if path.is_dir():
         raise ValueError(f"{path} has no config.json. Pass the folder that save_pretrained wrote, or the file itself.")

@@ -148,3 +148,6 @@ def test_names_are_refused_with_those_close_to_them(tmp_path):
     (tmp_path / "config.json").write_text("no json")
     with pytest.raises(ValueError, match=r"config\.json is no JSON: .*Pass a config\.json of Transformers"):
         read_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list and no object of keys\. Pass a config\.json"):
+        read_model(str(tmp_path))

@@ -157,3 +157,20 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message, tmp_path, 
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("words", ["show --output {}/plan.png", "plan --model Qwen3-8B --seq 1M --json {}/plan.json"])
+def test_a_file_that_cannot_be_written_is_named(words, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(words.format(tmp_path / "file").split()) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error and error.endswith(". Name another file.\n") and "Traceback" not in error
+
+
+def test_other_failures_of_the_system_keep_their_traceback(monkeypatch):
+    def failing(options):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("ring_hf.tools.command_show.run", failing)
+    with pytest.raises(ConnectionRefusedError):
+        main(["show", "--output", "picture.png"])
