@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; what does not fit is said in one line, without a traceback, and so is
+    """Runs one command and returns its exit code; what does not fit is said in one line, without a traceback; so is
     a file that cannot be opened."""
     options = parser().parse_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
