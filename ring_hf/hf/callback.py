@@ -49,6 +49,7 @@ class ContextParallelCallback(TrainerCallback):
         self._tokens_since, self._time_since = guard.num_tokens, time.perf_counter()
         self._random_states.start(args.device)
         evaluator.monitor.restart()
+        guard.allowed_outputs = frozenset()
         seed_workers_by_replica(kwargs.get("train_dataloader"), context)
         if trainer is not None:
             arm_trial(trainer, base_model(model), guard)
@@ -69,6 +70,10 @@ class ContextParallelCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
             guard_model(model).prove_again()
+
+            # Accelerate marks a model that it prepared for evaluation, and would not wrap it for training later.
+            if hasattr(model, "_is_accelerate_prepared"):
+                model._is_accelerate_prepared = False
 
     on_predict = on_evaluate
 

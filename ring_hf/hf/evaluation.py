@@ -23,22 +23,44 @@ from torch.utils.data import IterableDataset
 
 from ring_hf.parallel import all_gather, join
 
+from . import context as process
 from .batch import IGNORE_INDEX, ContextParallelBatch
 from .context import ProcessContext
 from .loss_monitor import LossMonitor, find_other_loss
 from .pass_message import exchange
-from .token_reads import TokenReads
+
+
+class _OfProcess:
+    """An attribute that all evaluators of a process share: a model does not know whose Trainer runs it."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __get__(self, evaluator: Any, kind: Any = None) -> Any:
+        return self.value
+
+    def __set__(self, evaluator: Any, value: Any) -> None:
+        self.value = value
 
 
 class Evaluator:
-    """Evaluation in this process. `batch` is the sharded batch that the model saw last, while it is evaluated."""
+    """Evaluation in this process, for one accelerator.
+
+    Attributes:
+        batch: the sharded batch that a model saw last, while it is evaluated.
+        monitor: follows the losses that are trained.
+        captured: in a trial step, losses instead of backward passes.
+        token_reads: in a trial step, what looks at tokens outside of the model.
+    """
+
+    batch: Any = _OfProcess(None)
+    monitor: Any = _OfProcess(LossMonitor())
+    captured: Any = _OfProcess(None)
+    token_reads: Any = _OfProcess(None)
 
     def __init__(self, context: ProcessContext):
         self.context = context
-        self.batch: ContextParallelBatch | None = None
-        self.monitor = LossMonitor()
-        self.captured: list[torch.Tensor] | None = None  # in a trial step, losses instead of backward passes
-        self.token_reads: TokenReads | None = None  # in a trial step, what looks at tokens outside of the model
+        self.batch = None
         self.scalars_are_sums = False  # whether what a Trainer gathers as scalars are sums over tokens of this rank
         self.counts_first_labels = False  # whether the Trainer counts the first label of a row, which nothing predicts
         self._accelerator: Callable[[], Any] = lambda: None
@@ -151,6 +173,7 @@ class Evaluator:
     def _whole(self, shard: torch.Tensor) -> torch.Tensor:
         batch = self.batch
         assert batch is not None
+        self._refuse_other_config()
         if shard.ndim < 2 or shard.shape[1] != batch.shard_length:
             return shard
         if batch.examples is not None and self.context.num_replicas > 1:
@@ -181,7 +204,19 @@ class Evaluator:
         assert accelerator is not None, "called without the accelerator it was installed on"
         return getattr(type(accelerator), method)(accelerator, *args, **kwargs)
 
+    def _refuse_other_config(self) -> None:
+        """Raise if batches were sharded by the config of another Trainer, made since."""
+        current = process.current()
+        mine, other = (None if c is None else (c.size, c.num_replicas) for c in (self.context, current))
+        if mine != other:
+            raise ValueError(
+                f"This Trainer shares sequences among {self.context.size} ranks, but the one that was made last "
+                f"among {1 if current is None else current.size}. Evaluate a Trainer before another one with another "
+                "ContextParallelConfig is made, or make it again."
+            )
+
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._refuse_other_config()
         tensor = tensor[None] if tensor.ndim == 0 else tensor.contiguous()
         sums = torch.stack(all_gather(_checksum(tensor), self.context.group))
         if not bool((sums == sums[0]).all()):

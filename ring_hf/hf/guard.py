@@ -115,7 +115,8 @@ class Guard:
     Attributes:
         num_tokens: tokens of this rank that were trained on.
         optimizer_step: the step that is being trained, for messages; None where nobody counts.
-        trial_pending: whether the Trainer takes the trial step itself, with everything that it puts around the model.
+        in_trial: whether a trial step runs.
+        allowed_outputs: outputs that a trial step has proven to be used rightly outside of the model.
     """
 
     def __init__(self) -> None:
@@ -124,6 +125,7 @@ class Guard:
         self.optimizer_step: int | None = None
         self.logger: Any = None  # of several callbacks the one that adds to the logs
         self.in_trial = False
+        self.allowed_outputs: frozenset[str] = frozenset()
         self._announced: process.ProcessContext | None = None
         self._proven: set[str] = set()
         self._scaled_by_trainer = False
@@ -197,7 +199,7 @@ class Guard:
             if has_labels and self._counted_here:
                 # The engine takes the mean over ranks, of which each has a share of the group's loss.
                 output = _with_loss(output, lambda loss: loss * context.size)
-            return evaluator.monitor.alias_outputs(output, context.size, has_labels)
+            return evaluator.monitor.alias_outputs(output, context.size, has_labels, self.allowed_outputs)
         if not has_labels:
             return None
         return _with_loss(output, lambda loss: evaluator.loss(loss, self._scaled_by_trainer))

@@ -32,12 +32,10 @@ class LossMonitor:
     """Follows the losses of one process from the forward pass to the backward pass.
 
     Attributes:
-        allowed: names of outputs that a trial step has proven to be used rightly outside the model.
         recording: during a trial step, the names of outputs that get a gradient from outside; else None.
     """
 
     def __init__(self) -> None:
-        self.allowed: frozenset[str] = frozenset()
         self.recording: set[str] | None = None
         self.is_compared = False  # whether the ranks have compared a backward pass of this training
         self._terms: list[tuple[torch.Tensor, torch.Tensor]] = []  # (gradient of a loss, the loss)
@@ -46,31 +44,38 @@ class LossMonitor:
 
     def restart(self) -> None:
         """Compare the next backward pass at once, as another loop may begin."""
-        self.allowed, self.is_compared, self._last = frozenset(), False, None
+        self.is_compared, self._last = False, None
         self._terms.clear()
 
     # In the forward pass
 
-    def alias_outputs(self, output: Any, num_ranks: int, has_labels: bool) -> Any:
-        """Return the output of a model with every tensor replaced by an alias that tells who uses it."""
+    def alias_outputs(self, output: Any, num_ranks: int, has_labels: bool, allowed: frozenset[str]) -> Any:
+        """Return the output of a model with every tensor replaced by an alias that tells who uses it.
+
+        Args:
+            allowed: names of outputs that a trial step has proven to be used rightly outside the model.
+        """
         if isinstance(output, tuple):
             names = ["loss" if n == 0 and has_labels else f"output {n}" for n in range(len(output))]
-            return tuple(self._alias(name, x, num_ranks) for name, x in zip(names, output, strict=True))
+            return tuple(self._alias(name, x, num_ranks, allowed) for name, x in zip(names, output, strict=True))
         for name in list(output.keys()):
-            output[name] = self._alias(name, output[name], num_ranks)
+            output[name] = self._alias(name, output[name], num_ranks, allowed)
         return output
 
-    def _alias(self, name: str, value: Any, num_ranks: int) -> Any:
+    def _alias(self, name: str, value: Any, num_ranks: int, allowed: frozenset[str]) -> Any:
         if isinstance(value, tuple | list):
-            return type(value)([self._alias(name, x, num_ranks) for x in value]) if _is_plain(value) else value
+            parts = [self._alias(name, x, num_ranks, allowed) for x in value] if _is_plain(value) else value
+            return type(value)(parts) if _is_plain(value) else value
         if isinstance(value, DeferredLogits):
-            value.on_compute = lambda logits: self._alias(name, logits, num_ranks)
+            value.on_compute = lambda logits: self._alias(name, logits, num_ranks, allowed)
             return value
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return value
-        return _Alias.apply(value, self._hook(name, value.detach(), num_ranks))
+        return _Alias.apply(value, self._hook(name, value.detach(), num_ranks, allowed))
 
-    def _hook(self, name: str, value: torch.Tensor, num_ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _hook(
+        self, name: str, value: torch.Tensor, num_ranks: int, allowed: frozenset[str]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         def hook(gradient: torch.Tensor) -> torch.Tensor:
             if name == "loss":
                 if self.recording is None:  # a trial step compares gradients itself
@@ -81,7 +86,7 @@ class LossMonitor:
             self._outside = True
             if self.recording is not None:
                 self.recording.add(name)
-            elif name not in self.allowed:
+            elif name not in allowed:
                 raise ValueError(
                     f"The model's output {name!r} is used for the loss outside of the model, where this rank has only "
                     "its shard of the sequence, and no trial step has proven that the losses of the shards add up. "

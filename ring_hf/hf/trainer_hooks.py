@@ -90,10 +90,9 @@ def _take_trial(
 
     guard.in_trial = True
     try:
-        allowed = run_trial(
+        guard.allowed_outputs = run_trial(
             model, inputs, step, reason, context, evaluator, count=num_items is not None, owner=trainer
         )
-        evaluator.monitor.allowed = allowed
     finally:
         guard.in_trial = False
 

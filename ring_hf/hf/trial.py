@@ -16,7 +16,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from .trial_inputs import TrialInputs, make_inputs
 logger = logging.getLogger("ring_hf")
 
 MAX_COMPARED = 2**26  # gradient elements, smallest parameters first: every layer has small ones
+MAX_FROZEN = 2**22
 # Relative: loss, gradients.
 TOLERANCES = {torch.float64: (1e-6, 2e-5), torch.float32: (1e-5, 2e-4)}  # fp64 models keep norms in fp32
 WIDENED = (5e-6, 1e-2)  # computed in fp32, gradients rounded to half-precision weights
@@ -107,11 +108,10 @@ def run_trial(
     assert isinstance(batch, ContextParallelBatch)
     agree({"the batch (hash of its tokens, labels and documents)": batch.fingerprint}, None, group_of(context.group))
     few = make_inputs(model, inputs, context)
-    parameters = _choose_parameters(model if owner is None else owner.model)
     is_half = model.dtype in full_precision.HALF
     widened = is_half and full_precision.fits(model)
-    attempt = functools.partial(_attempt, few, step, parameters, context, evaluator, count)
-    with preserved(model, owner):
+    with preserved(model, owner), _compared(model if owner is None else owner.model) as parameters:
+        attempt = functools.partial(_attempt, few, step, parameters, context, evaluator, count)
         try:
             whole, sharded, used = attempt(widened)
         except ValueError:
@@ -250,14 +250,25 @@ def _compare(
     )
 
 
-def _choose_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the smallest parameters that are trained, as many as `MAX_COMPARED` elements allow."""
-    trained = sorted((p.numel(), name, p) for name, p in model.named_parameters() if p.requires_grad)
+@contextlib.contextmanager
+def _compared(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Choose the smallest parameters, as many as `MAX_COMPARED` elements allow, those that are trained first.
+
+    Some frozen ones get gradients for the length of the trial as well: of an adapter, those that are trained may have
+    none on a few tokens.
+    """
+    named = sorted((p.numel(), name, p) for name, p in model.named_parameters() if p.is_floating_point())
     chosen: dict[str, nn.Parameter] = {}
-    total = 0
-    for numel, name, parameter in trained:
-        if chosen and total + numel > MAX_COMPARED:
-            break
-        chosen[name] = parameter
-        total += numel
-    return chosen
+    for trained, budget in ((True, MAX_COMPARED), (False, MAX_FROZEN)):
+        for numel, name, parameter in named:
+            if parameter.requires_grad == trained and (numel <= budget or not chosen):
+                chosen[name] = parameter
+                budget -= numel
+    frozen = [parameter for parameter in chosen.values() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield chosen
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

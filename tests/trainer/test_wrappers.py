@@ -131,20 +131,12 @@ def test_a_deliberate_mistake_shows(wrapper_launches, reference, case):
     assert evaluations_apart(case.name, run, whole) > 1e-4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Accelerate takes a model that was evaluated for prepared: DDP never wraps it",
-)
 def test_training_after_an_evaluation_follows_one_process(wrapper_launches):
     run = result_of(wrapper_launches, 2, EVALUATED_FIRST.name)
     whole = result_of(wrapper_launches, 1, "plain")
     assert_same_run(EVALUATED_FIRST.name, run, whole)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the Trainer that was built last takes the context of all"
-)
 def test_evaluation_after_another_trainer_equals_one_process(wrapper_launches):
     run, whole = (result_of(wrapper_launches, world_size, AVERAGE.name) for world_size in (2, 1))
     assert run["final again"]["eval_loss"] == pytest.approx(whole["final again"]["eval_loss"], abs=MAX_LOSS)
