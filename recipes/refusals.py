@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import ring_hf
 
@@ -26,11 +26,12 @@ PATIENCE = 5.0
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's `main`; where it is refused, end this process with the message and the exit code 1."""
     try:
-        record(main)()
-    except ValueError as error:
-        if not is_refusal(error):
-            raise
-        end(f"{Path(sys.argv[0]).name}: {error}")
+        main()
+    except Exception as error:
+        if isinstance(error, ValueError) and is_refusal(error):
+            end(f"{Path(sys.argv[0]).name}: {error}")
+        get_error_handler().record_exception(error)  # its traceback, for the launcher's report
+        raise
 
 
 def is_refusal(error: ValueError) -> bool:
