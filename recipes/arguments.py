@@ -103,7 +103,9 @@ class ParallelArguments:
     """How a sequence is shared."""
 
     context_parallel_size: int | None = option(
-        None, "Processes that share a sequence. Default: as the launch line says, else 1."
+        None,
+        "Processes that share a sequence; 1 is plain data parallelism. Default: RING_HF_CONTEXT_PARALLEL_SIZE of the "
+        "launch line; several processes need one of the two.",
     )
     ulysses_size: str | None = option(
         None, "How many of them exchange heads instead of keys and values, or `auto` for what the heads allow."
