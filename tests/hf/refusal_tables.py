@@ -333,7 +333,7 @@ DISTRIBUTED = {
     "'striped'",
     "plain_collator_on_rank_1": "did not come from ContextParallelCollator",
     "generating_trainer": "predict_with_generate=True with compute_metrics generates from evaluation batches",
-    "compiled_model": "The model is compiled (model.compile() or torch.compile)",
+    "compiled_model": "The model is compiled (model.compile() or torch.compile, for LlamaForCausalLM)",
     "prompt_tuning": "puts virtual tokens in front of the sequence",
     "activated_lora": "'default' is an activated LoRA: it looks for its alora_invocation_tokens",
     "two_models_in_one": "holds 2 Transformers models (student, teacher)",

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from ring_hf.geometry import WholeSequence
+from ring_hf.hf import announcements
 from ring_hf.hf.batch import ContextParallelBatch
 from ring_hf.memory import apply
 from ring_hf.memory.saving import SAVED, Replay, Save, Shelf, name_of, resident
@@ -75,6 +76,8 @@ def shards(layout: str, attention: str, offload: str | None = None) -> list[tupl
     def run(rank: int, group: str) -> tuple[Counter, int, tuple]:
         description = ContextParallelBatch(sequence, group, rank, "auto", True, 40, None, "", "ring", 1)
         inputs = {key: cut(value, sequence.segments(rank), 1) for key, value in whole.items()}
+        announcements.register(models[rank])
+        announcements.announce(models[rank], description)
         calls, result = counted(models[rank], {**inputs, "context_parallel": description})
         return calls, posts[rank], result
 
