@@ -193,8 +193,10 @@ def _run(step: Callable[[], Tensor], parameters: dict[str, nn.Parameter]) -> Gra
                 "The training step runs a backward pass of its own (loss.backward()), whose gradients cannot be "
                 "compared. Add its loss to the one that is returned, or call accelerator.backward once."
             )
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        return loss.detach(), list(gradients)
+        # A wrapper may freeze some of them in its forward pass (X-LoRA).
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        gradients = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+        return loss.detach(), [next(gradients) if p.requires_grad else None for p in parameters.values()]
     except Exception as problem:  # reported on every rank, with what was being tried
         return f"{type(problem).__name__}: {problem}"
 
