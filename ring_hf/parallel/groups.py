@@ -22,7 +22,7 @@ _GROUPS: dict[str, ProcessGroup] = {}
 _OWN: dict[tuple[str, str, tuple[int, ...]], tuple[ProcessGroup, ProcessGroup]] = {}
 # By name of the group that was warmed up: that group, and how its ranks were split.
 _WARM: dict[str, tuple[ProcessGroup, set[Hashable]]] = {}
-# Default groups during whose life a group was registered: those that end with the process.
+# Default groups during whose life a group was registered or made: those that end with the process.
 _DEFAULTS: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 _made = 0  # groups of ours so far, in the process of those it has met that has made most
 
@@ -37,10 +37,14 @@ def register_group(group: ProcessGroup | DeviceMesh) -> str:
             )
         group = group.get_group()
     _GROUPS[group.group_name] = group
+    _end_at_exit()
+    return group.group_name
+
+
+def _end_at_exit() -> None:
     if dist.group.WORLD is not None:
         _DEFAULTS.add(dist.group.WORLD)
         register_shutdown(end_groups)
-    return group.group_name
 
 
 def group_of(name: str) -> ProcessGroup:
@@ -71,6 +75,7 @@ def own_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: t
             _WARM.pop(group.group_name, None)
         made = _make(group, ranks, purpose, device)
         _OWN[key] = group, made
+        _end_at_exit()
     return made
 
 
@@ -88,10 +93,10 @@ def forget_group(group: ProcessGroup) -> None:
 
 
 def end_groups(failed: bool = False) -> list[ProcessGroup]:
-    """Destroy our groups, the latest first, then the default group if groups were registered under it; forget all.
+    """Destroy our groups, the latest first, then the default group if we have used it; forget all names.
 
     Not a collective call on gloo, whose destructor waits only for what this process itself has posted. Groups that
-    were destroyed already, and a default group that nothing was registered under, are left alone. Called at exit
+    were destroyed already, and a default group under which none was registered or made, are left alone. Called at exit
     (`shutdown.py`); after a failure it destroys nothing and returns the groups that must not be destructed.
     """
     world = dist.group.WORLD
