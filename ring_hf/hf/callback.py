@@ -16,9 +16,10 @@ from ring_hf.parallel import group_of, warm_up
 
 from . import context as process
 from . import counters, evaluation_loss
-from .guard import base_model, guard_model, refuse_together
+from .guard import base_model, guard_model
 from .liger import check_liger
 from .models import MODEL_RULES
+from .refusal import refuse_together
 from .split import resolve, split_error
 from .supported import ARGUMENT_RULES, check_loader, check_memory, first_error
 from .trainer_hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
@@ -51,6 +52,7 @@ class ContextParallelCallback(TrainerCallback):
         evaluator.monitor.restart()
         guard.allowed_outputs = frozenset()
         seed_workers_by_replica(kwargs.get("train_dataloader"), context)
+        guard.trainer_takes_trial = trainer is not None
         if trainer is not None:
             arm_trial(trainer, base_model(model), guard)
 
@@ -65,7 +67,8 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
-            guard_model(model).optimizer_step = None
+            guard = guard_model(model)
+            guard.optimizer_step, guard.trainer_takes_trial = None, False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:

@@ -19,7 +19,8 @@ from .batch import KEY, ContextParallelBatch
 from .evaluation import Evaluator
 from .guard import Guard
 from .preserve import preserved
-from .trial import LOW_PRECISION, TOLERANCES, agree_on
+from .refusal import refuse_together
+from .trial import LOW_PRECISION, TOLERANCES
 from .trial_inputs import make_inputs
 
 
@@ -87,7 +88,7 @@ def _try(
     finally:
         guard.in_trial = False
         evaluator.batch = None
-    agree_on(error, context)
+    refuse_together(error, {}, context)
     sharded = float(all_reduce(torch.tensor(sharded, dtype=torch.float64), context.group)) / context.size
     bar = TOLERANCES.get(model.dtype, LOW_PRECISION)[0]
     if abs(sharded - whole) > bar * abs(whole):
@@ -96,4 +97,4 @@ def _try(
             f"shards, {whole:.7g} on whole sequences of {few.num_targets} targets. Set eval_strategy='no', or let "
             "compute_loss take the sum over shift_labels divided by num_items_in_batch."
         )
-    agree_on(error, context)
+    refuse_together(error, {}, context)

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ring_hf.memory import applied_to
-from ring_hf.parallel import agree, group_of
 
 from . import announcements, padded_targets
 from . import context as process
@@ -31,6 +30,7 @@ from .models import MODEL_RULES, text_config
 from .names import BACKENDS, attention_name
 from .pass_message import NO_FINGERPRINT, PassMessage, exchange, find_disagreement, groups_of
 from .proven import find_unproven
+from .refusal import refuse_together
 from .router import gather_router_logits, share
 from .supported import first_error
 from .trial import try_model
@@ -115,6 +115,7 @@ class Guard:
     Attributes:
         num_tokens: tokens of this rank that were trained on.
         optimizer_step: the step that is being trained, for messages; None where nobody counts.
+        trainer_takes_trial: whether a Trainer runs, which takes the trial step with all that it puts around the model.
         in_trial: whether a trial step runs.
         allowed_outputs: outputs that a trial step has proven to be used rightly outside of the model.
     """
@@ -124,6 +125,7 @@ class Guard:
         self.num_tokens = 0
         self.optimizer_step: int | None = None
         self.logger: Any = None  # of several callbacks the one that adds to the logs
+        self.trainer_takes_trial = False
         self.in_trial = False
         self.allowed_outputs: frozenset[str] = frozenset()
         self._announced: process.ProcessContext | None = None
@@ -152,17 +154,17 @@ class Guard:
             return None
         batch = kwargs.get(KEY)
         evaluator.batch = None
-        if evaluator.token_reads is not None:
-            evaluator.token_reads.inside_model = True
         if batch is None and not (model.training and kwargs.get("labels") is not None):
             return None  # whole sequences: generation, samples
+        if evaluator.token_reads is not None:
+            evaluator.token_reads.inside_model = True
         mode = _mode(model)
         error = first_error(MODEL_RULES, model) if mode not in self._proven else None
         error = error or find_batch_error(model, args, kwargs, context)
         error = error or (None if model.training else evaluator.error(batch))
         messages = self._compare(model, kwargs, error, context, evaluator)
         assert isinstance(batch, ContextParallelBatch)
-        if model.training and mode not in self._proven and not (self.trainer or self.in_trial):
+        if model.training and mode not in self._proven and not (self.trainer_takes_trial or self.in_trial):
             self._take_trial(model, kwargs, context, evaluator)
         if mode not in self._proven:
             call_count.start()
@@ -249,19 +251,6 @@ class Guard:
                 try_model(model, kwargs, reason or "verify=True", context, evaluator)
             finally:
                 self.in_trial = False
-
-
-def refuse_together(error: str | None, facts: dict[str, Any], context: process.ProcessContext) -> None:
-    """Raise one ValueError on every rank if any rank has an error, or the ranks of a group disagree about the
-    facts."""
-    try:
-        agree(facts, error, group_of(context.group))
-    except ValueError as refusal:
-        error = str(refusal)
-    if context.num_replicas > 1:
-        agree({}, error)
-    elif error is not None:
-        raise ValueError(error)
 
 
 def _mode(model: PreTrainedModel) -> str:

@@ -123,7 +123,14 @@ class LossMonitor:
         return PassMessage(NO_FINGERPRINT, True, False, 0.0, NAN, *self.take_last())
 
     def take_last(self) -> tuple[float, float, float]:
-        """Return factor, residual and its rounding of the last backward pass, once; NaN if there is none."""
+        """Return factor, residual and its rounding of the last backward pass, once; NaN if there is none.
+
+        Of a `loss.backward()` past the accelerator only the factor is known.
+        """
+        if self._terms and not self._outside:
+            factor = torch.stack([gradient.double() for gradient, _ in self._terms]).sum()
+            self._last = factor, torch.full_like(factor, NAN), torch.full_like(factor, NAN)
+        self._terms, self._outside = [], False
         last, self._last = self._last, None
         return (NAN, NAN, NAN) if last is None else (float(last[0]), float(last[1]), float(last[2]))
 

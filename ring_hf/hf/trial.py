@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ring_hf.parallel import agree, all_reduce, group_of
+from ring_hf.parallel import all_reduce
 
 from . import context as process
 from . import full_precision
-from .backend import NOT_FROM_COLLATOR
-from .batch import KEY, ContextParallelBatch
+from .batch import KEY
 from .evaluation import Evaluator
 from .preserve import preserved
+from .refusal import refuse_together
 from .token_reads import TokenReads
 from .trial_inputs import TrialInputs, make_inputs
 
@@ -102,11 +102,6 @@ def run_trial(
         ValueError: on every rank, if the two losses or gradients differ, or one of the steps fails.
     """
     began = time.perf_counter()
-    batch = inputs.get(KEY)
-    is_sharded = isinstance(batch, ContextParallelBatch)
-    agree_on(None if is_sharded else getattr(batch, "message", NOT_FROM_COLLATOR), context)
-    assert isinstance(batch, ContextParallelBatch)
-    agree({"the batch (hash of its tokens, labels and documents)": batch.fingerprint}, None, group_of(context.group))
     few = make_inputs(model, inputs, context)
     is_half = model.dtype in full_precision.HALF
     widened = is_half and full_precision.fits(model)
@@ -130,7 +125,7 @@ def run_trial(
             f"{reason}: something there computes from one shard what it should from the whole sequence. Leave it "
             "out, or let it take sums over the shard's targets (shift_labels) divided by num_items_in_batch."
         )
-    agree_on(error, context)
+    refuse_together(error, {}, context)
     if context.replica == context.rank == 0:
         logger.info(
             "trial step (%s): loss differs by %.1e, gradients by %.1e from one process; %.2f s",
@@ -175,7 +170,7 @@ def _attempt(
     finally:
         evaluator.monitor.recording = evaluator.token_reads = None
     _agree_on_failure(sharded, "on shards", context)
-    agree_on(error, context)
+    refuse_together(error, {}, context)
     assert not isinstance(whole, str) and not isinstance(sharded, str)
     return whole, sharded, frozenset(recording)
 
@@ -202,24 +197,12 @@ def _run(step: Callable[[], Tensor], parameters: dict[str, nn.Parameter]) -> Gra
 
 
 def _agree_on_failure(result: Gradients | str, where: str, context: process.ProcessContext) -> None:
-    agree_on(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, context)
+    refuse_together(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, {}, context)
 
 
 def _gradient_state(parameter: nn.Parameter) -> tuple[int, int]:
     """Return what changes when a gradient is accumulated: which tensor holds it, and its version."""
     return id(parameter.grad), -1 if parameter.grad is None else parameter.grad._version
-
-
-def agree_on(error: str | None, context: process.ProcessContext) -> None:
-    """Raise on every rank what any rank passes."""
-    try:
-        agree({}, error, group_of(context.group))
-    except ValueError as refusal:
-        error = str(refusal)
-    if context.num_replicas > 1:
-        agree({}, error)
-    elif error is not None:
-        raise ValueError(error)
 
 
 def _compare(

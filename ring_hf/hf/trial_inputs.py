@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from ring_hf.parallel import all_gather
 
 from . import context as process
+from .backend import NOT_FROM_COLLATOR
 from .batch import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
 from .collator import ContextParallelCollator
 from .documents import shift_left
+from .refusal import refuse_together
 
 TOKENS_PER_RANK = 12
 # Tokens that the two examples are shorter than the shards together, so that padding has its part in the trial: that of
@@ -35,12 +37,17 @@ class TrialInputs:
 
 
 def make_inputs(model: PreTrainedModel, inputs: dict[str, Any], context: process.ProcessContext) -> TrialInputs:
-    """Return the inputs of a trial step for a batch of this rank. A collective call of the ranks that share it.
+    """Return the inputs of a trial step for a batch of this rank. A collective call.
 
     Raises:
-        ValueError: if the collator cannot shard them.
+        ValueError: if the ranks do not hold shards of one batch (on every rank), or the tokens cannot be sharded.
     """
-    batch = inputs[KEY]
+    batch = inputs.get(KEY)
+    is_sharded = isinstance(batch, ContextParallelBatch)
+    fingerprint = batch.fingerprint if isinstance(batch, ContextParallelBatch) else None
+    error = None if is_sharded else getattr(batch, "message", NOT_FROM_COLLATOR)
+    refuse_together(error, {"the batch (hash of its tokens, labels and documents)": fingerprint}, context)
+    assert isinstance(batch, ContextParallelBatch)
     tokens_Bk = inputs["input_ids"][:1, :TOKENS_PER_RANK]
     tokens_n = torch.cat(all_gather(tokens_Bk, context.group), 1)[0].cpu()
     weighted = "loss_weights" in inputs

@@ -116,7 +116,7 @@ def test_ranks_that_drift_apart_are_refused_together_with_step_and_fingerprints(
     assert "rank 0: " in message and "rank 1: " in message and "Random numbers were drawn" in message
 
 
-def loop(rank, world_size, change, count):
+def loop(rank, world_size, change, count, plain=False):
     """A hand-written loop of two steps, which changes the loss of rank 1 in the second."""
     accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=2))
     model = llama()
@@ -127,7 +127,8 @@ def loop(rank, world_size, change, count):
         for step, batch in enumerate(loader):
             targets = {"num_items_in_batch": torch.tensor(30.0 + count * rank)} if count is not None else {}
             loss = model(**batch, **targets).loss
-            accelerator.backward(change(loss) if rank and step == 1 else loss)
+            loss = change(loss) if rank and step == 1 else loss
+            loss.backward() if plain else accelerator.backward(loss)
             num_backward += 1
     except ValueError as error:
         return num_backward, str(error)
@@ -154,6 +155,13 @@ def same(loss):
 def test_a_loss_that_changes_later_is_refused_with_the_next_pass(change, words):
     for num_backward, message in run_distributed(2, loop, change, None):
         assert num_backward == 2 and words in message
+
+
+def test_the_factor_of_a_plain_backward_pass_is_compared_too():
+    for num_backward, message in run_distributed(2, loop, squared, None, True):
+        assert num_backward == 2 and "multiplies the loss of the" in message
+    for num_backward, message in run_distributed(2, loop, same, None, True):
+        assert (num_backward, message) == (4, "nothing was raised")
 
 
 @pytest.mark.parametrize("count", [None, 0, 1])

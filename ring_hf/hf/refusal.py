@@ -1,0 +1,22 @@
+"""Raise on every rank what is wrong on any, so that none waits in an exchange for one that left."""
+
+from typing import Any
+
+from ring_hf.parallel import agree, group_of
+
+from .context import ProcessContext
+
+
+def refuse_together(error: str | None, facts: dict[str, Any], context: ProcessContext) -> None:
+    """Raise one ValueError on every rank if any rank has an error, or the ranks of a group disagree about the facts.
+
+    A collective call of all processes.
+    """
+    try:
+        agree(facts, error, group_of(context.group))
+    except ValueError as refusal:
+        error = str(refusal)
+    if context.num_replicas > 1:
+        agree({}, error)
+    elif error is not None:
+        raise ValueError(error)
