@@ -27,7 +27,8 @@ class computing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # an attribute, such as .dtype or .grad
+        attribute = getattr(func, "__name__", "") in ("__get__", "__set__")  # such as .dtype or .grad
+        if attribute or func is torch.autograd.grad:  # whose inputs are the weights themselves, not what they become
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
         return tree_map_only(Tensor, _widened, func(*args, **kwargs))

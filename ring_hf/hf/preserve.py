@@ -33,13 +33,11 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, owner: Any = None) -> Iterator[None]:
-    """Within, a model may be run and its `owner` (a Trainer) may count; mixed precision and activation checkpointing
-    are off.
-
-    Checkpointing computes the same numbers, and its reentrant kind knows no `torch.autograd.grad`.
+    """Within, a model may be run and its `owner` (a Trainer) may count; mixed precision and reentrant activation
+    checkpointing, which knows no `torch.autograd.grad`, are off.
     """
     outermost = model if owner is None else owner.model
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    checkpointed = [module for module in model.modules() if _is_reentrant(module)]
     modes = {module: module.training for module in model.modules()}
     buffers = [buffer for buffer in model.buffers() if buffer.numel()]
     kept = [buffer.clone() for buffer in buffers] if sum(b.numel() for b in buffers) <= MAX_BUFFERS else None
@@ -67,6 +65,13 @@ def preserved(model: nn.Module, owner: Any = None) -> Iterator[None]:
                 buffer.copy_(value)
         for key, value in attributes.items():
             _restore(owner, key, value)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    if getattr(module, "gradient_checkpointing", False) is not True:
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
 
 
 def _is_plain(value: Any) -> bool:

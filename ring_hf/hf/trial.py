@@ -153,19 +153,20 @@ def _attempt(
     """
     world = context.size * context.num_replicas
 
-    def take_step(inputs: Inputs, num_replicas: int) -> Tensor:
+    def take_step(inputs: Inputs, num_replicas: int) -> Gradients | str:
+        targets = float(num_replicas * few.num_targets) if count else None
         with full_precision.computing() if widened else contextlib.nullcontext():
-            return step(dict(inputs), float(num_replicas * few.num_targets) if count else None)
+            return _run(lambda: step(dict(inputs), targets), parameters)
 
     with process.whole_sequences():
-        whole = _run(lambda: take_step(few.whole, world), parameters)
+        whole = take_step(few.whole, world)
     _agree_on_failure(whole, "on whole sequences", context)
     recording: set[str] = set()
     evaluator.monitor.recording = recording
     evaluator.token_reads = TokenReads(few.sharded)
     try:
         with evaluator.token_reads:
-            sharded = _run(lambda: take_step(few.sharded, context.num_replicas), parameters)
+            sharded = take_step(few.sharded, context.num_replicas)
         error = evaluator.token_reads.error()
     finally:
         evaluator.monitor.recording = evaluator.token_reads = None

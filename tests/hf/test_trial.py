@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, Trainer
 
+from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.preserve import preserved
 from ring_hf.hf.proven import find_unproven, find_unproven_path
@@ -61,8 +62,10 @@ class LeakyForCausalLM(LlamaForCausalLM):
         return output
 
 
-def train(rank, world_size, kind, dtype, settings, model_class=LlamaForCausalLM):
+def train(rank, world_size, kind, dtype, settings, model_class=LlamaForCausalLM, levers=None):
     model = model_class(llama().config).to(dtype)
+    if levers is not None:
+        memory.apply(model, **levers)
     config = ContextParallelConfig(context_parallel_size=2, **settings)
     data = rows(31, 22, 17, 30, 12, 25, 31, 8)
     trainer = kind(model, arguments(config), train_dataset=data, data_collator=ContextParallelCollator(model))
@@ -100,6 +103,17 @@ def states(trainer):
 )
 def test_a_loss_that_is_a_sum_over_the_count_is_proven_and_trained(kind, dtype):
     for message, _, _ in run_distributed(2, train, kind, dtype, {"verify": True}):
+        assert message == "trained"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "levers",
+    [{"attention": "save", "ffn_block": 5}, {"attention": "recompute", "loss_block": 5}],
+    ids=["save", "recompute"],
+)
+def test_levers_on_memory_are_tried_as_they_are(levers, dtype):
+    for message, _, _ in run_distributed(2, train, Trainer, dtype, {"verify": True}, LlamaForCausalLM, levers):
         assert message == "trained"
 
 
@@ -143,7 +157,7 @@ def test_preserved_restores_modes_buffers_checkpointing_and_counters():
             self.model, self.steps, self.metrics = model, 3, {"loss": [1.0]}
 
     model = llama().train()
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     model.register_buffer("count", torch.zeros(3))
     owner = Counting(model)
     metrics, flags = owner.metrics, [module.gradient_checkpointing for module in model.model.layers]
