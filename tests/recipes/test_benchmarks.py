@@ -9,6 +9,7 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.tools import command_bench
+from scripts import bench_lengths
 from scripts.bench_lengths import FIGURES, RING, SDPA, STANDARD, exponents, plot
 from scripts.bench_longest import BAR
 from scripts.bench_peers import VARIANTS
@@ -127,7 +128,13 @@ def test_benchmarks_outside_a_checkout_are_refused(monkeypatch, tmp_path, capsys
     assert "benchmarks are in the repository, not in the installed package. Clone it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["lengths", "--lengths", "64", "64"], ["lengths", "--fit", "1"]])
-def test_growth_needs_two_lengths(arguments, capfd):
-    assert main(["bench", *arguments]) == 1
+def test_a_benchmark_that_fails_fails_the_command(capfd):
+    assert main(["bench", "lengths", "--lengths", "64", "64"]) == 1
     assert "growth needs at least two lengths" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--lengths", "64", "64"], ["--fit", "1"]])
+def test_growth_needs_two_lengths(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_lengths.py", *words])
+    with pytest.raises(SystemExit, match="growth needs at least two lengths"):
+        bench_lengths.main()

@@ -12,19 +12,26 @@ from tests.hf.models import llama, rows
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_loop.md").read_text(), flags=re.DOTALL)
 NUM_STEPS = 20
 LENGTHS = (31, 18, 24, 9)  # uneven numbers of targets, in rows and in batches
-# The documented script runs between these lines. One process takes the batches of two replicas one after the other and
-# their mean, or together where targets are counted.
-BEFORE = """
+# Runs documented scripts one after the other, each as if the process were new.
+DRIVER = """
 import json, sys
 import torch
+from accelerate.state import AcceleratorState, GradientState
 settings = json.load(open(sys.argv[1]))
-name, size, examples, losses = settings["model"], settings["size"], settings["examples"], []
-print_loss = losses.append
+results = []
+for script in settings["scripts"]:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    losses = []
+    names = {"torch": torch, "name": settings["model"], "losses": losses}
+    names |= {"size": settings["size"], "examples": settings["examples"]}
+    exec(script, names | {"print_loss": losses.append})
+    results.append(losses)
+if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    open(settings["result"], "w").write(json.dumps(results))
 """
-AFTER = """
-if accelerator.is_main_process:
-    open(settings["result"], "w").write(json.dumps(losses))
-"""
+# One process takes the batches of two replicas one after the other and their mean, or together where targets are
+# counted.
 COUNTED_HEAD, COUNTED = BLOCKS[0].split("for batch in loader:")[0], BLOCKS[1]
 ACCUMULATED = textwrap.dedent("""
     for number, batch in enumerate(loader):
@@ -38,24 +45,28 @@ ACCUMULATED = textwrap.dedent("""
 """)
 
 
-def run(tmp_path_factory, script, num_processes, size, batch_size=2):
+def run(tmp_path_factory, scripts, num_processes, size):
+    """The losses of scripts by name, all of them in one launch."""
     folder = tmp_path_factory.mktemp("loop")
     llama("sdpa").save_pretrained(folder / "model")
-    path = folder / "loop.py"
-    path.write_text(BEFORE + script.replace("batch_size=2", f"batch_size={batch_size}") + AFTER)
+    (folder / "driver.py").write_text(DRIVER)
     settings = {"model": str(folder / "model"), "size": size, "result": str(folder / "losses.json")}
     settings["examples"] = rows(*LENGTHS * NUM_STEPS)[: 4 * NUM_STEPS]
+    settings["scripts"] = list(scripts.values())
     (folder / "settings.json").write_text(json.dumps(settings))
-    accelerate_launch([str(path), str(folder / "settings.json")], num_processes)
-    return json.loads((folder / "losses.json").read_text())
+    accelerate_launch([str(folder / "driver.py"), str(folder / "settings.json")], num_processes)
+    return dict(zip(scripts, json.loads((folder / "losses.json").read_text()), strict=True))
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
+def losses(tmp_path_factory):
+    """By world size and script."""
+    together = (COUNTED_HEAD + COUNTED).replace("batch_size=2", "batch_size=4")
+    alone = {"plain": BLOCKS[0], "accumulated": COUNTED_HEAD + ACCUMULATED, "counted": together}
     return {
-        "plain": run(tmp_path_factory, BLOCKS[0], 1, 1),
-        "accumulated": run(tmp_path_factory, COUNTED_HEAD + ACCUMULATED, 1, 1),
-        "counted": run(tmp_path_factory, COUNTED_HEAD + COUNTED, 1, 1, batch_size=4),
+        1: run(tmp_path_factory, alone, 1, 1),
+        2: run(tmp_path_factory, {"plain": BLOCKS[0]}, 2, 2),
+        4: run(tmp_path_factory, {"plain": BLOCKS[0], "counted": COUNTED_HEAD + COUNTED}, 4, 2),
     }
 
 
@@ -64,17 +75,17 @@ def test_there_are_two_loops_and_the_first_is_a_whole_script():
 
 
 CASES = {
-    "cp 2": (BLOCKS[0], 2, 2, "plain"),
-    "dp 2 x cp 2": (BLOCKS[0], 4, 2, "accumulated"),
-    "dp 2 x cp 2, counted": (COUNTED_HEAD + COUNTED, 4, 2, "counted"),
+    "cp 2": (2, "plain", "plain"),
+    "dp 2 x cp 2": (4, "plain", "accumulated"),
+    "dp 2 x cp 2, counted": (4, "counted", "counted"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_documented_loop_equals_one_process(tmp_path_factory, one_process, name):
-    script, num_processes, size, reference = CASES[name]
-    losses, want = run(tmp_path_factory, script, num_processes, size), one_process[reference]
-    assert len(losses) == len(want) >= NUM_STEPS and abs(want[0] - want[-1]) > 0.01, "gradients matter"
-    worst = max(abs(loss - wanted) / wanted for loss, wanted in zip(losses, want, strict=True))
-    print(f"{name}: {len(losses)} steps, worst relative difference of the loss {worst:.1e}")
+def test_documented_loop_equals_one_process(losses, name):
+    world_size, script, reference = CASES[name]
+    got, want = losses[world_size][script], losses[1][reference]
+    assert len(got) == len(want) >= NUM_STEPS and abs(want[0] - want[-1]) > 0.01, "gradients matter"
+    worst = max(abs(loss - wanted) / wanted for loss, wanted in zip(got, want, strict=True))
+    print(f"{name}: {len(got)} steps, worst relative difference of the loss {worst:.1e}")
     assert worst <= 1e-5
