@@ -72,11 +72,12 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
         return Applied(config, {}, None)
     _refuse_model(inner)
     # Everything is found and proven first; then nothing can fail halfway.
-    layers = None if config.attention == "none" else Layers(inner, config)
-    found = _feed_forward(inner) if config.ffn_block is not None else []
-    head = _head(inner) if config.loss_block is not None else None
-    block = config.ffn_block
-    blocks = {seen.name: block if isinstance(block, int) else ffn.automatic_block(seen) for seen in found}
+    with probe.stand_in_weights(inner):
+        layers = None if config.attention == "none" else Layers(inner, config)
+        found = _feed_forward(inner) if config.ffn_block is not None else []
+        head = _head(inner) if config.loss_block is not None else None
+        block = config.ffn_block
+        blocks = {seen.name: block if isinstance(block, int) else ffn.automatic_block(seen) for seen in found}
     for seen in found:
         ffn.wrap(seen, blocks[seen.name])
         seen.module.register_forward_pre_hook(ffn.refuse_changed)
@@ -209,7 +210,8 @@ def _prove_loss(model: Any) -> None:
 
 
 def disarm(head: nn.Module) -> None:
-    """As it was."""
+    """Undo `arm`."""
+    arm(head, None)
     vars(head).pop("forward", None)
     vars(head).pop("_ring_hf_loss_block", None)
 

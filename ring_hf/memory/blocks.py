@@ -47,16 +47,6 @@ def spans(num_tokens: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, num_tokens)) for start in range(0, num_tokens, block)]
 
 
-def refuse_sharded(module: torch.nn.Module) -> None:
-    """A gradient for the whole of a parameter is no gradient of its shard, and FSDP hides parameters while it runs."""
-    managed = any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
-    if managed or any(hasattr(p, "full_tensor") for p in module.parameters()):
-        raise ValueError(
-            f"Parameters of {type(module).__name__} are sharded (FSDP, DTensor), which is not proven for what "
-            "memory.apply computes in blocks. Set ffn_block=None and loss_block=None, or use DDP."
-        )
-
-
 def refuse_second_derivatives() -> None:
     """In a backward pass, gradients are recorded only with create_graph=True."""
     if torch.is_grad_enabled():

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharded_weights import GradientHandover, call_past_hooks, gathered, is_managed, refuse_composite
+
 FLAG = "_ring_hf_loss_block"
+SAMPLE = "_ring_hf_sample"  # logits of one token, and the handover of gradients, from a managed head to its last hook
+LAST_HOOK = "_ring_hf_last_hook"
 
 _TENSOR = torch.Tensor
 METADATA = {
@@ -38,32 +42,53 @@ POINTWISE = {
 
 
 class DeferredLogits(torch.Tensor):
-    """Logits `steps(head(hidden))`; `block` says how many tokens the loss takes at a time."""
+    """Logits `steps(head(hidden))`.
+
+    Attributes:
+        sample: the logits of one token, which have the shape and dtype of all.
+        block: how many tokens the loss takes at a time.
+        handover: where the loss leaves the gradients of the head's weights, if an engine shards them.
+        on_compute: what those get who ask for the logits.
+    """
 
     hidden: Tensor
     head: torch.nn.Module
+    sample: Tensor
     steps: tuple[Callable[[Tensor], Tensor], ...]
     block: int | str
+    handover: GradientHandover | None
     grad_wanted: bool
-    on_compute: Callable[[Tensor], Tensor] | None  # what those get who ask for the logits
+    on_compute: Callable[[Tensor], Tensor] | None
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, head: torch.nn.Module, steps: tuple, block: int | str) -> "DeferredLogits":
-        with torch.no_grad():
-            one = _compute(head, steps, hidden.detach().reshape(-1, hidden.shape[-1])[:1])
-        shape = (*hidden.shape[:-1], one.shape[-1])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=one.dtype, device=one.device)
-        self.hidden, self.head, self.steps, self.block = hidden, head, steps, block
-        self.grad_wanted, self.on_compute = torch.is_grad_enabled(), None
+    def __new__(
+        cls,
+        hidden: Tensor,
+        head: torch.nn.Module,
+        sample: Tensor,
+        steps: tuple,
+        block: int | str,
+        handover: GradientHandover | None = None,
+    ) -> "DeferredLogits":
+        shape = (*hidden.shape[:-1], sample.shape[-1])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample.dtype, device=sample.device)
+        self.hidden, self.head, self.sample, self.steps, self.block = hidden, head, sample, steps, block
+        self.handover, self.grad_wanted, self.on_compute = handover, torch.is_grad_enabled(), None
         return self
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
     def compute(self) -> Tensor:
-        """The logits, all of them."""
-        logits = _compute(self.head, self.steps, self.hidden)
+        """Return the logits of all tokens. A collective call where an engine shards the head."""
+        with gathered(self.head), torch.set_grad_enabled(torch.is_grad_enabled() and self.grad_wanted):
+            logits = _compute(self.head, self.steps, self.hidden)
         return logits if self.on_compute is None else self.on_compute(logits)
+
+    def without_gradient(self) -> "DeferredLogits":
+        """Return the same logits, still deferred, detached: engines pass what a model returns through functions."""
+        with torch.no_grad():
+            return DeferredLogits(self.hidden.detach(), self.head, self.sample, self.steps, self.block)
 
     def of(self, hidden: Tensor) -> Tensor:
         """The logits of other hidden states."""
@@ -84,9 +109,14 @@ class DeferredLogits(torch.Tensor):
             place = next(n for n, x in enumerate(args) if x is handle)
             before, after = args[:place], args[place + 1 :]  # not the handle, which would be kept alive
             step = lambda logits: func(*before, logits, *after, **kwargs)
-            result = DeferredLogits(handle.hidden, handle.head, (*handle.steps, step), handle.block)
+            with torch.no_grad():
+                sample = step(handle.sample)
+            steps = (*handle.steps, step)
+            result = DeferredLogits(handle.hidden, handle.head, sample, steps, handle.block, handle.handover)
             result.on_compute = handle.on_compute
             return result
+        if func is _TENSOR.detach:
+            return handles[0].without_gradient()
         name = getattr(func, "__name__", "")
         if handles and args and args[0] is handles[0] and _in_place(name):
             raise ValueError(
@@ -113,10 +143,10 @@ class DeferredLogits(torch.Tensor):
 
 
 def _compute(head: torch.nn.Module, steps: tuple, hidden: Tensor) -> Tensor:
-    # Past the override of its forward, hooks included.
+    # Past the override of its forward; with its hooks, unless they are an engine's.
     block, head.__dict__[FLAG] = head.__dict__.get(FLAG), None
     try:
-        logits = head(hidden)
+        logits = call_past_hooks(head, hidden)
     finally:
         head.__dict__[FLAG] = block
     for step in steps:
@@ -147,9 +177,23 @@ def _in_place(name: str) -> bool:
 def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     block = self.__dict__.get(FLAG)
     own = type(self).forward
-    if block is None or args or kwargs or hidden.shape[:-1].numel() <= (1 if block == "auto" else block):
+    managed = is_managed(self)  # then every rank defers, whatever the length of its rows: it costs collectives
+    few = block if isinstance(block, int) else 1
+    if block is None or args or kwargs or (not managed and hidden.shape[:-1].numel() <= few):
         return own(self, hidden, *args, **kwargs)
-    return DeferredLogits(hidden, self, (), block)
+    with torch.no_grad():
+        sample = _compute(self, (), hidden.detach().reshape(-1, hidden.shape[-1])[:1])
+    if not managed:
+        return DeferredLogits(hidden, self, sample, (), block)
+    handover = GradientHandover(self)
+    self.__dict__[SAMPLE] = sample, handover
+    return handover(hidden)
+
+
+def _defer(self: torch.nn.Module, args: tuple, output: Any) -> Any:
+    """The last forward hook of a managed head: to the engine, whose hooks came before, it returned its input."""
+    sample, handover = self.__dict__.pop(SAMPLE, (None, None))
+    return None if sample is None else DeferredLogits(output, self, sample, (), self.__dict__[FLAG], handover)
 
 
 def arm(head: torch.nn.Module, block: int | str | None) -> None:
@@ -157,3 +201,8 @@ def arm(head: torch.nn.Module, block: int | str | None) -> None:
     if "forward" not in head.__dict__:
         head.forward = MethodType(_forward, head)
     head.__dict__[FLAG] = block
+    if LAST_HOOK in head.__dict__:
+        head.__dict__.pop(LAST_HOOK).remove()
+    if block is not None and is_managed(head):
+        refuse_composite(head)
+        head.__dict__[LAST_HOOK] = head.register_forward_hook(_defer)

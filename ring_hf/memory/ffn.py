@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .blocks import in_blocks, refuse_sharded
+from .blocks import in_blocks
 from .probe import Rows, Seen, flat, is_affine, treats_tokens_alone, values_above_zero, watch
+from .sharded_weights import gather_as_unit, refuse_shards
 
 SETTINGS = "_ring_hf_ffn"
 _DROPS = (
@@ -141,6 +142,8 @@ def wrap(seen: Seen, block: int) -> None:
     of the model are as before."""
     assert seen.rows is not None
     seen.module.__dict__[SETTINGS] = (seen.rows, block)
+    if seen.num_calls == 1:  # ZeRO-3 reduces the gradients of a leaf after its first backward pass
+        gather_as_unit(seen.module)
     seen.module.forward = MethodType(_forward, seen.module)
 
 
@@ -152,7 +155,6 @@ def refuse_changed(module: nn.Module, args: tuple) -> None:
             f"The forward pass of {name} was replaced since memory.apply, so that ffn_block would be ignored. Leave "
             "the replacement (such as use_liger_kernel) out, or set ffn_block=None."
         )
-    refuse_sharded(module)
     dropping = next(values_above_zero(module, "drop"), None) if module.training else None
     if dropping is not None:
         raise ValueError(_DROPS.format(f"{name}.{dropping}"))
@@ -178,6 +180,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if len(shapes) != 1 or max(shapes) <= block:
         return own(self, *args, **kwargs)
 
+    refuse_shards(self)
     # Not the tensors themselves: the graph keeps this function, and would keep them alive.
     fixed = [None if lead else x for x, lead in zip(args, rows.args, strict=True)]
     options = {key: value for key, value in kwargs.items() if key not in dict(rows.kwargs)}

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .blocks import Autocast, Sums, gradients_of, refuse_second_derivatives, refuse_sharded, spans
+from .blocks import Autocast, Sums, gradients_of, refuse_second_derivatives, spans
 from .deferred import DeferredLogits
+from .sharded_weights import GradientHandover, gathered
 
 SMALLEST = 256  # tokens of an automatic block
 Loss = Callable[..., Tensor]
@@ -106,9 +107,9 @@ def _in_blocks(logits: DeferredLogits, labels_T: Tensor, weights_T: Tensor | Non
     if block == "auto":
         block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
     assert isinstance(block, int)
-    refuse_sharded(logits.head)
-    trained = [p for p in logits.head.parameters() if p.requires_grad]
-    return summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index)
+    with gathered(logits.head):
+        trained = [p for p in logits.head.parameters() if p.requires_grad]
+        return summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index, logits.handover)
 
 
 def summed_loss(
@@ -119,16 +120,20 @@ def summed_loss(
     parameters: Sequence[Tensor],
     block: int,
     ignore_index: int = -100,
+    handover: GradientHandover | None = None,
 ) -> Tensor:
     """Sum of `weight * cross entropy` over the tokens whose label is not ignored.
 
     Args:
         logits_of: the logits `[1, b, V]` of hidden states `[1, b, D]`.
         parameters: what gets a gradient besides the hidden states.
+        handover: who takes their gradients to the engine that shards them. Default: this function's backward pass
+            returns them.
     """
     if not torch.is_grad_enabled():  # a Function is told what needs gradients in general, and not now
-        hidden_TD, parameters = hidden_TD.detach(), ()
-    return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, hidden_TD, *parameters)
+        hidden_TD, parameters, handover = hidden_TD.detach(), (), None
+    returned = parameters if handover is None else ()
+    return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, handover, hidden_TD, *returned)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -140,11 +145,14 @@ class _SummedLoss(torch.autograd.Function):
         weights_T: Tensor | None,
         block: int,
         ignore_index: int,
+        handover: GradientHandover | None,
         hidden_TD: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[5:]
-        trained = [p for p, need in zip(parameters, wanted[1:], strict=True) if need]
+        wanted = ctx.needs_input_grad[6:]
+        trained: Sequence[Tensor] = [p for p, need in zip(parameters, wanted[1:], strict=True) if need]
+        if handover is not None:
+            trained, wanted = handover.parameters, (*wanted, *(True for _ in handover.parameters))
         sums = Sums(trained)
         dhidden_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
@@ -170,7 +178,7 @@ class _SummedLoss(torch.autograd.Function):
         # Zeros where no block had a label: DDP waits for every gradient.
         taken = iter(torch.zeros_like(p) if x is None else x for p, x in zip(trained, sums.take(), strict=True))
         ctx.save_for_backward(dhidden_TD, *(next(taken) if need else None for need in wanted[1:]))
-        ctx.used = False
+        ctx.used, ctx.handover = False, handover
         return total
 
     @staticmethod
@@ -184,5 +192,7 @@ class _SummedLoss(torch.autograd.Function):
         ctx.used = True
         # In place: they are as large as the hidden states and the weight, and nobody else has them. Expanded, the
         # factor stays in fp32; a scalar would be rounded to bf16 first, off by up to 0.4 % and everywhere the same.
-        found = (None if x is None else x.mul_(gradient.expand_as(x)) for x in ctx.saved_tensors)
-        return (None,) * 5 + tuple(found)
+        dhidden_TD, *of_parameters = (None if x is None else x.mul_(gradient.expand_as(x)) for x in ctx.saved_tensors)
+        if ctx.handover is not None:
+            ctx.handover.gradients, of_parameters = of_parameters, []
+        return (None,) * 6 + (dhidden_TD, *of_parameters)

@@ -8,12 +8,16 @@ Letters: B rows, S tokens of a row, T = B * S.
 """
 
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .sharded_weights import is_released
 
 BATCH, LENGTH = 2, 11  # T = 22 is not the size of anything else
 # Of the largest value; others 5e-2. Models in fp64 compute some things in fp32.
@@ -40,6 +44,7 @@ class Seen:
     kwargs: dict[str, Any]
     rows: Rows | None
     same_width: bool
+    num_calls: int = 1  # in the whole pass
 
 
 @contextlib.contextmanager
@@ -53,6 +58,35 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextlib.contextmanager
+def stand_in_weights(model: Any) -> Iterator[None]:
+    """Within, a model whose weights are not in this process has random ones of the same shapes.
+
+    Their parts are elsewhere (ZeRO-3 loads a model so), or they are zeros here (FSDP's cpu_ram_efficient_loading, on
+    all ranks but the first). What is proven are the operations of modules, for which random weights serve. Parameters
+    of one shape share one tensor, so that all layers take the memory of one.
+    """
+    embedding = model.get_input_embeddings().weight
+    if not is_released(embedding) and bool(embedding.detach().any()):
+        yield
+        return
+    generator = torch.Generator().manual_seed(0)
+    drawn: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+    own = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
+    try:
+        for module, name, p in own:
+            shape = torch.Size(getattr(p, "ds_shape", p.shape))
+            key = shape, p.dtype, p.device
+            if key not in drawn:
+                mean = 1.0 if len(shape) < 2 else 0.0
+                drawn[key] = mean + 0.05 * torch.randn(shape, generator=generator).to(p.device, p.dtype)
+            module._parameters[name] = nn.Parameter(drawn[key], requires_grad=p.requires_grad)
+        yield
+    finally:
+        for module, name, p in own:
+            module._parameters[name] = p
 
 
 def values_above_zero(model: nn.Module, word: str) -> Iterator[str]:
@@ -76,8 +110,10 @@ def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[Seen]:
     """The first call of every module that is wanted, in a pass of [B, S] tokens."""
     seen: dict[nn.Module, Seen] = {}
     names = {module: name for name, module in model.named_modules()}
+    num_calls: Counter[nn.Module] = Counter()
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        num_calls[module] += 1
         if module not in seen:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             rows, same_width = _rows(args, kwargs, output)
@@ -90,7 +126,7 @@ def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-    return list(seen.values())
+    return [dataclasses.replace(call, num_calls=num_calls[module]) for module, call in seen.items()]
 
 
 def _lead(x: Any) -> int:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ring_hf.hf.models import MODEL_RULES
-from ring_hf.hf.supported import check_memory, first_error
+from ring_hf.hf.checks.argument_rules import check_memory, first_error
+from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.memory import MemoryConfig, applied_to, apply, ffn, saving
 from tests.memory.models import apart, batch, model_of, step
 
@@ -260,13 +260,12 @@ def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
 def test_sharded_parameters_are_refused():
     model = model_of("llama")
     apply(model, attention="none", ffn_block=7, loss_block=7)
-    for module, inside in ((model.lm_head, model.lm_head), (model.model.layers[0].mlp,) * 2):
-        marks = (next(inside.parameters()), "full_tensor"), (inside, "_is_fsdp_managed_module")
-        for owner, mark in marks:  # as a DTensor has one, and as FSDP leaves on what it manages
-            setattr(owner, mark, True)
-            with pytest.raises(ValueError, match=f"Parameters of {type(module).__name__} are sharded .FSDP, DTensor."):
-                step(model, batch())
-            delattr(owner, mark)
+    for module in (model.lm_head, model.model.layers[0].mlp):
+        weight = next(module.parameters())
+        weight.full_tensor = True  # as a DTensor has one
+        with pytest.raises(ValueError, match=f"Parameters of {type(module).__name__} are shards .of FSDP"):
+            step(model, batch())
+        del weight.full_tensor
     step(model, batch())
 
 

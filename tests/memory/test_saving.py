@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from ring_hf.geometry import WholeSequence
-from ring_hf.hf import announcements
-from ring_hf.hf.batch import ContextParallelBatch
+from ring_hf.hf.attention import announcements
+from ring_hf.hf.batch_metadata import ContextParallelBatch
 from ring_hf.memory import apply
 from ring_hf.memory.saving import SAVED, Replay, Save, Shelf, name_of, resident
 from ring_hf.parallel import cut

@@ -1,0 +1,121 @@
+"""Weights that an engine shards: when they are whole, and how computing in blocks finds them so.
+
+An engine gathers the weights of a module before its forward and backward pass and frees them afterwards. What computes
+in blocks needs whole weights from the first block to the last, hands each gradient over once, and must post the same
+collectives on every rank, however many blocks or labels a rank has. Two rules do that:
+
+- A feed-forward layer is gathered as one unit. FSDP2 gathers the decoder layer around it; ZeRO-3 gathers every
+  submodule at each call unless the layer is marked as a leaf.
+- To the engine, the LM head is a layer that returns its input. It is called once per pass, as engines expect; the loss
+  then gathers its weights once, calls it past the engine's hooks, and hands the weights' gradients over in the
+  backward pass of that call (`GradientHandover`), where the engine has whole weights and reduces gradients.
+
+Nothing here imports an engine: FSDP2 is recognized by `unshard` and DTensor parameters (Zhao et al. 2023, arXiv
+2304.11277; `torch.distributed.fsdp.fully_shard`), ZeRO-3 by `ds_id` and `ds_status` (Rajbhandari et al. 2020, arXiv
+1910.02054; `deepspeed.runtime.zero`).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_zero3(module: nn.Module) -> bool:
+    """Return whether ZeRO-3 holds the weights of a module."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def is_released(parameter: Tensor) -> bool:
+    """Return whether ZeRO-3 has left this rank its part of a parameter only, for now."""
+    return hasattr(parameter, "ds_status") and parameter.ds_status.name != "AVAILABLE"
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return whether an engine gathers and frees the weights of a module around its calls."""
+    return is_zero3(module) or getattr(module, "_is_fsdp_managed_module", False)
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Raise if the weights of a module are shards now: a gradient of the whole would be none of theirs."""
+    # DTensor; released by ZeRO-3; a view of the flat parameter of FSDP version 1.
+    if any(
+        hasattr(p, "full_tensor") or is_released(p) or not isinstance(p, nn.Parameter) for p in module.parameters()
+    ):
+        raise ValueError(
+            f"Parameters of {type(module).__name__} are shards (of FSDP, or of ZeRO-3 that gathers parts of the layer "
+            "one by one) where memory.apply computes in blocks. Use FSDP2 (fsdp_version: 2) with every decoder layer "
+            "wrapped, call memory.apply before the Trainer is made, or set ffn_block=None and loss_block=None."
+        )
+
+
+def gather_as_unit(module: nn.Module) -> None:
+    """Have ZeRO-3 gather all weights of a module around its calls, instead of those of each submodule around its."""
+    module.__dict__["_z3_leaf"] = True  # deepspeed.utils.set_z3_leaf_modules marks all modules of a class
+
+
+def refuse_composite(head: nn.Module) -> None:
+    """Raise if ZeRO-3 would gather parts of a head at each call, that is, once per block."""
+    if is_zero3(head) and list(head.children()):
+        raise ValueError(
+            f"The LM head is a {type(head).__name__} made of modules (LoRA, or modules_to_save of PEFT), which ZeRO-3 "
+            "would gather once per block of the loss, on some ranks more often than on others. Leave the head out of "
+            "PEFT, use FSDP2, or set loss_block=None."
+        )
+
+
+def call_past_hooks(module: nn.Module, *args: Any) -> Any:
+    """Call a module; past its hooks if they are an engine's, which would gather or reduce at each block."""
+    return type(module).forward(module, *args) if is_managed(module) else module(*args)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within, the weights of a module are whole on every rank. A collective call, unless they are whole already.
+
+    Raises:
+        ValueError: if they cannot be gathered.
+    """
+    parameters = list(module.parameters())
+    released: list[Any] = [p for p in parameters if is_released(p)]
+    unshard: Any = getattr(module, "unshard", None)
+    if unshard is not None and any(hasattr(p, "full_tensor") for p in parameters):
+        unshard()  # FSDP2; until the module's backward pass or its next forward pass
+    if released:
+        released[0].all_gather(param_list=released)  # as deepspeed.zero.GatheredParameters does
+    try:
+        refuse_shards(module)
+        yield
+    finally:
+        if released:
+            released[0].partition(param_list=released)
+
+
+class GradientHandover:
+    """Takes the gradients of a module's weights to the backward pass of its call.
+
+    `gradients` is filled in the backward pass of the loss, which comes before. Call it with the input of the module,
+    in its forward pass; it returns an alias of that input.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Handover.apply(self, x, *self.parameters) if torch.is_grad_enabled() else x
+
+
+class _Handover(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handover: GradientHandover, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.handover = handover
+        return x.detach()  # no view, of which FSDP2 would warn
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        handover = ctx.handover
+        gradients, handover.gradients = handover.gradients, [None] * len(handover.parameters)
+        return (None, gradient, *gradients)
