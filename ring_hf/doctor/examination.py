@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from ..hf.inspection import AttentionKind, inspect_model, load_config
+from ..hf.checks.inspection import AttentionKind, inspect_model, load_config
 from ..hf.names import BACKENDS, ULYSSES
 from ..kernels import candidates
 from ..planner import read_keys

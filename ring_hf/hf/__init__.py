@@ -4,11 +4,11 @@ Importing this package registers the attention implementations `ring_contiguous`
 `ring_balanced` and `ulysses`. It is the only part of the project that imports transformers and accelerate.
 """
 
-from .backend import register_backends
-from .callback import ContextParallelCallback
-from .collator import ContextParallelCollator
-from .config import ContextParallelConfig
-from .guard import guard_model
+from .attention.backend import register_backends
+from .collate.collator import ContextParallelCollator
+from .trainer.callback import ContextParallelCallback
+from .trainer.config import ContextParallelConfig
+from .trainer.guard import guard_model
 
 __all__ = [
     "ContextParallelCallback",

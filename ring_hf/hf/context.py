@@ -9,10 +9,6 @@ that every sequence is whole here: one process, or `context_parallel_size=1`. A 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .evaluation import Evaluator
 
 
 @dataclass(frozen=True)
@@ -32,45 +28,41 @@ class ProcessContext:
     transport: str = "auto"
     ranks_per_node: int = 1
     verify: bool = False  # take a trial step also where everything is proven by name
+    engine: str = "DDP"  # a name from `ring_hf.hf.trainer.engines.ENGINES`
 
 
 _active: ProcessContext | None = None
-_evaluator: "Evaluator | None" = None
 _configured = False
 
 
-def activate(context: ProcessContext | None, evaluator: "Evaluator | None" = None) -> None:
+def activate(context: ProcessContext | None) -> None:
     """Make `context` the one of this process; `None` says that whole sequences are meant."""
-    global _active, _evaluator, _configured
-    _active, _evaluator, _configured = context, evaluator, True
+    global _active, _configured
+    _active, _configured = context, True
 
 
 def reset() -> None:
     """Go back to a process that nobody configured."""
-    global _active, _evaluator, _configured
-    _active, _evaluator, _configured = None, None, False
+    global _active, _configured
+    _active, _configured = None, False
 
 
 @contextmanager
 def whole_sequences() -> Iterator[None]:
     """Within, this process computes as one that holds whole sequences."""
-    active, evaluator, configured = _active, _evaluator, _configured
+    active, configured = _active, _configured
     activate(None)
     try:
         yield
     finally:
         if configured:
-            activate(active, evaluator)
+            activate(active)
         else:
             reset()
 
 
 def current() -> ProcessContext | None:
     return _active
-
-
-def current_evaluator() -> "Evaluator | None":
-    return _evaluator
 
 
 def is_configured() -> bool:

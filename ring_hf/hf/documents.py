@@ -9,7 +9,7 @@ Shapes: B rows, S tokens.
 import torch
 from torch.nn.functional import pad
 
-from .batch import IGNORE_INDEX
+from .batch_metadata import IGNORE_INDEX
 
 Documents = tuple[tuple[int, ...], ...]
 

@@ -35,7 +35,7 @@ _EXAMPLES = f"""examples:
       --loss-block 2048 --json plan.json --png plan.png
   all parameters of a smaller model, on larger devices
     ring-hf plan --model Qwen3-4B --seq 1M --device h200 --offload layers --loss-block 2048
-  the same weights sharded, by an engine that training refuses today
+  all parameters of a larger model, sharded over the devices (FSDP2, DeepSpeed ZeRO-3)
     ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --offload layers --loss-block 2048
   a model of your own, four nodes, ring across nodes and Ulysses inside
     ring-hf plan --model path/to/folder --seq 4M --devices 32 --ulysses 8 --ffn-block 4096 --loss-block 2048
@@ -54,9 +54,9 @@ optimizers, bytes of a parameter for weights + gradients + states:
 What is assumed: bf16 compute; rates of kernels alone, published for head dim 128 (smaller ones are slower);
 communication as the cost model of `ring-hf simulate` has it; {DEVICES["h100"].source};
 B200: {DEVICES["b200"].source}.
-The engine is the one that training accepts: DDP (--zero 0), which holds everything on every device. --zero 1 to 3,
---offload optimizer,weights and --optimizer adamw-bf16-master describe DeepSpeed and FSDP, which training refuses
-today; the report says so.
+The engine is DDP (--zero 0), which holds everything on every device, unless told otherwise: --zero 1 and 2 are those
+stages of DeepSpeed, --zero 3 is FSDP2 or ZeRO-3. --offload optimizer,weights and --optimizer adamw-bf16-master belong
+to one of these; without, training refuses them, and the report says so.
 """
 
 

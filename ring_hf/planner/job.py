@@ -30,7 +30,7 @@ class Job:
         length: tokens of the sequence, before padding to the layout's multiple.
         cp: devices that share one sequence; the rest is data parallel. 0: all of them.
         zero: what is sharded over all devices: 0 nothing (DDP, which training accepts), 1 optimizer, 2 gradients too,
-            3 (FSDP) weights too. `engine` names the engine of each and says whether training accepts it.
+            3 (FSDP2) weights too. `engine` names the engine of each and says whether training accepts it.
         offload: what lives in host memory, of `OFFLOADS`.
         checkpoint: what a layer keeps for backward: "none" everything, "full" its input alone, "save-attention" its
             input and the attention output, so that attention is never computed again.

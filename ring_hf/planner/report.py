@@ -93,7 +93,7 @@ def _memory(plan: Plan) -> str:
     if not plan.fits:
         verdict = f"does NOT fit: {(memory.total - room) / GIB:.1f} GiB too much"
     if not engine_of(plan.job).trains:
-        verdict = f"with an engine that training refuses today, {verdict}"
+        verdict = f"with an engine that training refuses, {verdict}"
     longest = f"{plan.longest:,} tokens ({tokens(plan.longest)})" if plan.longest else "not even one token a rank"
     others = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.moments.items() if name != memory.worst)
     lines = [
@@ -181,7 +181,7 @@ def _advice(plan: Plan) -> str:
         rest = [lever for lever in plan.levers if lever not in refused]
         lines += ["levers, one at a time:", *_changes(plan, rest)]
     if refused:
-        lines += ["with engines that training refuses today:", *_changes(plan, refused)]
+        lines += ["with engines that training refuses:", *_changes(plan, refused)]
     return "\n".join(lines)
 
 

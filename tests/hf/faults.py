@@ -22,7 +22,7 @@ from transformers import (
 
 import ring_hf
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.collator import PadOrPack
+from ring_hf.hf.collate.collator import PadOrPack
 from tests.hf.models import llama, rows
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ring_hf.geometry import WholeSequence
-from ring_hf.hf.batch import KEY, ContextParallelBatch, RefusedBatch
+from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch, RefusedBatch
 from tests.hf.faults import LeftPadding, TwoRows
 from tests.hf.models import SIZES, llama, rows
 
@@ -54,7 +54,7 @@ CONFIGS = {
         "transport='double_ring' needs a ring that is made of smaller rings, but .* leaves a ring of 2",
     ),
     "kernel": ({"kernel": "warp"}, "kernel='warp' is not known. Choose one of auto"),
-    "dp_shard_size": ({"dp_shard_size": 2}, "dp_shard_size=2: sharded weights .FSDP. are not proven yet"),
+    "dp_shard_size": ({"dp_shard_size": 0}, "dp_shard_size=0 must be a whole number of at least 1"),
     "size zero": ({"context_parallel_size": 0}, "context_parallel_size=0 must be a whole number of at least 1"),
 }
 

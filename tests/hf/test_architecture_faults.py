@@ -3,14 +3,23 @@ And packed documents, for models whose mathematics could mix them up."""
 
 import pytest
 
-from ring_hf.hf import backend, counters, guard, router
+from ring_hf.hf.attention import backend
+from ring_hf.hf.checks import moe_aux_loss
+from ring_hf.hf.trainer import counters, guard
 from tests.harness import run_distributed
 from tests.hf.architectures import ROUTER_LOSS
 from tests.hf.family_comparison import Difference, Results, compare
 
 # What is switched off, a family that needs it, its settings, and the references that show it (0: eager, 1: local).
 FAULTS = {
-    "router logits of one shard": (router, "_whole", lambda logits, batch: logits, "mixtral", ROUTER_LOSS, (0, 1)),
+    "router logits of one shard": (
+        moe_aux_loss,
+        "_whole",
+        lambda logits, batch: logits,
+        "mixtral",
+        ROUTER_LOSS,
+        (0, 1),
+    ),
     "places in the shard": (backend, "_by_place", lambda module, query, batch: query, "llama4_text", {}, (0, 1)),
     "full attention in all chunks": (backend, "_chunk", lambda module: None, "llama4_text", {}, (0,)),
     "a window told to nobody": (backend, "_window", lambda module: None, "qwen2_moe", {}, (0,)),

@@ -14,9 +14,9 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ring_hf.hf import proven
-from ring_hf.hf.models import MODEL_RULES
-from ring_hf.hf.supported import first_error
+from ring_hf.hf.checks.argument_rules import first_error
+from ring_hf.hf.checks.model_rules import MODEL_RULES
+from ring_hf.hf.runtime import proven
 from scripts.architectures import PROVEN, with_names, with_table
 from tests.harness import ROOT, run_distributed
 from tests.hf.architectures import (

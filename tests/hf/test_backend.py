@@ -125,7 +125,7 @@ def test_fp32_queries_of_a_bf16_layer_return_to_bf16():
     """As PEFT makes them, by keeping layer norms in fp32."""
     model = llama("ring_zigzag").bfloat16().eval()
     attention = model.model.layers[0].self_attn
-    from ring_hf.hf.backend import attention as backend
+    from ring_hf.hf.attention.backend import attention as backend
 
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     out, weights = backend(attention, query, key, key, None, scaling=0.3)

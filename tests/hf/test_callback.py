@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ring_hf.hf import callback
-from ring_hf.hf.split import Split
+from ring_hf.hf.degrees import Split
+from ring_hf.hf.trainer import callback
 
 SPLIT = Split("ring_zigzag", "zigzag", 8, 2, 2, "auto")
 
@@ -22,11 +22,12 @@ def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error)
             raise ValueError(found)
 
     stand_ins = {
-        "process": SimpleNamespace(current=lambda: SimpleNamespace(group="ranks"), reset=lambda: None),
+        "process": SimpleNamespace(current=lambda: SimpleNamespace(group="ranks", engine="DDP"), reset=lambda: None),
         "base_model": lambda model: SimpleNamespace(config=None),
         "first_error": lambda rules, what: error,
         "check_loader": lambda loader: None,
-        "check_memory": lambda args, model: None,
+        "AcceleratorState": lambda: None,
+        "check_memory": lambda args, model, engine_checkpoints: None,
         "check_liger": lambda args, model, applied: None,
         "split_error": lambda config, context: None,
         "resolve": lambda config, context: SPLIT,

@@ -17,7 +17,7 @@ from transformers import (
 
 from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
-from ring_hf.hf.batch import KEY
+from ring_hf.hf.batch_metadata import KEY
 from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
 from ring_hf.memory import apply
 from ring_hf.parallel import join

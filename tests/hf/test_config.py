@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
+from ring_hf.hf.trainer.engines import ENGINES
 from tests.harness import run_distributed
 from tests.hf.models import llama, rows
 
@@ -22,7 +23,7 @@ def test_inherited_sizes_stay_one_whatever_the_environment_says(monkeypatch):
     assert config.context_parallel_size == 2 and config.active_mesh_dims == ["cp"]
 
 
-@pytest.mark.parametrize("name", ["TP_SIZE", "SP_SIZE", "DP_SHARD_SIZE"])
+@pytest.mark.parametrize("name", ["TP_SIZE", "SP_SIZE"])
 def test_other_parallelism_in_the_environment_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", "2")
     with pytest.raises(ValueError, match=f"PARALLELISM_CONFIG_{name}=2 .* is not supported together"):
@@ -68,8 +69,35 @@ def test_size_may_come_from_the_parallelism_config_of_an_accelerate_yaml(monkeyp
 
 def test_replicas_follow_from_the_number_of_processes():
     config = ContextParallelConfig(context_parallel_size=2)
-    config._fit(8)
+    config._fit(8, ENGINES["DDP"])
     assert config.dp_replicate_size == 4 and config.total_size == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (1, 4)),
+        ({"dp_replicate_size": 2}, (2, 2)),
+        ({"dp_shard_size": 4}, (1, 4)),
+        ({"dp_replicate_size": 4}, (4, 1)),
+    ],
+    ids=str,
+)
+def test_fsdp2_shards_over_what_is_left(given, sizes):
+    config = ContextParallelConfig(context_parallel_size=2, **given)
+    config._fit(8, ENGINES["FSDP2"])
+    assert (config.dp_replicate_size, config.dp_shard_size, config.total_size) == (*sizes, 8)
+    assert config.dp_shard_cp_dim_names == (["dp_shard", "cp"] if sizes[1] > 1 else ["cp"])
+    assert config.fsdp_dim_names == (["dp_replicate"] if sizes[0] > 1 else []) + ["dp_shard_cp"]
+
+
+def test_sizes_come_from_an_accelerate_file(monkeypatch):
+    for name, size in (("CP_SIZE", "2"), ("DP_SHARD_SIZE", "2"), ("DP_REPLICATE_SIZE", "1")):
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", size)
+    config = ContextParallelConfig()
+    assert config._requested == (None, 2)  # 1 is what the launcher sets where a file says nothing
+    config._fit(4, ENGINES["FSDP2"])
+    assert (config.dp_replicate_size, config.dp_shard_size, config.context_parallel_size) == (1, 2, 2)
 
 
 def test_trackers_get_plain_values_and_pickles_no_mesh():
@@ -135,7 +163,7 @@ def test_a_frozen_description_passes_a_loader_that_pins_and_moves():
     """Neither torch's pinning nor Accelerate's transfer may touch what is no tensor."""
     from accelerate.utils import send_to_device
 
-    from ring_hf.hf.batch import KEY
+    from ring_hf.hf.batch_metadata import KEY
     from tests.hf.models import rank_of
 
     with rank_of(2, 0):

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.batch import KEY, RefusedBatch
+from ring_hf.hf.batch_metadata import KEY, RefusedBatch
 from tests.harness import run_distributed
 from tests.hf.faults import LeftPadding, arguments
 from tests.hf.models import llama, rows

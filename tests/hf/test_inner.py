@@ -5,8 +5,8 @@ import torch
 
 from ring_hf.geometry import LAYOUTS
 from ring_hf.hf import ContextParallelCollator
-from ring_hf.hf.batch import KEY, RefusedBatch
-from ring_hf.hf.inner import PadOrPack
+from ring_hf.hf.batch_metadata import KEY, RefusedBatch
+from ring_hf.hf.collate.default_collator import PadOrPack
 from tests.hf.models import llama, rank_of, rows
 
 EMPTY = {"input_ids": [], "labels": []}

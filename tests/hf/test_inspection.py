@@ -2,7 +2,7 @@
 
 import pytest
 
-from ring_hf.hf.inspection import inspect_model, load_config
+from ring_hf.hf.checks.inspection import inspect_model, load_config
 from ring_hf.planner import read_keys
 
 KINDS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.integrations import liger as integration
 
-from ring_hf.hf.liger import check_liger
+from ring_hf.hf.checks.liger import check_liger
 from ring_hf.memory import apply
 from tests import liger_stand_in
 from tests.liger_stand_in import averaging_loss, deaf_loss, liger

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
-from ring_hf.hf.loss_monitor import find_other_loss
-from ring_hf.hf.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
+from ring_hf.hf.runtime.loss_monitor import find_other_loss
+from ring_hf.hf.runtime.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
 from tests.harness import run_distributed
 from tests.hf.faults import arguments
 from tests.hf.models import context_of, llama, rows

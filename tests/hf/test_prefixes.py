@@ -7,8 +7,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ring_hf.geometry import LAYOUTS
-from ring_hf.hf import ContextParallelCollator, announcements, context
-from ring_hf.hf.batch import KEY
+from ring_hf.hf import ContextParallelCollator, context
+from ring_hf.hf.attention import announcements
+from ring_hf.hf.batch_metadata import KEY
 from ring_hf.parallel import register_group
 from tests.harness import assert_close, run_distributed
 from tests.hf.models import llama, rank_of, rows

@@ -5,16 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from transformers.masking_utils import create_causal_mask
 
-from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, announcements
-from ring_hf.hf.backend import attention, mask_2d
-from ring_hf.hf.batch import KEY, ContextParallelBatch, RefusedBatch
-from ring_hf.hf.batch_checks import find_batch_error
-from ring_hf.hf.guard import base_model
-from ring_hf.hf.models import MODEL_RULES
-from ring_hf.hf.supported import ARGUMENT_RULES, first_error
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from ring_hf.hf.attention import announcements
+from ring_hf.hf.attention.backend import attention, mask_2d
+from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ring_hf.hf.checks.argument_rules import ARGUMENT_RULES, first_error
+from ring_hf.hf.checks.batch_rules import find_batch_error
+from ring_hf.hf.checks.model_rules import MODEL_RULES
+from ring_hf.hf.trainer.engines import ENGINES
+from ring_hf.hf.trainer.guard import base_model
 from tests.harness import run_distributed
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
 from tests.hf.models import context_of, llama, rank_of, rows
@@ -60,7 +61,7 @@ def test_environment_that_is_no_number_is_refused(monkeypatch):
 
 def test_wrong_world_size_names_both_numbers_and_the_way_out():
     with pytest.raises(ValueError) as refusal:
-        ContextParallelConfig(context_parallel_size=3)._fit(8)
+        ContextParallelConfig(context_parallel_size=3)._fit(8, ENGINES["DDP"])
     assert str(refusal.value) == (
         "context_parallel_size=3 does not divide 8 processes. Set it to 1 or 2 or 4 or 8, or start 3, 6 or 9 "
         "processes."
@@ -69,35 +70,11 @@ def test_wrong_world_size_names_both_numbers_and_the_way_out():
 
 def test_a_size_that_nobody_gave_is_refused_in_several_processes(monkeypatch):
     with pytest.raises(ValueError, match=r"2 processes were started, but nothing says how many.*or 1 if plain data"):
-        ContextParallelConfig()._fit(2)
-    ContextParallelConfig()._fit(1)
-    ContextParallelConfig(context_parallel_size=1)._fit(2)
+        ContextParallelConfig()._fit(2, ENGINES["DDP"])
+    ContextParallelConfig()._fit(1, ENGINES["DDP"])
+    ContextParallelConfig(context_parallel_size=1)._fit(2, ENGINES["DDP"])
     monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "1")
-    ContextParallelConfig()._fit(2)
-
-
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])
-def test_engines_that_are_not_proven_are_refused_by_name(engine):
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType[engine], device=torch.device("cpu"), num_processes=2
-    )
-    with pytest.raises(ValueError, match=f"Engine {engine} on cpu is not proven yet.*supported: DDP on CPU and CUDA"):
-        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator)
-
-
-def test_fsdp_that_accelerate_would_silently_run_as_ddp_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType.MULTI_CPU, device=torch.device("cpu"), num_processes=2
-    )
-    with pytest.raises(ValueError, match="Engine FSDP on cpu is not proven yet"):
-        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator)
-
-
-def test_device_that_is_neither_cpu_nor_cuda_is_refused():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("meta"), num_processes=1)
-    with pytest.raises(ValueError, match="Engine NO on meta is not proven yet"):
-        ContextParallelConfig()._validate_accelerator(accelerator)
+    ContextParallelConfig()._fit(2, ENGINES["DDP"])
 
 
 # Batches: the collator refuses, and says so in the batch

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from ring_hf.hf.batch import KEY, ContextParallelBatch
+from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch
 
 MICRO_BATCHES = 2
 LENGTHS = (40, 33, 29, 36)  # of the rows, two in each micro-batch

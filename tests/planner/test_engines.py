@@ -28,9 +28,11 @@ KINDS = {
 }
 
 
-def training_accepts(kind):
+def training_accepts(kind, zero):
     """Whether three processes for a size of two is what a configuration minds, and not the engine."""
-    accelerator = SimpleNamespace(distributed_type=kind, device=torch.device("cpu"), num_processes=3)
+    plugins = {"fsdp_plugin": SimpleNamespace(fsdp_version=2), "deepspeed_plugin": SimpleNamespace(zero_stage=zero)}
+    state = SimpleNamespace(distributed_type=kind, **plugins)
+    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), num_processes=3)
     with pytest.raises(ValueError) as refusal:
         ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator)
     return "3 processes" in str(refusal.value)
@@ -38,8 +40,9 @@ def training_accepts(kind):
 
 @pytest.mark.parametrize("zero", ENGINES)
 def test_the_table_of_engines_is_what_training_accepts(zero):
-    assert set(KINDS) == set(ENGINES)
-    assert ENGINES[zero].trains == any(training_accepts(kind) for kind in KINDS[zero])
+    assert set(KINDS) == set(ENGINES) and not DEEPSPEED.trains
+    assert not training_accepts(DistributedType.DEEPSPEED, 0) and not training_accepts(DistributedType.MEGATRON_LM, 0)
+    assert ENGINES[zero].trains == any(training_accepts(kind, zero) for kind in KINDS[zero])
 
 
 def test_a_plan_assumes_what_training_accepts_unless_told_otherwise():
@@ -71,11 +74,15 @@ def test_what_an_engine_offloads_or_keeps_in_bf16_is_not_ddp(settings, engine):
         ("--devices 1 --lora 16", "engine: one process; training accepts it; the device holds", "\ndoes NOT fit: "),
         (
             "--zero 3",
-            "engine: FSDP or DeepSpeed ZeRO-3 (--zero 3); training REFUSES it today and accepts DDP (--zero 0)",
-            "\nwith an engine that training refuses today, fits: ",
+            "engine: FSDP2 or DeepSpeed ZeRO-3 (--zero 3); training accepts it; weights, gradients and",
+            "\nfits: ",
         ),
-        ("--zero 2", "engine: DeepSpeed ZeRO-2 (--zero 2); training REFUSES it", "refuses today, does NOT fit: "),
-        ("--offload optimizer,layers", "engine: DeepSpeed (--zero 0); training REFUSES it", "does NOT fit: "),
+        ("--zero 2", "engine: DeepSpeed ZeRO-2 (--zero 2); training accepts it", "\ndoes NOT fit: "),
+        (
+            "--offload optimizer,layers",
+            "engine: DeepSpeed without ZeRO (--zero 0); training REFUSES it: add --zero 1, 2 or 3",
+            "\nwith an engine that training refuses, does NOT fit: ",
+        ),
     ],
 )
 def test_the_first_lines_name_the_engine_and_whether_training_accepts_it(words, expected, verdict, tmp_path, capsys):
@@ -92,13 +99,14 @@ def test_the_first_lines_name_the_engine_and_whether_training_accepts_it(words, 
 def test_levers_that_training_refuses_come_last_under_a_heading_of_their_own():
     sharded = "shard weights, gradients, states"
     accepted, refused = text_of(plan(Job(QWEN, 2**20))).split("\nlevers, one at a time:\n")[1].split("\nwith engines")
-    assert refused.startswith(" that training refuses today:\n")
-    assert sharded in refused and "optimizer states and gradients to host memory" in refused
-    assert "--lora 16" in accepted and sharded not in accepted and "optimizer" not in accepted
+    assert refused.startswith(" that training refuses:\n")
+    assert sharded not in refused and "optimizer states and gradients to host memory" in refused
+    assert "--lora 16" in accepted and sharded in accepted and "optimizer states and" not in accepted
     levers = plan(Job(QWEN, 2**20)).levers
     assert [lever.trains for lever in levers] == sorted((lever.trains for lever in levers), reverse=True)
-    # A job that training refuses has nothing to set apart.
-    assert "with engines that training refuses" not in text_of(plan(Job(QWEN, 2**20, zero=3)))
+    # A job that training refuses has nothing to set apart, and one with ZeRO nothing that is refused.
+    for settings in ({"offload": ("optimizer",)}, {"zero": 3}):
+        assert "with engines that training refuses" not in text_of(plan(Job(QWEN, 2**20, **settings)))
 
 
 def bytes_of_ddp(rank, world_size):

@@ -21,6 +21,15 @@ FLOORS = {
     "planner": {"geometry", "tools"},
     "doctor": {"geometry", "kernels", "parallel", "hf", "tools", "planner"},
 }
+# The same inside ring_hf/hf: its own files are the ground, which no room is above.
+ROOMS = {
+    "ground": set(),
+    "attention": {"ground"},
+    "checks": {"ground", "attention"},
+    "collate": {"ground", "checks"},
+    "runtime": {"ground", "attention", "collate"},
+    "trainer": {"ground", "attention", "checks", "runtime"},
+}
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
 SOURCES = [
@@ -66,6 +75,35 @@ def test_floors_import_only_floors_below(name):
     used = {module.split(".")[1] for module in imports(FILES[name]) if module.startswith("ring_hf.")}
     above = {other for other in used & set(FLOORS) if other != floor} - FLOORS[floor]
     assert not above, f"{name} imports {above}; ring_hf/{floor} may import {FLOORS[floor] or 'no other floor'}"
+
+
+def room_of(module):
+    """The room of `ring_hf.hf.<room or file of the ground>...`."""
+    return module.split(".")[2] if module.split(".")[2] in ROOMS else "ground"
+
+
+HF_FILES = {name: path for name, path in FILES.items() if path.is_relative_to(PACKAGE / "hf")}
+del HF_FILES["ring_hf/hf/__init__.py"]  # the front door may open every room
+
+
+@pytest.mark.parametrize("name", HF_FILES)
+def test_rooms_of_hf_import_only_rooms_below(name):
+    room = room_of(name.removesuffix(".py").replace("/", "."))
+    used = {room_of(module) for module in imports(HF_FILES[name]) if module.count(".") > 1 and "ring_hf.hf." in module}
+    above = used - ROOMS[room] - {room}
+    assert not above, f"{name} imports {above}; ring_hf/hf/{room} may import {ROOMS[room] or 'no room'}"
+
+
+def test_files_of_hf_import_each_other_in_no_circle():
+    names = {name.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): p for name, p in FILES.items()}
+    waiting = {
+        name: imports(path) & set(names) - {name} for name, path in names.items() if name.startswith("ring_hf.hf.")
+    }
+    assert len(waiting) >= 30
+    while free := [name for name, needs in waiting.items() if not needs & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert waiting == {}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ring_hf.geometry import shard_index
-from ring_hf.hf.inner import PadOrPack
+from ring_hf.hf.collate.default_collator import PadOrPack
 
 STATIC = ("contiguous", "zigzag", "striped")  # layouts that do not look at the documents
 VOCABULARY = 64

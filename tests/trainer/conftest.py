@@ -32,7 +32,7 @@ class Launches:
             return json.loads((folder / "results.json").read_text())
 
 
-def _folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     """The same for all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
@@ -42,11 +42,11 @@ def _folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def launches(tmp_path_factory) -> Launches:
-    return Launches(_folder(tmp_path_factory, "launches"), "train_script.py")
+    return Launches(shared_folder(tmp_path_factory, "launches"), "train_script.py")
 
 
 @pytest.fixture(scope="session")
 def wrapper_launches(tmp_path_factory) -> Launches:
-    launches = Launches(_folder(tmp_path_factory, "wrapper_launches"), "wrapper_script.py")
+    launches = Launches(shared_folder(tmp_path_factory, "wrapper_launches"), "wrapper_script.py")
     launches.of(1)  # two processes resume from its checkpoint
     return launches

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ring_hf.hf.inner import PadOrPack
+from ring_hf.hf.collate.default_collator import PadOrPack
 from tests.trainer.cases import VOCABULARY, Rows
 
 STEPS = 20

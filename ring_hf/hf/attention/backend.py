@@ -1,0 +1,331 @@
+"""The attention backends `ring_<layout>` and `ulysses` for `attn_implementation=...`.
+
+Transformers calls one function per attention layer with queries and keys as [batch, heads, tokens, head dim], key and
+value heads not repeated, and passes every model kwarg on to it. If the batch came from `ContextParallelCollator`, the
+kwarg `context_parallel` describes the whole sequence and the tensors are this rank's shard of it: ring attention. If
+not, the process holds the whole sequence: plain local attention, equal to `attn_implementation="sdpa"` (or "eager"
+where that is all a model has). Whatever would change the result and is not implemented is refused.
+
+Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ring_hf.parallel import num_processes, ring_attention
+
+from .. import context
+from ..batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ..names import BACKENDS, attention_name
+from . import announcements
+from .local import Maths, local_backend
+
+# Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
+# one score per query (Inkling), unlike `s_aux`, one per head.
+CHANGES_THE_RESULT = ("position_bias", "sinks", "indices", "block_indices", "head_mask", "alibi", "cache")
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class CallCount:
+    """Notes which modules call the backend with a shard while switched on: the guard proves with it that all
+    attention layers do."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.callers: list[torch.nn.Module] = []
+
+    def start(self) -> None:
+        self.on, self.callers = True, []
+
+    def stop(self) -> list[torch.nn.Module]:
+        self.on = False
+        callers, self.callers = self.callers, []
+        return callers
+
+
+call_count = CallCount()
+
+
+def mask_2d(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask function of the backends: the 2D padding mask of the keys if it hides any, else None; never 4D.
+
+    For packed rows it numbers the documents: not every model hands position_ids to its attention layers. A 4D mask
+    would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
+    """
+    end = int(q_offset) + q_length
+    if kv_length + kv_offset > end:
+        raise ValueError(
+            f"A static cache ({kv_length} slots, {end} of them filled) is not supported by the "
+            "ring backends. Generate with the default dynamic cache, or with attn_implementation='sdpa'."
+        )
+    if kwargs.get("use_vmap") or _is_union(kwargs.get("mask_function")):
+        raise ValueError(
+            "The model adds to its attention mask (tokens of one image that see each other, for example), which the "
+            "ring backends do not compute. Use attn_implementation='sdpa'."
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and kwargs.get("local_size") == chunk and end > max(q_length, chunk):
+        raise ValueError(
+            f"A cache that reaches beyond one chunk of attention ({end} tokens, attention_chunk_size={chunk}) is not "
+            "supported by the ring backends. Generate with attn_implementation='sdpa'."
+        )
+    packed = attention_mask is None and kwargs.get("allow_is_causal_skip") is False and q_length == kv_length > 1
+    if packed and context.current() is None:  # on a shard, positions jump without a new document
+        return _document_numbers(kwargs["mask_function"], kwargs["batch_size"], q_length, kwargs["device"])
+    if attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    mask_BS = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return None if bool(mask_BS.all()) else mask_BS
+
+
+def _document_numbers(mask_function: Any, num_rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """[B, S] of int64: a token begins a document, or what is as good as one, where it does not see its neighbour."""
+    rows_B1, token_S = torch.arange(num_rows, device=device)[:, None], torch.arange(length, device=device)
+    sees_BS = mask_function(rows_B1, torch.zeros((), dtype=torch.long, device=device), token_S[1:], token_S[:-1])
+    return pad((~sees_BS).expand(num_rows, -1).long().cumsum(1), (1, 0)) + 1
+
+
+def _is_union(mask_function: Any) -> bool:
+    """Whether Transformers joined the causal mask with another one (`masking_utils.or_masks`)."""
+    return "or_masks" in getattr(mask_function, "__qualname__", "")
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    context_parallel: ContextParallelBatch | RefusedBatch | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer; returns [B, S, H, E] and no weights."""
+    if call_count.on and context_parallel is not None:
+        call_count.callers.append(module)
+    _refuse_unsupported(query, key, value, s_aux, kwargs)
+    query, key, value = _one_dtype(module, query, key, value)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    window = sliding_window if sliding_window is not None else _window(module)
+    if window is not None and not causal:
+        raise ValueError(
+            f"sliding_window={window} without a causal mask looks both ways in Transformers, which the ring "
+            "backends do not compute. Use a causal model, or one without sliding windows."
+        )
+    maths = Maths(causal, window, _chunk(module), scaling, softcap or None, s_aux)
+    if context_parallel is None:
+        _refuse_unguarded_training(module)
+        return local_backend(query, key, value, maths, attention_mask, dropout, position_ids, cu_seq_lens_q), None
+    if isinstance(context_parallel, RefusedBatch):
+        raise ValueError(context_parallel.message)
+    batch = context_parallel
+    if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
+        raise ValueError(UNANNOUNCED)
+    _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
+    out_BHSE, _ = ring_attention(
+        _by_place(module, query, batch),
+        key,
+        value,
+        sequence=batch.sequence,
+        group=batch.group,
+        **maths.arguments(),
+        kernel=batch.kernel,
+        transport=batch.transport,
+        inner_ring_size=batch.inner_ring_size,
+        overlap=batch.overlap,
+        return_lse=False,
+    )
+    return out_BHSE.transpose(1, 2).contiguous(), None
+
+
+def _layer_type(module: torch.nn.Module) -> str | None:
+    types, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return types[index] if types is not None and index is not None and index < len(types) else None
+
+
+def _window(module: torch.nn.Module) -> int | None:
+    """The window of a layer that tells it to nobody but its mask (Qwen2-MoE)."""
+    return module.config.sliding_window if _layer_type(module) == "sliding_attention" else None  # type: ignore
+
+
+def _chunk(module: torch.nn.Module) -> int | None:
+    """Tokens of a chunk in layers that attend inside chunks (Llama 4), which only their mask would tell."""
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk is None:
+        return None
+    kind = _layer_type(module)
+    if kind is None:
+        raise ValueError(
+            f"attention_chunk_size={chunk}, but {type(module).__name__} does not say whether it is one of the layers "
+            "that attend inside chunks (config.layer_types, layer_idx). Use attn_implementation='sdpa'."
+        )
+    return chunk if kind == "chunked_attention" else None
+
+
+def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+    """Llama 4 scales the queries of layers without RoPE by their place, which it counts from 0 in the tensor at hand:
+    replace the place in the shard by that in the sequence."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query_BHCD
+    places = [place for segment in batch.sequence.segments(batch.rank) for place in segment.range]
+    device, every, strength = query_BHCD.device, float(module.floor_scale), float(module.attn_scale)  # type: ignore
+
+    def scale(places_C: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(((places_C + 1) / every).floor()) * strength + 1.0
+
+    true_C = scale(torch.tensor(places, dtype=torch.float32, device=device))
+    taken_C = scale(torch.arange(len(places), dtype=torch.float32, device=device))
+    return (query_BHCD * (true_C / taken_C)[None, None, :, None]).to(query_BHCD.dtype)
+
+
+NOT_FROM_COLLATOR = (
+    f"Sequences are shared by several ranks, but this training batch carries no {KEY!r}: it did not come from "
+    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or collate_fn=... to "
+    "the DataLoader."
+)
+UNANNOUNCED = (
+    "A sharded batch reached an attention layer past the checks of ring_hf, which compare it between ranks and put "
+    "its loss together. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
+    "AdaptionPrompt): use another one. Or the model is a second one or runs in a loop of your own: call "
+    "ring_hf.guard_model(model) first."
+)
+
+
+def _refuse_unguarded_training(module: torch.nn.Module) -> None:
+    """Raise if whole sequences are trained on by mistake: the guard, which judges batches, is missing."""
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    if context.current() is not None and not announcements.is_guarded(module):
+        raise ValueError(NOT_FROM_COLLATOR)
+    if not context.is_configured() and num_processes() > 1:
+        name = attention_name(module.config) if hasattr(module, "config") else None
+        raise ValueError(
+            f"attn_implementation={name!r} trains in {num_processes()} processes, but no ContextParallelConfig says "
+            "how they share sequences, so each would train on whole sequences of its own. Pass "
+            "parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=...) to TrainingArguments (or to "
+            "Accelerator); context_parallel_size=1 says that plain data parallelism is meant."
+        )
+
+
+def _refuse_unsupported(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    s_aux: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if s_aux is not None and s_aux.shape != (query.shape[1],):
+        raise ValueError(
+            f"s_aux (attention sinks) has shape {tuple(s_aux.shape)} for {query.shape[1]} query heads. The ring "
+            "backends compute one sink per head. Use attn_implementation='eager'."
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True needs the attention matrix, which ring attention never builds. "
+            'Set it to False, or inspect a short sequence with attn_implementation="eager".'
+        )
+    for name in CHANGES_THE_RESULT:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"The attention layer passes {name!r}, which changes the result and is not computed by the ring "
+                "backends."
+            )
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads. Set num_attention_heads "
+            "to a multiple of num_key_value_heads."
+        )
+    if query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            f"Queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit "
+            "together."
+        )
+
+
+def _one_dtype(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer norms kept in fp32 (as PEFT does) hand fp32 queries to a bf16 model: go back to the dtype of the
+    weights."""
+    if query.dtype == key.dtype == value.dtype != torch.float32:
+        return query, key, value
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    else:
+        weights = (part.weight.dtype for part in module.modules() if isinstance(part, torch.nn.Linear))
+        dtype = next((dtype for dtype in weights if dtype.is_floating_point), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _refuse_unshardable(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    batch: ContextParallelBatch,
+) -> None:
+    name = attention_name(module.config) if hasattr(module, "config") else None
+    if name is not None and BACKENDS.get(name) != batch.sequence.layout:
+        raise ValueError(
+            f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
+            "the collator from the model that is trained, after its last set_attn_implementation call."
+        )
+    # In one process with prefixes, document numbers say nothing that its batch does not. A 0 would hide a token.
+    numbers = batch.sequence.num_ranks == 1 and attention_mask is not None and attention_mask.dtype == torch.int64
+    if attention_mask is not None and not (numbers and attention_mask.ndim == 2 and bool((attention_mask > 0).all())):
+        raise ValueError(
+            f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
+            "documents travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."
+        )
+    if module.training and dropout > 0:
+        raise ValueError(
+            f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. Set "
+            "config.attention_dropout = 0.0."
+        )
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: a KV cache cannot be combined with sharded "
+            "sequences. Pass use_cache=False and no past_key_values."
+        )
+    if query.shape[2] != batch.shard_length:
+        raise ValueError(
+            f"This rank got {query.shape[2]} tokens, but its {batch.sequence.layout} shard of {batch.sequence.length} "
+            f"tokens has {batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
+        )
+    supported = DTYPES.get(query.device.type, ())
+    if query.dtype not in supported:
+        raise ValueError(
+            f"Ring attention has no kernel for {query.dtype} on {query.device.type}. Use "
+            f"{' or '.join(str(dtype) for dtype in supported) or 'a CPU or CUDA device'}."
+        )
+
+
+def register_backends() -> None:
+    """Make the names known to Transformers; done on import. (The classmethods: item assignment would be
+    instance-local.)"""
+    for name in BACKENDS:
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask_2d)

@@ -1,0 +1,2 @@
+"""Rules that are checked before anything runs: functions of arguments, models, Trainers and batches to a message or
+None."""

@@ -1,0 +1,204 @@
+"""Which models can be sharded: rules about architectures, checked before anything is computed.
+
+A model is exact under context parallelism if attention through Transformers' interface is the only place where tokens
+meet, if everything else treats a token by itself and by the `position_ids` it is given, and if nothing is drawn at
+random. Each rule is a function that returns a message or None. What cannot be seen in a model's configuration or
+modules is listed by model type in `REFUSED_TYPES`. `tests/hf/architectures.py` holds the verdict on every family of
+Transformers, proven against one process where it is "exact".
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ring_hf.memory.loss import stock_of
+from ring_hf.memory.probe import values_above_zero
+
+from ..names import layout_of
+from .moe_aux_loss import router_error
+
+Rule = Callable[[PreTrainedModel], str | None]
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# What the other kinds of layers do; kinds that are not listed are refused too.
+OTHER_LAYERS = {
+    "conv": "look at neighbouring tokens, which another rank may hold",
+    "indexed_attention": "choose the keys of a query by an index over the whole sequence",
+    "compressed_sparse_attention": "attend to summaries of the whole sequence",
+    "heavily_compressed_attention": "attend to summaries of the whole sequence",
+}
+STATE = "carry a state along the sequence or look at its neighbourhood"
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+REFUSED_TYPES = {
+    "doge": "makes its attention mask from the values of all tokens",
+    "gemma4_unified": "joins the tokens of images in its attention mask, also where there are none",
+    "gemma4_assistant": "predicts from hidden states of another model",
+    "gemma4_unified_assistant": "predicts from hidden states of another model",
+    "mllama_text_model": "attends to images in layers that text alone skips",
+    "nemotron": "does not hand keyword arguments to its attention layers, so the description of the sequence cannot "
+    "reach them",
+    "phimoe": "draws experts at random while training, so no run would equal one process",
+}
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+def _backend(model: PreTrainedModel) -> str | None:
+    try:
+        layout_of(model.config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _attention_interface(model: PreTrainedModel) -> str | None:
+    if model._supports_attention_backend:
+        return None
+    return (
+        f"{type(model).__name__} does not pass its attention through Transformers' attention interface: it accepts "
+        "the name of the backend and ignores it, so every rank would attend inside its shard. Use a model that "
+        "supports attention backends."
+    )
+
+
+def _layer_types(model: PreTrainedModel) -> str | None:
+    config = text_config(model)
+    types: set[str] = set()
+    for name in ("layer_types", "layers_block_type"):
+        types |= set(getattr(config, name, None) or ()) - ATTENTION_LAYERS
+    if not types:
+        return None
+    why = {OTHER_LAYERS.get(kind, STATE) for kind in types}
+    return (
+        f"{type(model).__name__} has layers of type {', '.join(sorted(types))}. They {' and '.join(sorted(why))}. Use "
+        "a model with attention layers only."
+    )
+
+
+def _refused_type(model: PreTrainedModel) -> str | None:
+    reason = REFUSED_TYPES.get(model.config.model_type) or REFUSED_TYPES.get(text_config(model).model_type)
+    return None if reason is None else f"{type(model).__name__} {reason}. Use another model."
+
+
+def _convolution(model: PreTrainedModel) -> str | None:
+    """In the decoder; an image or audio encoder beside it is never given anything."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for name, module in (decoder or model).named_modules():
+        if isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1:
+            return (
+                f"{type(model).__name__} has convolutions ({name}), which look at neighbouring tokens that another "
+                "rank may hold. Use a model with attention layers only."
+            )
+    return None
+
+
+def _own_positions(model: PreTrainedModel) -> str | None:
+    if not any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return None
+    return (
+        f"{type(model).__name__} counts positions by itself, from behind the padding token's number, and not as the "
+        "position_ids it is given. Use a decoder model."
+    )
+
+
+def _not_causal_decoder(model: PreTrainedModel) -> str | None:
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    return f"{type(model).__name__} is an encoder-decoder; only decoder models can be sharded along the sequence."
+
+
+def _loss(model: PreTrainedModel) -> str | None:
+    loss_type = getattr(model, "loss_type", None)
+    known = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
+    known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
+    if known and stock_of(model.loss_function) is ForCausalLMLoss:
+        return None
+    return (
+        f"{type(model).__name__} does not use the causal language modelling loss "
+        f"(loss_type={getattr(model, 'loss_type', None)!r}), the only one that is known to split over shards. Use a "
+        "...ForCausalLM model."
+    )
+
+
+def _forward_takes_kwargs(model: PreTrainedModel) -> str | None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return (
+        f"{type(model).__name__}.forward takes no **kwargs, so shift_labels and the description of the sequence "
+        "cannot reach the loss and the attention layers."
+    )
+
+
+def _attention_dropout(model: PreTrainedModel) -> str | None:
+    dropout = getattr(text_config(model), "attention_dropout", 0.0) or 0.0
+    if dropout == 0:
+        return None
+    return (
+        f"attention_dropout={dropout} would draw another mask on every rank. Set model.config.attention_dropout = 0.0 "
+        "before the model is built (from_pretrained takes it as an argument)."
+    )
+
+
+def _dropout(model: PreTrainedModel) -> str | None:
+    names = list(values_above_zero(model, "drop"))
+    if not names:
+        return None
+    return (
+        f"{len(names)} dropout modules are active, for example {names[0]}. Ranks start from one seed, so all shards "
+        "would drop the same places, and no run would equal one process. Set the dropout probabilities to 0."
+    )
+
+
+def _jitter(model: PreTrainedModel) -> str | None:
+    names = list(values_above_zero(model, "jitter"))
+    if not names:
+        return None
+    return (
+        f"Random noise on the router is active ({names[0]}); every rank would draw its own. Set the model's jitter "
+        "noise to 0."
+    )
+
+
+def _rope(model: PreTrainedModel) -> str | None:
+    parameters = getattr(text_config(model), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    types = {value.get("rope_type") for value in nested} & LENGTH_DEPENDENT_ROPE
+    if not types:
+        return None
+    return (
+        f"rope_type={types.pop()!r} picks its frequencies by the largest position in the batch, which differs between "
+        'shards. Use "linear", "yarn", "llama3" or a larger rope_theta.'
+    )
+
+
+def _output_attentions(model: PreTrainedModel) -> str | None:
+    if not getattr(text_config(model), "output_attentions", False):
+        return None
+    return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    _not_causal_decoder,
+    _layer_types,
+    _attention_interface,
+    _backend,
+    _refused_type,
+    _convolution,
+    _own_positions,
+    _loss,
+    _forward_takes_kwargs,
+    _attention_dropout,
+    _dropout,
+    _jitter,
+    _rope,
+    router_error,
+    _output_attentions,
+)

@@ -1,0 +1,1 @@
+"""The collator: rows to batches, batches to shards."""

@@ -1,0 +1,1 @@
+"""What Accelerate and the Trainer call: the config, the engines, the callback, the guard, evaluation."""

@@ -1,0 +1,114 @@
+"""What a Trainer counts and prints, for sequences that several ranks share.
+
+The Trainer takes every process for a data-parallel replica. Its gradients are right with that (a shard is one more
+batch with tokens of its own), but not the size of its batch, nor its number of tokens: layouts add padding that one
+process does not have.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..batch_metadata import KEY, ContextParallelBatch
+from ..context import ProcessContext
+from .evaluation import current_evaluator
+
+
+def install(trainer: Trainer, context: ProcessContext) -> None:
+    """Correct the counters of a Trainer. Idempotent."""
+    if "get_total_train_batch_size" not in vars(trainer):
+        _correct_batch_size(trainer, context)
+        _correct_input_tokens(trainer)
+        _correct_num_items(trainer)
+    if hasattr(trainer, "_total_train_tokens") and "training_step" not in vars(trainer):
+        _correct_sft_tokens(trainer)
+
+
+def count_tokens(batch: ContextParallelBatch, num_rows: int, with_padding: bool) -> int:
+    """Return the tokens of a whole batch: as the inner collator made it, or without its padding."""
+    if with_padding or batch.sequence.num_tokens is None:
+        return num_rows * batch.unpadded_length
+    return sum(batch.sequence.num_tokens)
+
+
+def _correct_batch_size(trainer: Trainer, context: ProcessContext) -> None:
+    """Sequences per optimizer step: in the log, in the samples per second, and in the model card."""
+    stock_size, stock_card = trainer.get_total_train_batch_size, trainer.create_model_card
+
+    def get_total_train_batch_size(args: Any) -> int:
+        return stock_size(args) // context.size
+
+    @functools.wraps(stock_card)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        stock_card(*args, **kwargs)
+        card = Path(str(trainer.args.output_dir)) / "README.md"
+        if trainer.is_world_process_zero() and card.exists():
+            size = f"- total_train_batch_size: {get_total_train_batch_size(trainer.args)}"
+            card.write_text(re.sub(r"(?m)^- total_train_batch_size: \d+$", size, card.read_text()))
+
+    trainer.get_total_train_batch_size = get_total_train_batch_size
+    trainer.create_model_card = create_model_card
+
+
+def _correct_input_tokens(trainer: Trainer) -> None:
+    """`include_num_input_tokens_seen`: those of one process."""
+    stock = getattr(trainer, "_track_num_input_tokens", None)
+    if stock is None:
+        return
+
+    def track(inputs: dict[str, Any]) -> None:
+        batch, counts = inputs.get(KEY), trainer.args.include_num_input_tokens_seen
+        if counts == "no" or not isinstance(batch, ContextParallelBatch):
+            return stock(inputs)
+        tokens = count_tokens(batch, inputs["input_ids"].shape[0], with_padding=counts == "all")
+        trainer.state.num_input_tokens_seen += _sum_over_replicas(trainer, tokens, batch)
+
+    trainer._track_num_input_tokens = track
+
+
+def _correct_num_items(trainer: Trainer) -> None:
+    """Count targets as the Trainer does for this class in one process.
+
+    For classes without a `loss_type` (GPT-2, BERT) it does not shift labels before it counts them, so that the first
+    label of a row counts, though nothing predicts it.
+    """
+    stock = getattr(trainer, "_get_num_items_in_batch", None)
+    if stock is None or getattr(trainer, "_loss_shifts_labels", True):
+        return
+
+    def count(batch_samples: list, *args: Any, **kwargs: Any) -> Any:
+        plain = [{key: x for key, x in batch.items() if key != "shift_labels"} for batch in batch_samples]
+        return stock(plain, *args, **kwargs)
+
+    trainer._get_num_items_in_batch = count
+    evaluator = current_evaluator()
+    if evaluator is not None:
+        evaluator.counts_first_labels = True
+
+
+def _correct_sft_tokens(trainer: Any) -> None:
+    """TRL's `num_tokens`, which it takes from an attention mask that shards do not have."""
+    stock = trainer.training_step
+
+    def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        batch, before = inputs.get(KEY), trainer._total_train_tokens
+        num_rows = inputs["input_ids"].shape[0]
+        loss = stock(model, inputs, *args, **kwargs)
+        if isinstance(batch, ContextParallelBatch) and trainer._total_train_tokens != before:
+            trainer._total_train_tokens = before + _sum_over_replicas(
+                trainer, count_tokens(batch, num_rows, with_padding=False), batch
+            )
+            trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
+        return loss
+
+    trainer.training_step = training_step
+
+
+def _sum_over_replicas(trainer: Trainer, tokens: int, batch: ContextParallelBatch) -> int:
+    """Return the sum of the tokens of all batches, of which several ranks hold a shard each."""
+    mine = torch.tensor(tokens if batch.rank == 0 else 0, device=trainer.args.device, dtype=torch.int64)
+    return int(trainer.accelerator.gather(mine).sum())

@@ -1,0 +1,294 @@
+"""The engines that hold weights, gradients and optimizer states, and what context parallelism asks of each.
+
+To an engine, the shard of a sequence is a batch of its own. It takes the mean of the gradients over all ranks, as it
+would for plain data parallelism, and may cut the weights over ranks that share a sequence as well as over those that
+do not. It must be told which ranks read the same rows, and kept from rounding numbers that are not computed with: the
+count of targets, the loss, the sums of gradients. `ENGINES` is the whole list; the config looks its row up by what
+Accelerate runs, and `ProcessContext.engine` carries its name from there on.
+
+Sources: Accelerate's `AcceleratorState.distributed_type`, `FullyShardedDataParallelPlugin` and `DeepSpeedPlugin`;
+FSDP2 (`torch.distributed.fsdp.fully_shard`), HSDP as its mesh of two axes; ZeRO (Rajbhandari et al. 2020,
+arXiv 1910.02054).
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from ..runtime.gradients import BY_AUTOGRAD, FROM_FSDP, FROM_ZERO3, GradientMethod
+
+Rule = Callable[[Any, Any], str | None]  # (AcceleratorState, TrainingArguments) -> message
+
+
+@dataclasses.dataclass(frozen=True)
+class SameRows:
+    """What Accelerate's data loader asks of a device mesh under DeepSpeed: how many neighbours read the same rows.
+
+    Under DeepSpeed it looks at the axis `tp` alone, so that is its name here; no process group stands behind it.
+    """
+
+    num_ranks: int
+    mesh_dim_names: tuple[str, ...] = ("tp",)
+
+    def __getitem__(self, name: str) -> "SameRows":
+        return self
+
+    def size(self) -> int:
+        return self.num_ranks
+
+
+# What an engine is told before it wraps the model
+
+
+def _adapt_nothing(state: Any, context_parallel_size: int) -> None:
+    """DDP and FSDP version 1 read the mesh of the config, or need nothing."""
+
+
+def _keep_fsdp_from_rounding(state: Any, context_parallel_size: int) -> None:
+    """Have FSDP2 cast weights only, as autocast under DDP does.
+
+    The policy that Accelerate makes for half precision also casts every tensor that goes into the model (the number of
+    targets: 419 becomes 420 in bf16) and comes out of it (the loss), and sums gradients over ranks in half precision.
+    """
+    policy = state.fsdp_plugin.mixed_precision_policy
+    if policy is not None and policy.param_dtype is not None:
+        exact = {"cast_forward_inputs": False, "output_dtype": None, "reduce_dtype": torch.float32}
+        state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, **exact)
+
+
+def _tell_deepspeed_same_rows(state: Any, context_parallel_size: int) -> None:
+    if context_parallel_size > 1:
+        state.ds_device_mesh = SameRows(context_parallel_size)
+
+
+# What is refused of an engine's settings
+
+
+def _best_of_shards(state: Any, args: Any) -> str | None:
+    if not args.load_best_model_at_end or "SHARDED" not in str(state.fsdp_plugin.state_dict_type):
+        return None
+    return (
+        "load_best_model_at_end=True with fsdp_state_dict_type SHARDED_STATE_DICT: a rank looks for the folder of a "
+        "checkpoint that another may not have made yet, so ranks may choose different ones. Set fsdp_state_dict_type: "
+        "FULL_STATE_DICT."
+    )
+
+
+def _half_precision(state: Any, args: Any) -> str | None:
+    policy = state.fsdp_plugin.mixed_precision_policy
+    dtype = getattr(policy, "buffer_dtype", None)
+    if dtype in (None, torch.float32):
+        return None
+    return (
+        f"FSDP version 1 with mixed precision casts buffers to {dtype}, among them the frequencies of RoPE, which are "
+        "wrong then at long positions, and the number of targets. Set fsdp_version: 2, or train in fp32."
+    )
+
+
+def _tensor_parallel(state: Any, args: Any) -> str | None:
+    size = state.deepspeed_plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 1)
+    if size in (0, 1):
+        return None
+    return (
+        f"tensor_parallel autotp_size={size} in the DeepSpeed config takes the mesh by which ranks find the rows that "
+        "they share. Leave it out."
+    )
+
+
+def _sequence_parallel(state: Any, args: Any) -> str | None:
+    size = state.deepspeed_plugin.deepspeed_config.get("sequence_parallel_size", 1)
+    if size == 1:
+        return None
+    return (
+        f"sequence_parallel_size={size} in the DeepSpeed config starts DeepSpeed's own sequence parallelism. Leave it "
+        f"out and set context_parallel_size={size} in the ContextParallelConfig."
+    )
+
+
+def _fused_loss(state: Any, args: Any) -> str | None:
+    fused = (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    if not args.use_liger_kernel or not fused:
+        return None
+    return (
+        "use_liger_kernel=True takes the weights of the LM head outside of its layer, where this engine has shards of "
+        'them. Set liger_kernel_config={"fused_linear_cross_entropy": False}, and memory.apply(loss_block="auto") for '
+        "the memory of the logits."
+    )
+
+
+# What is worth knowing about them, in the log
+
+
+def _whole_gradients(state: Any, args: Any) -> str | None:
+    each = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
+    if args.gradient_accumulation_steps == 1 or each:
+        return None
+    return (
+        "gradient_accumulation_steps > 1 keeps the gradients of whole weights on every rank between micro-batches. "
+        'accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} keeps shards of them, for one '
+        "reduce_scatter more in each micro-batch."
+    )
+
+
+def _no_final_model(state: Any, args: Any) -> str | None:
+    if "SHARDED" not in str(state.fsdp_plugin.state_dict_type):
+        return None
+    return (
+        "fsdp_state_dict_type SHARDED_STATE_DICT: checkpoints hold shards, and save_model writes no model. Set "
+        "FULL_STATE_DICT for the final model, or merge a checkpoint with `accelerate merge-weights "
+        "checkpoint-N/pytorch_model_fsdp_0 folder`."
+    )
+
+
+def _no_gathered_model(state: Any, args: Any) -> str | None:
+    if state.deepspeed_plugin.zero3_save_16bit_model:
+        return None
+    return (
+        "stage3_gather_16bit_weights_on_model_save is off: save_model writes a DeepSpeed checkpoint, from which its "
+        "zero_to_fp32.py makes the model."
+    )
+
+
+# The rows
+
+
+def _zero_stage(state: Any) -> int | None:
+    return state.deepspeed_plugin.zero_stage if state.distributed_type == DistributedType.DEEPSPEED else None
+
+
+def _fsdp_version(state: Any) -> int | None:
+    return state.fsdp_plugin.fsdp_version if state.distributed_type == DistributedType.FSDP else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        name: as users know it.
+        is_running: whether it is the one of an `AcceleratorState`.
+        cuts_over_mesh: whether it cuts weights over the axes dp_shard x cp of the config's mesh; others cut them over
+            all ranks or not at all.
+        parameters_are_shards: whether a parameter of the model is a part of itself outside of its module's forward and
+            backward pass.
+        gradients: how a trial step takes gradients; None where it cannot be taken.
+        is_deepspeed: whether DeepSpeed runs the backward pass.
+        adapt: tells it what it needs to know, before it wraps the model.
+        rules: what is refused of its settings.
+        notices: what is said about them in the log.
+    """
+
+    name: str
+    is_running: Callable[[Any], bool]
+    cuts_over_mesh: bool = False
+    parameters_are_shards: bool = False
+    gradients: GradientMethod | None = BY_AUTOGRAD
+    is_deepspeed: bool = False
+    adapt: Callable[[Any, int], None] = _adapt_nothing
+    rules: tuple[Rule, ...] = ()
+    notices: tuple[Rule, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+_ZERO: dict[str, Any] = {"is_deepspeed": True, "adapt": _tell_deepspeed_same_rows}
+_ZERO_RULES = (_tensor_parallel, _sequence_parallel)
+_ROWS = (
+    Engine("DDP", lambda state: state.distributed_type in _REPLICATED),
+    Engine(
+        "FSDP1",
+        lambda state: _fsdp_version(state) == 1,
+        parameters_are_shards=True,
+        gradients=None,
+        rules=(_best_of_shards, _half_precision, _fused_loss),
+        notices=(_no_final_model,),
+    ),
+    Engine(
+        "FSDP2",
+        lambda state: _fsdp_version(state) == 2,
+        cuts_over_mesh=True,
+        parameters_are_shards=True,
+        gradients=FROM_FSDP,
+        adapt=_keep_fsdp_from_rounding,
+        rules=(_best_of_shards, _fused_loss),
+        notices=(_whole_gradients, _no_final_model),
+    ),
+    Engine("ZeRO-1", lambda state: _zero_stage(state) == 1, rules=_ZERO_RULES, **_ZERO),
+    Engine("ZeRO-2", lambda state: _zero_stage(state) == 2, rules=_ZERO_RULES, **_ZERO),
+    Engine(
+        "ZeRO-3",
+        lambda state: _zero_stage(state) == 3,
+        parameters_are_shards=True,
+        gradients=FROM_ZERO3,
+        rules=(*_ZERO_RULES, _fused_loss),
+        notices=(_no_gathered_model,),
+        **_ZERO,
+    ),
+)
+ENGINES: dict[str, Engine] = {row.name: row for row in _ROWS}
+
+
+def find_engine(state: Any) -> Engine:
+    """Return the engine of an `AcceleratorState`.
+
+    Raises:
+        ValueError: if it is none of `ENGINES`.
+    """
+    running = [engine for engine in ENGINES.values() if engine.is_running(state)]
+    if not running:
+        kind = getattr(state.distributed_type, "value", state.distributed_type)
+        kind = f"{kind} with ZeRO stage {_zero_stage(state)}" if _zero_stage(state) is not None else kind
+        raise ValueError(
+            f"The engine {kind} is not proven with context parallelism. Use one of {', '.join(ENGINES)}: "
+            "`accelerate launch` with --multi_gpu, --use_fsdp --fsdp_version 2, or --use_deepspeed."
+        )
+    return running[0]
+
+
+def check_engine(accelerator: Any) -> str | None:
+    """Return why context parallelism cannot run on what an `Accelerator` runs, or None."""
+    state = accelerator.state
+    try:
+        engine = find_engine(state)
+    except ValueError as error:
+        return str(error)
+    if accelerator.device.type not in ("cpu", "cuda"):
+        return f"Context parallelism runs on CPU and CUDA devices, but this process has {accelerator.device.type}."
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not engine.name.startswith("FSDP"):
+        return (
+            f"FSDP was asked for, but Accelerate runs {engine} here (it has no FSDP on CPUs), with whole copies of "
+            "the weights. Start on CUDA devices, or leave FSDP out."
+        )
+    return None
+
+
+def gradient_method(engine: Engine, reason: str) -> GradientMethod:
+    """Return how an engine's trial step takes gradients.
+
+    Raises:
+        ValueError: on every rank, if it cannot be taken. `reason` says why it is needed.
+    """
+    if engine.gradients is None:
+        raise ValueError(
+            f"A trial step is needed, because {reason}, but it cannot be taken on {engine}: the model does not run "
+            "outside of its wrapper. Use FSDP2 (fsdp_version: 2)."
+        )
+    return engine.gradients
+
+
+def checkpoints_layers(state: Any) -> bool:
+    """Return whether an engine checkpoints activations by itself (`activation_checkpointing` of `fsdp_config`)."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    return bool(getattr(plugin, "activation_checkpointing", False))
+
+
+def messages(rules: tuple[Rule, ...], state: Any, args: Any) -> list[str]:
+    """Return what the rules of an engine say of its settings."""
+    results = (rule(state, args) for rule in rules)
+    return [message for message in results if message is not None]

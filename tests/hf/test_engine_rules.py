@@ -1,0 +1,185 @@
+"""What is refused and what is said of engines and their settings, before anything runs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from transformers import TrainingArguments
+
+from ring_hf import memory
+from ring_hf.hf import ContextParallelConfig
+from ring_hf.hf.checks.argument_rules import check_memory
+from ring_hf.hf.trainer.engines import (
+    ENGINES,
+    check_engine,
+    checkpoints_layers,
+    find_engine,
+    gradient_method,
+    messages,
+)
+from tests.hf.models import llama
+
+BF16 = torch.bfloat16
+
+
+def fsdp(version=2, **settings):
+    plugin = {"fsdp_version": version, "state_dict_type": "StateDictType.FULL_STATE_DICT"}
+    plugin |= {"mixed_precision_policy": None, "activation_checkpointing": False}
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP, fsdp_plugin=SimpleNamespace(**{**plugin, **settings}), device_mesh=None
+    )
+
+
+def deepspeed(stage, gathers=True, **config):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config, zero3_save_16bit_model=gathers)
+    return SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+
+
+def plain(kind):
+    return SimpleNamespace(distributed_type=DistributedType[kind])
+
+
+def accelerator(state, device="cpu"):
+    return SimpleNamespace(
+        state=state, distributed_type=state.distributed_type, device=torch.device(device), num_processes=2
+    )
+
+
+def arguments(**settings):
+    return TrainingArguments(use_cpu=True, report_to=[], **settings)
+
+
+STATES = {
+    "DDP": plain("MULTI_GPU"),
+    "FSDP1": fsdp(1),
+    "FSDP2": fsdp(2),
+    "ZeRO-1": deepspeed(1),
+    "ZeRO-2": deepspeed(2),
+    "ZeRO-3": deepspeed(3),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_is_found_by_what_accelerate_runs(name):
+    assert find_engine(STATES[name]) is ENGINES[name] and check_engine(accelerator(STATES[name])) is None
+    assert [engine.name for engine in ENGINES.values() if engine.is_running(STATES[name])] == [name]
+
+
+@pytest.mark.parametrize("kind", ["MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])
+def test_other_engines_are_refused_by_name(kind):
+    with pytest.raises(ValueError, match=f"The engine {kind} is not proven with context parallelism. Use one of DDP,"):
+        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator(plain(kind)))
+
+
+def test_fsdp_that_accelerate_would_silently_run_as_ddp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP was asked for, but Accelerate runs DDP here .it has"):
+        ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator(plain("MULTI_CPU")))
+    assert check_engine(accelerator(fsdp())) is None
+
+
+def test_device_that_is_neither_cpu_nor_cuda_is_refused():
+    with pytest.raises(ValueError, match="runs on CPU and CUDA devices, but this process has meta"):
+        ContextParallelConfig()._validate_accelerator(accelerator(plain("NO"), "meta"))
+
+
+SHARDED = "StateDictType.SHARDED_STATE_DICT"
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500, "eval_steps": 500}
+LIGER = {"use_liger_kernel": True}
+REFUSED = {
+    "the best of sharded checkpoints": ("FSDP2", fsdp(state_dict_type=SHARDED), BEST, "ranks may choose different"),
+    "the best of FSDP1's": ("FSDP1", fsdp(1, state_dict_type=SHARDED), BEST, "ranks may choose different ones"),
+    "FSDP1 in bf16": (
+        "FSDP1",
+        fsdp(1, mixed_precision_policy=MixedPrecision(param_dtype=BF16, buffer_dtype=BF16)),
+        {},
+        "casts buffers to torch.bfloat16, among them the frequencies of RoPE",
+    ),
+    "AutoTP": (
+        "ZeRO-2",
+        deepspeed(2, tensor_parallel={"autotp_size": 2}),
+        {},
+        "autotp_size=2 in the DeepSpeed config",
+    ),
+    "DeepSpeed's Ulysses": ("ZeRO-3", deepspeed(3, sequence_parallel_size=4), {}, "set context_parallel_size=4"),
+    **{
+        f"a fused loss on {name}": (name, STATES[name], LIGER, "takes the weights of the LM head outside of its layer")
+        for name in ("FSDP1", "FSDP2", "ZeRO-3")
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_cannot_be_exact_are_refused(name):
+    engine, state, settings, words = REFUSED[name]
+    args = arguments(**{key: value for key, value in settings.items() if key not in LIGER})
+    args.use_liger_kernel = "use_liger_kernel" in settings
+    (message,) = messages(ENGINES[engine].rules, state, args)
+    assert (words in message and "Set " in message) or "Leave it out" in message
+
+
+def test_settings_that_are_exact_pass():
+    args = arguments(**BEST)
+    for name, state in STATES.items():
+        assert messages(ENGINES[name].rules, state, args) == []
+    args.use_liger_kernel, args.liger_kernel_config = True, {"fused_linear_cross_entropy": False}
+    assert messages(ENGINES["FSDP2"].rules, STATES["FSDP2"], args) == []
+    fp32 = fsdp(1, mixed_precision_policy=MixedPrecision(param_dtype=torch.float32, buffer_dtype=torch.float32))
+    assert messages(ENGINES["FSDP1"].rules, fp32, arguments()) == []
+
+
+def test_what_costs_memory_or_leaves_no_model_is_said():
+    accumulated = arguments(gradient_accumulation_steps=2)
+    said = messages(ENGINES["FSDP2"].notices, fsdp(state_dict_type=SHARDED), accumulated)
+    assert len(said) == 2 and "sync_each_batch" in said[0] and "accelerate merge-weights" in said[1]
+    accumulated.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+    assert messages(ENGINES["FSDP2"].notices, fsdp(), accumulated) == []
+    (said,) = messages(ENGINES["ZeRO-3"].notices, deepspeed(3, gathers=False), arguments())
+    assert "zero_to_fp32.py" in said and messages(ENGINES["ZeRO-3"].notices, deepspeed(3), arguments()) == []
+
+
+def test_fsdp2_casts_weights_only():
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=BF16, output_dtype=BF16)
+    state = fsdp(mixed_precision_policy=policy)
+    ENGINES["FSDP2"].adapt(state, 2)
+    adapted = state.fsdp_plugin.mixed_precision_policy
+    assert (adapted.param_dtype, adapted.reduce_dtype) == (BF16, torch.float32)
+    assert adapted.output_dtype is None and adapted.cast_forward_inputs is False
+    state = fsdp()
+    ENGINES["FSDP2"].adapt(state, 2)
+    assert state.fsdp_plugin.mixed_precision_policy is None
+
+
+def test_deepspeeds_loader_is_told_which_ranks_read_the_same_rows():
+    state = deepspeed(3)
+    ENGINES["ZeRO-3"].adapt(state, 4)
+    assert state.ds_device_mesh.mesh_dim_names == ("tp",) and state.ds_device_mesh["tp"].size() == 4
+    alone = deepspeed(3)
+    ENGINES["ZeRO-3"].adapt(alone, 1)
+    assert not hasattr(alone, "ds_device_mesh")
+
+
+def test_sizes_that_an_engine_cannot_take_are_refused():
+    with pytest.raises(ValueError, match=r"dp_shard_size=2 cuts weights over the device mesh.*but ZeRO-3 runs here"):
+        ContextParallelConfig(context_parallel_size=2, dp_shard_size=2)._fit(8, ENGINES["ZeRO-3"])
+    with pytest.raises(ValueError, match=r"dp_replicate_size=3 \* dp_shard_size=1 = 6, but 8 .*product is 4"):
+        ContextParallelConfig(context_parallel_size=2, dp_replicate_size=3)._fit(8, ENGINES["FSDP2"])
+    with pytest.raises(ValueError, match="leaves no ranks over which FSDP2 could cut the weights"):
+        ContextParallelConfig(context_parallel_size=1, dp_replicate_size=8)._fit(8, ENGINES["FSDP2"])
+
+
+def test_checkpointing_by_the_engine_beside_ours_is_refused():
+    model = llama()
+    assert checkpoints_layers(fsdp(activation_checkpointing=True)) and not checkpoints_layers(fsdp())
+    assert not checkpoints_layers(plain("NO")) and check_memory(arguments(), model, True) is None
+    memory.apply(model, attention="save", ffn_block=None, loss_block=None)
+    assert check_memory(arguments(), model, False) is None
+    assert "activation_checkpointing in fsdp_config together with" in check_memory(arguments(), model, True)
+
+
+def test_a_trial_step_that_an_engine_cannot_take_is_refused():
+    with pytest.raises(ValueError, match=r"A trial step is needed, because verify=True, but .* on FSDP1.*Use FSDP2"):
+        gradient_method(ENGINES["FSDP1"], "verify=True")
+    assert all(gradient_method(engine, "") for name, engine in ENGINES.items() if name != "FSDP1")
