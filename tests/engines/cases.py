@@ -1,0 +1,234 @@
+"""What the launched script runs on every engine: cases of `tests/trainer/cases.py`, and how an engine is asked for.
+
+Accelerate has no FSDP on CPUs: it runs DDP instead, with the right numbers. `engine_arguments` has it believe in
+another device, after which its own code runs, and every run reports what it trained with (`state_of`). DeepSpeed runs
+on CPUs, but keeps parameters as small as these whole unless its thresholds are 0, and would compile a kernel for
+shared memory first, which is left out.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case, attention_of
+
+# 96 tokens a rank and micro-batch are computed in five blocks.
+LEVERS: dict[str, dict[str, Any]] = {
+    "saved": {"attention": "save", "ffn_block": None, "loss_block": None},
+    "all": {"attention": "save", "offload": "all", "ffn_block": 20, "loss_block": 20},
+}
+VOCABULARY = 67  # cut over 2 or 4 ranks, the last has fewer rows
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """One run of the Trainer on one engine.
+
+    Attributes:
+        run: how sequences are shared, the data, the dtype.
+        tied: whether the head is the embedding.
+        levers: a name of `LEVERS`.
+        settings: more arguments of the `ContextParallelConfig`.
+    """
+
+    engine: str
+    run: Case
+    tied: bool = False
+    levers: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.engine, self.run.name, "tied" if self.tied else "", self.levers)))
+
+    def reference(self) -> "EngineCase":
+        return EngineCase("DDP", self.run.reference(), self.tied)
+
+
+def family_of(engine: str) -> str:
+    """Engines of a family run in one launch."""
+    return "ZeRO" if engine.startswith("ZeRO") else "FSDP"
+
+
+def world_cases(world_size: int, family: str) -> list[EngineCase]:
+    """All runs of the launch of a family of engines with so many processes."""
+    cases = [case for case in CASES if case.run.cp * case.run.dp == world_size and family_of(case.engine) == family]
+    engines = sorted({case.engine for case in cases if case.run.bf16 and case.engine.startswith("ZeRO")})
+    return cases + [without_context_parallelism(engine, world_size) for engine in engines]
+
+
+def reference_cases() -> list[EngineCase]:
+    """Every distinct one-process run that some case is compared with, and the truth that runs in bf16 are held to."""
+    references = {case.reference().name: case.reference() for case in CASES}
+    return [*references.values(), EngineCase("DDP", FP32_AT_THE_RATE_OF_BF16)]
+
+
+def _runs(engine: str, world_size: int) -> Iterator[EngineCase]:
+    hole = {"data": "hole", "hole_layout": "zigzag"}
+    bf16 = {"bf16": True, "learning_rate": 1e-4}
+    for cp, dp in {2: [(2, 1)], 4: [(2, 2)]}[world_size]:
+        mesh = f"dp{dp}xcp{cp}"
+        yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp))
+        yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole, checkpointing="non-reentrant"))
+        if engine != "FSDP1":  # which is refused in half precision, and where a model is not proven by name
+            yield EngineCase(engine, Case(f"{mesh}-bf16", "zigzag", cp, dp, **bf16))
+        if world_size == 2 and engine != "FSDP1":
+            yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True, checkpointing="non-reentrant"))
+            yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp), tied=True)
+            yield EngineCase(engine, Case(f"{mesh}-lora-bf16", "zigzag", cp, dp, lora=True, **bf16))
+        if engine in ("FSDP2", "ZeRO-3"):
+            for levers in LEVERS if world_size == 2 else ("all",):
+                run = Case(mesh, "zigzag", cp, dp)
+                yield EngineCase(engine, run, levers=levers)
+                yield EngineCase(engine, replace(run, name=f"{mesh}-hole", **hole), levers=levers)
+            if world_size == 2:
+                yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
+                yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
+                yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), levers="all")
+
+
+def without_context_parallelism(engine: str, world_size: int) -> EngineCase:
+    """The same engine as plain data parallelism in bf16: DeepSpeed keeps weights in bf16, one process does not."""
+    run = Case(f"dp{world_size}-plain-bf16", None, 1, world_size, bf16=True, learning_rate=1e-4)
+    return EngineCase(engine, run)
+
+
+ALL_CASES = [
+    *_runs("FSDP2", 2),
+    *_runs("FSDP2", 4),
+    *_runs("FSDP1", 2),
+    *_runs("ZeRO-1", 2),
+    *_runs("ZeRO-2", 4),
+    *_runs("ZeRO-3", 2),
+    *_runs("ZeRO-3", 4),
+]
+_HSDP = {"dp_replicate_size": 2}
+ALL_CASES += [replace(case, engine="HSDP", settings=_HSDP) for case in _runs("FSDP2", 4)]
+# What runs by default: every engine, every lever, and what differs most from its neighbours.
+_SAMPLE = {
+    *(
+        "FSDP1-dp1xcp2-hole",
+        "FSDP2-dp1xcp2-hole",
+        "FSDP2-dp1xcp2-bf16",
+        "FSDP2-dp1xcp2-lora-bf16",
+        "FSDP2-dp1xcp2-tied",
+    ),
+    *("FSDP2-dp1xcp2-lora-all", "FSDP2-dp1xcp2-hole-saved", "FSDP2-dp1xcp2-hole-all", "FSDP2-dp1xcp2-tied-all"),
+    *("FSDP2-dp1xcp2-broken", "FSDP2-dp2xcp2", "FSDP2-dp2xcp2-hole-all", "HSDP-dp2xcp2-hole", "ZeRO-1-dp1xcp2"),
+    *(
+        "ZeRO-1-dp1xcp2-bf16",
+        "ZeRO-2-dp2xcp2",
+        "ZeRO-3-dp1xcp2-hole",
+        "ZeRO-3-dp1xcp2-bf16",
+        "ZeRO-3-dp1xcp2-lora-bf16",
+    ),
+    *("ZeRO-3-dp1xcp2-lora-all", "ZeRO-3-dp1xcp2-hole-saved", "ZeRO-3-dp1xcp2-hole-all", "ZeRO-3-dp1xcp2-tied-all"),
+    *("ZeRO-3-dp1xcp2-broken", "ZeRO-3-dp2xcp2-hole-all"),
+}
+CASES = ALL_CASES if os.environ.get("RING_HF_ALL_CASES") else [case for case in ALL_CASES if case.name in _SAMPLE]
+
+
+def build_model(case: EngineCase) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=case.tied,
+        attn_implementation=attention_of(case.run.layout),
+    )
+    model = LlamaForCausalLM(config)
+    if not case.run.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+@contextmanager
+def engine_arguments(engine: str) -> Iterator[dict[str, Any]]:
+    """Within, a Trainer with these arguments runs on an engine."""
+    AcceleratorState._reset_state()
+    if engine.startswith("ZeRO"):
+        yield {"deepspeed": _deepspeed_config(int(engine[-1]))}
+        AcceleratorState._reset_state()
+        unset_hf_deepspeed_config()
+        return
+    version = {"FSDP1": 1, "FSDP2": 2, "HSDP": 2}.get(engine)
+    if version is None:
+        yield {}
+        return
+    kept = dict(os.environ)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    settings: dict[str, Any] = {
+        "version": version,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+    }
+    if version == 1:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        settings |= {"sync_module_states": False, "use_orig_params": True}
+    try:
+        yield {
+            "accelerator_config": {"use_configured_state": True},
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": settings,
+        }
+    finally:
+        for name in set(os.environ) - set(kept):
+            del os.environ[name]
+        os.environ.update(kept)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        AcceleratorState._reset_state()
+
+
+def _deepspeed_config(stage: int) -> dict[str, Any]:
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that is torch itself
+    backend.build_shm_op = lambda: None
+    automatic = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    )
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero |= dict.fromkeys(
+            ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters"), 0
+        )
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {**automatic, "zero_optimization": zero, "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """What really trained: the engine by Accelerate, the classes that wrap the model and hold its weights."""
+    state = trainer.accelerator.state
+    model = trainer.model_wrapped
+    kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
+    return {
+        "distributed_type": str(state.distributed_type),
+        "class": type(model).__name__,
+        "parameters": kinds,
+        "largest local parameter": max(map(_local_numel, model.parameters())),
+        "zero stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
+        "engine": getattr(getattr(trainer.args.parallelism_config, "_process", None), "engine", None),
+    }
+
+
+def _local_numel(parameter: torch.nn.Parameter) -> int:
+    """Elements that this rank holds outside of a forward pass."""
+    return parameter._local_tensor.numel() if hasattr(parameter, "_local_tensor") else parameter.numel()

@@ -1,0 +1,45 @@
+"""One launch per family of engines and world size, shared by all tests of this folder, also by several workers."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from tests.harness import accelerate_launch
+from tests.trainer.conftest import shared_folder
+
+# DeepSpeed takes its device from `use_cpu`, FSDP version 1 from Accelerate's own variable.
+ENVIRONMENTS = {
+    "ZeRO": {"ACCELERATE_USE_CPU": "false"},
+    "FSDP": {"ACCELERATE_TORCH_DEVICE": "cpu"},
+}
+
+
+class EngineLaunches:
+    """Results of the launched script by family and world size; each is started when first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.of = cache(self._launch)
+
+    def path(self, family: str, world_size: int) -> Path:
+        return self.folder / f"{family}-{world_size}"
+
+    def _launch(self, family: str, world_size: int) -> dict[str, Any]:
+        if (family, world_size) == ("FSDP", 4):
+            self.of("FSDP", 2)  # whose checkpoints four processes resume from
+        folder = self.path(family, world_size)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                command = ["tests/engines/train_script.py", str(folder), family]
+                accelerate_launch(command, world_size, ENVIRONMENTS.get(family), timeout=560)
+            return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def engine_launches(tmp_path_factory) -> EngineLaunches:
+    return EngineLaunches(shared_folder(tmp_path_factory, "engine_launches"))

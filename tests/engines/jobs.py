@@ -1,0 +1,212 @@
+"""Evaluation and checkpoints on an engine; see `train_script.py`.
+
+Both begin with training: upstream, FSDP2 and DeepSpeed evaluate only what they have prepared to train.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, set_seed
+
+from ring_hf import memory
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from tests.engines.cases import LEVERS, EngineCase, build_model, engine_arguments, state_of
+from tests.trainer.broken import BROKEN
+from tests.trainer.cases import Case, Rows
+from tests.trainer.evaluation_cases import sums
+from tests.trainer.train_script import arguments, curves
+
+EVALUATED = range(1, 8)  # rows; many leave a ragged last batch
+BATCHES = (1, 2)
+HALF = 5  # steps until the checkpoint
+_RUN = Case("", "zigzag", 2, steps=2 * HALF)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Train to the end with a checkpoint in the middle, and again from there with another mesh.
+
+    Attributes:
+        checkpoint_of: the folder of another launch whose checkpoint is taken; default: its own.
+    """
+
+    engine: str
+    before: tuple[int, int]  # cp, dp
+    after: tuple[int, int]
+    levers: str = "all"
+    checkpoint_of: str | None = None
+    sharded: bool = False  # FSDP's SHARDED_STATE_DICT
+
+    @property
+    def name(self) -> str:
+        cp, dp = self.after
+        kind = "-sharded" if self.sharded else ""
+        return f"{self.engine}{kind}: cp {self.before[0]} dp {self.before[1]} -> cp {cp} dp {dp}"
+
+
+RESUMES = [
+    Resume("FSDP2", (2, 1), (2, 1)),
+    Resume("FSDP2", (2, 1), (2, 1), sharded=True),
+    Resume("ZeRO-2", (2, 1), (2, 1)),
+    Resume("ZeRO-3", (2, 1), (2, 1)),
+    Resume("FSDP2", (2, 2), (4, 1)),
+    Resume("ZeRO-3", (2, 2), (4, 1)),
+    Resume("FSDP2", (2, 1), (2, 2), checkpoint_of="FSDP-2"),
+    Resume("FSDP2", (2, 1), (4, 1), checkpoint_of="FSDP-2", sharded=True),
+]
+EVALUATIONS = {("FSDP2", 2), ("FSDP2", 4), ("ZeRO-3", 2), ("ZeRO-3", 4), ("ZeRO-2", 2)}
+
+
+COUNTED = {"plain": ("", 20, "uneven"), "saved": ("saved", 20, "uneven")}
+COUNTED |= {f"{data}, blocks of {block}": ("all", block, data) for data in ("uneven", "hole") for block in (20, 5)}
+
+
+class CountedCollectives(TorchDispatchMode):
+    """Counts the operators of `torch.distributed` by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(engine: str, folder: Path) -> dict[str, Any]:
+    """Collectives of two optimizer steps, by operator, and how often attention ran, with and without levers."""
+    results: dict[str, Any] = {}
+    for name, (levers, block, data) in COUNTED.items():
+        run = replace(_RUN, name=f"{engine} {name}", data=data, hole_layout="zigzag", steps=2)
+        with engine_arguments(engine) as more:
+            trainer = make_trainer(EngineCase(engine, run, levers=levers), folder, more, block)
+            with CountedCollectives() as collectives:
+                trainer.train()
+        results[name] = dict(collectives.counts)
+    return results
+
+
+class MeanOfShards(Trainer):
+    """A loss that weighs every shard alike, however many targets it has."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        logits, labels = outputs.logits.float().flatten(0, 1), inputs["shift_labels"].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class SumOverShards(MeanOfShards):
+    """The same, divided by the number of targets of all ranks."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        mean, outputs = super().compute_loss(model, inputs, True)
+        num_targets = (inputs["shift_labels"] != -100).sum()
+        loss = mean * num_targets / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+TRIALS = {"mean of shards": MeanOfShards, "sum over shards": SumOverShards}
+
+
+def take_trials(engine: str, folder: Path) -> dict[str, Any]:
+    """What a trial step says of a wrong and of a right loss, in fp32 and bf16; and the curve of what trains."""
+    results: dict[str, Any] = {}
+    for dtype in ("fp32", "bf16"):
+        for name, kind in TRIALS.items():
+            run = replace(_RUN, name=f"{engine} {name} {dtype}", steps=2, bf16=dtype == "bf16")
+            with engine_arguments(engine) as more:
+                trainer = make_trainer(EngineCase(engine, run), folder, more, kind=kind)
+                try:
+                    trainer.train()
+                    results[f"{name} {dtype}"] = "trained"
+                except ValueError as error:
+                    results[f"{name} {dtype}"] = str(error)
+    return results
+
+
+def evaluate(engine: str, world_size: int, folder: Path) -> dict[str, Any]:
+    """Losses of 1 to 7 rows and metrics of 5, by batch; one process takes the batch of all replicas at once."""
+    alone = world_size == 1
+    results: dict[str, Any] = {}
+    for dp in (1, 2) if alone else (world_size // 2,):
+        run = replace(_RUN, dp=dp, steps=1, learning_rate=0.0)
+        run = run.reference() if alone else run
+        trainer = None
+        with engine_arguments(engine) as more:
+            trainer = make_trainer(EngineCase(engine, run), folder, more)
+            trainer.train()
+            for batch in BATCHES:
+                trainer.args.per_device_eval_batch_size = batch * dp if alone else batch
+                trainer.compute_metrics, trainer.args.include_for_metrics = None, []
+                key = f"dp {dp} batch {batch}"
+                for num_rows in EVALUATED:
+                    loss = trainer.evaluate(Rows(num_rows, "uneven", seed=num_rows))["eval_loss"]
+                    results[f"{key} rows {num_rows}"] = {"loss": loss}
+                trainer.compute_metrics, trainer.args.include_for_metrics = sums, ["inputs"]
+                metrics = trainer.predict(Rows(5, "uneven")).metrics
+                results[f"{key} metrics"] = {name: metrics[f"test_{name}"] for name in ("loss", "accuracy", "logits")}
+            results["ran"] = state_of(trainer)
+    return results
+
+
+def resume(case: Resume, folder: Path) -> dict[str, Any]:
+    """The curve of a run, and of what goes on from its middle; the final model of each is saved."""
+    more: dict[str, Any]
+    world_size = int(os.environ["WORLD_SIZE"])
+    results: dict[str, Any] = {}
+    for name, (cp, dp) in (("whole", case.before), ("resumed", case.after)):
+        if cp * dp != world_size:
+            continue  # in the other launch
+        run = replace(_RUN, name=case.name, cp=cp, dp=dp, resume=True)
+        with engine_arguments(case.engine) as more:
+            if case.sharded:
+                more["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
+            engine_case = EngineCase(case.engine, run, levers=case.levers)
+            trainer = make_trainer(engine_case, folder, more)
+            if name == "resumed":
+                launch = folder.parent / case.checkpoint_of if case.checkpoint_of else folder
+                trainer.train(resume_from_checkpoint=str(launch / engine_case.name / f"checkpoint-{HALF}"))
+            else:
+                trainer.train()
+            trainer.save_model(str(folder / case.name / f"final {name}"))
+            results[name] = {**curves(trainer), **state_of(trainer)}
+    return results
+
+
+def save(folder: Path) -> dict[str, Any]:
+    """The final model of one process, with which those of `resume` are compared."""
+    trainer = make_trainer(EngineCase("DDP", _RUN.reference()), folder, {})
+    trainer.train()
+    trainer.save_model(str(folder / "final"))
+    return curves(trainer)
+
+
+def make_trainer(
+    case: EngineCase, folder: Path, more: dict[str, Any], block: int = 20, kind: type[Trainer] = Trainer
+) -> Trainer:
+    torch.set_num_threads(1)
+    set_seed(0)
+    run = case.run
+    model = build_model(case)
+    if case.levers:
+        levers = LEVERS[case.levers]
+        memory.apply(model, **{name: block if value == 20 else value for name, value in levers.items()})
+    args = arguments(replace(run, name=case.name), folder, **more)
+    if run.layout is not None:
+        args.parallelism_config = ContextParallelConfig(context_parallel_size=run.cp, **case.settings)
+    rows = Rows(run.batch * run.steps, run.data, run.hole_layout, run.hole_cp)
+    collator: Any = ContextParallelCollator(model)
+    if run.broken is not None:
+        collator = BROKEN[run.broken](collator)
+    return kind(model, args, train_dataset=rows, data_collator=collator)

@@ -1,0 +1,62 @@
+"""Trains on an engine as a user's script does: `accelerate launch ... tests/engines/train_script.py FOLDER FAMILY`.
+
+All runs of a family of engines and a world size happen in one launch. Rank 0 writes FOLDER/results.json.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.engines.cases import EngineCase, engine_arguments, family_of, reference_cases, state_of, world_cases
+from tests.engines.jobs import EVALUATIONS, RESUMES, count, evaluate, make_trainer, resume, save, take_trials
+from tests.trainer.train_script import curves
+
+
+def train(case: EngineCase, folder: Path) -> dict[str, Any]:
+    with engine_arguments(case.engine) as more:
+        trainer = make_trainer(case, folder, more)
+        trainer.train()
+        return {**state_of(trainer), **curves(trainer)}
+
+
+def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What this launch has to run, by name."""
+    cases = reference_cases() if world_size == 1 else world_cases(world_size, family)
+    found: dict[str, Callable[[], dict[str, Any]]] = {case.name: partial(train, case, folder) for case in cases}
+    evaluated = [("DDP", 1)] if world_size == 1 else sorted(EVALUATIONS)
+    if world_size == 1:
+        found["final"] = partial(save, folder)
+    for engine, size in evaluated:
+        if size == world_size and (size == 1 or family_of(engine) == family):
+            found[f"evaluation on {engine}"] = partial(evaluate, engine, size, folder)
+    for engine in ("FSDP2", "ZeRO-3"):
+        if world_size == 2 and family_of(engine) == family:
+            found[f"collectives of {engine}"] = partial(count, engine, folder)
+            found[f"trials on {engine}"] = partial(take_trials, engine, folder)
+    for case in RESUMES:
+        sizes = {cp * dp for cp, dp in (case.before, case.after)}
+        if world_size in sizes and family_of(case.engine) == family:
+            found[case.name] = partial(resume, case, folder)
+    return found
+
+
+def main() -> None:
+    folder, family = Path(sys.argv[1]), sys.argv[2]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = os.environ.get("CASES", "").split(",")
+    results: dict[str, Any] = {}
+    for name, job in jobs(family, world_size, folder).items():
+        if any(words in name for words in chosen):
+            began = time.perf_counter()
+            results[name] = {**job(), "seconds": time.perf_counter() - began}
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
