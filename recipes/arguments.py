@@ -107,6 +107,9 @@ class ParallelArguments:
         "Processes that share a sequence; 1 is plain data parallelism. Default: RING_HF_CONTEXT_PARALLEL_SIZE of the "
         "launch line; several processes need one of the two.",
     )
+    dp_replicate_size: int | None = option(
+        None, "Copies of the weights; with FSDP2 more than one is HSDP. Default: 1 with FSDP2, else one per sequence."
+    )
     ulysses_size: str | None = option(
         None, "How many of them exchange heads instead of keys and values, or `auto` for what the heads allow."
     )

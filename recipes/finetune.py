@@ -52,6 +52,7 @@ def main() -> None:
     ring_hf.memory.apply(model, memory_args.config())
 
     training_args.parallelism_config = parallel_args.config()
+    keep_shards_of_gradients(training_args)
     trainer = Trainer(
         model,
         training_args,
@@ -68,6 +69,13 @@ def main() -> None:
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.accelerator.wait_for_everyone()  # if a rank died while another is writing, the launcher would end that one
+
+
+def keep_shards_of_gradients(training_args: TrainingArguments) -> None:
+    """Under FSDP2, whole gradients would wait on every rank for the last micro-batch of a step."""
+    settings = training_args.accelerator_config
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and settings.gradient_accumulation_kwargs is None:
+        settings.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
 
 def only_main_process_logs(training_args: TrainingArguments) -> None:
