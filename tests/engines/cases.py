@@ -69,10 +69,19 @@ def world_cases(world_size: int, family: str) -> list[EngineCase]:
 def reference_cases() -> list[EngineCase]:
     """Every distinct one-process run that some case is compared with, and the truth that runs in bf16 are held to."""
     references = {case.reference().name: case.reference() for case in CASES}
-    return [*references.values(), EngineCase("DDP", FP32_AT_THE_RATE_OF_BF16)]
+    return [*references.values(), EngineCase("DDP", replace(FP32_AT_THE_RATE_OF_BF16, steps=STEPS))]
+
+
+ALL = bool(os.environ.get("RING_HF_ALL_CASES"))
+STEPS = 20 if ALL else 8
 
 
 def _runs(engine: str, world_size: int) -> Iterator[EngineCase]:
+    for case in _runs_of_20_steps(engine, world_size):
+        yield replace(case, run=replace(case.run, steps=STEPS))
+
+
+def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
     hole = {"data": "hole", "hole_layout": "zigzag"}
     bf16 = {"bf16": True, "learning_rate": 1e-4}
     for cp, dp in {2: [(2, 1)], 4: [(2, 2)]}[world_size]:
@@ -98,7 +107,7 @@ def _runs(engine: str, world_size: int) -> Iterator[EngineCase]:
 
 def without_context_parallelism(engine: str, world_size: int) -> EngineCase:
     """The same engine as plain data parallelism in bf16: DeepSpeed keeps weights in bf16, one process does not."""
-    run = Case(f"dp{world_size}-plain-bf16", None, 1, world_size, bf16=True, learning_rate=1e-4)
+    run = Case(f"dp{world_size}-plain-bf16", None, 1, world_size, bf16=True, learning_rate=1e-4, steps=STEPS)
     return EngineCase(engine, run)
 
 
@@ -134,7 +143,7 @@ _SAMPLE = {
     *("ZeRO-3-dp1xcp2-lora-all", "ZeRO-3-dp1xcp2-hole-saved", "ZeRO-3-dp1xcp2-hole-all", "ZeRO-3-dp1xcp2-tied-all"),
     *("ZeRO-3-dp1xcp2-broken", "ZeRO-3-dp2xcp2-hole-all"),
 }
-CASES = ALL_CASES if os.environ.get("RING_HF_ALL_CASES") else [case for case in ALL_CASES if case.name in _SAMPLE]
+CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLE]
 
 
 def build_model(case: EngineCase) -> torch.nn.Module:

@@ -129,5 +129,5 @@ def test_the_resolved_split_is_logged_once():
     assert len(first) == 1 and others == [[], [], []]
     assert first[0].startswith(
         "context parallelism: ring_balanced (layout balanced), 4 ranks per sequence = ring 2 x ulysses 2, "
-        "inner ring 1, transport direct, 1 data-parallel replicas, kernel auto, overlap on"
+        "inner ring 1, transport direct, engine DDP, 1 data-parallel replicas, kernel auto, overlap on"
     )
