@@ -37,6 +37,7 @@ class EngineCase:
         run: how sequences are shared, the data, the dtype.
         tied: whether the head is the embedding.
         levers: a name of `LEVERS`.
+        sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
         settings: more arguments of the `ContextParallelConfig`.
     """
 
@@ -44,11 +45,13 @@ class EngineCase:
     run: Case
     tied: bool = False
     levers: str = ""
+    sync_each_batch: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.engine, self.run.name, "tied" if self.tied else "", self.levers)))
+        more = ("tied" if self.tied else "", self.levers, "each-batch" if self.sync_each_batch else "")
+        return "-".join(filter(None, (self.engine, self.run.name, *more)))
 
     def reference(self) -> "EngineCase":
         return EngineCase("DDP", self.run.reference(), self.tied)
@@ -99,6 +102,8 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
                 run = Case(mesh, "zigzag", cp, dp)
                 yield EngineCase(engine, run, levers=levers)
                 yield EngineCase(engine, replace(run, name=f"{mesh}-hole", **hole), levers=levers)
+            if engine == "FSDP2":
+                yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), sync_each_batch=True)
             if world_size == 2:
                 yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
                 yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
@@ -141,7 +146,7 @@ _SAMPLE = {
         "ZeRO-3-dp1xcp2-lora-bf16",
     ),
     *("ZeRO-3-dp1xcp2-lora-all", "ZeRO-3-dp1xcp2-hole-saved", "ZeRO-3-dp1xcp2-hole-all", "ZeRO-3-dp1xcp2-tied-all"),
-    *("ZeRO-3-dp1xcp2-broken", "ZeRO-3-dp2xcp2-hole-all"),
+    *("ZeRO-3-dp1xcp2-broken", "FSDP2-dp1xcp2-hole-each-batch", "ZeRO-3-dp2xcp2-hole-all"),
 }
 CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLE]
 

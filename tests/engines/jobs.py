@@ -205,6 +205,8 @@ def make_trainer(
     args = arguments(replace(run, name=case.name), folder, **more)
     if run.layout is not None:
         args.parallelism_config = ContextParallelConfig(context_parallel_size=run.cp, **case.settings)
+    if case.sync_each_batch:
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
     rows = Rows(run.batch * run.steps, run.data, run.hole_layout, run.hole_cp)
     collator: Any = ContextParallelCollator(model)
     if run.broken is not None:

@@ -13,6 +13,7 @@ from ring_hf.hf import ContextParallelConfig
 from ring_hf.hf.checks.argument_rules import check_memory
 from ring_hf.hf.trainer.engines import (
     ENGINES,
+    blocks_error,
     check_engine,
     checkpoints_layers,
     find_engine,
@@ -177,6 +178,17 @@ def test_checkpointing_by_the_engine_beside_ours_is_refused():
     memory.apply(model, attention="save", ffn_block=None, loss_block=None)
     assert check_memory(arguments(), model, False) is None
     assert "activation_checkpointing in fsdp_config together with" in check_memory(arguments(), model, True)
+
+
+def test_blocks_that_would_find_no_whole_weights_are_refused():
+    model = llama()
+    assert blocks_error(ENGINES["FSDP1"], model) is None
+    memory.apply(model, attention="save", ffn_block=None, loss_block=8)
+    assert "loss_block=8) needs whole weights, of which FSDP1 shows views" in blocks_error(ENGINES["FSDP1"], model)
+    assert all(blocks_error(engine, model) is None for name, engine in ENGINES.items() if name != "FSDP1")
+    saved = llama()
+    memory.apply(saved, attention="save", ffn_block=None, loss_block=None)
+    assert blocks_error(ENGINES["FSDP1"], saved) is None
 
 
 def test_a_trial_step_that_an_engine_cannot_take_is_refused():

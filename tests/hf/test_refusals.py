@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.masking_utils import create_causal_mask
 
+from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.attention.backend import attention, mask_2d
@@ -236,6 +237,15 @@ def test_model_arguments_are_refused(name):
     found = find_batch_error(llama(), (), {**SHARD, **changes}, context_of(2, 0))
     assert found is not None and message in found
     assert find_batch_error(llama(), (), SHARD, context_of(2, 0)) is None
+
+
+def test_weights_of_tokens_in_half_precision_are_refused():
+    model = llama()
+    memory.apply(model, attention="none", ffn_block=None, loss_block=8)
+    weights = torch.ones(2, 8)
+    assert find_batch_error(model, (), {**SHARD, "loss_weights": weights}, context_of(2, 0)) is None
+    found = find_batch_error(model, (), {**SHARD, "loss_weights": weights.bfloat16()}, context_of(2, 0))
+    assert "loss_weights are torch.bfloat16, which rounds them: under DeepSpeed" in found
 
 
 def test_router_losses_that_would_be_overlooked_are_refused():

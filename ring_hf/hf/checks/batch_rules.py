@@ -5,6 +5,7 @@ These are checks of what this rank can see by itself. What ranks must compare is
 
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
@@ -35,6 +36,12 @@ def find_batch_error(
         )
     if kwargs.get("loss_weights") is not None and (weights_error := check_weights(model)) is not None:
         return weights_error
+    weights_BC = kwargs.get("loss_weights")
+    if weights_BC is not None and weights_BC.dtype in (torch.bfloat16, torch.float16):
+        return (
+            f"loss_weights are {weights_BC.dtype}, which rounds them: under DeepSpeed in half precision, the Trainer "
+            "casts all numbers of a batch. Use FSDP2 or DDP, which keep them in fp32."
+        )
     loader_error = check_loader(GradientState().active_dataloader)
     if loader_error is not None:
         return loader_error

@@ -24,7 +24,7 @@ from ..degrees import resolve, split_error
 from ..refusal import refuse_together
 from ..runtime.state import runtime_state
 from . import counters, evaluation_loss
-from .engines import ENGINES, checkpoints_layers, messages
+from .engines import ENGINES, blocks_error, checkpoints_layers, messages
 from .evaluation import current_evaluator
 from .guard import base_model, guard_model
 from .hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
@@ -116,6 +116,7 @@ class ContextParallelCallback(TrainerCallback):
         error = (
             error
             or check_memory(args, inner, checkpoints_layers(running))
+            or blocks_error(engine, inner)
             or check_liger(args, inner, applied=loader is not None)
         )
         error = error or split_error(inner.config, context)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from ring_hf.memory import applied_to
+
 from ..runtime.gradients import BY_AUTOGRAD, FROM_FSDP, FROM_ZERO3, GradientMethod
 
 Rule = Callable[[Any, Any], str | None]  # (AcceleratorState, TrainingArguments) -> message
@@ -176,6 +178,7 @@ class Engine:
         parameters_are_shards: whether a parameter of the model is a part of itself outside of its module's forward and
             backward pass.
         gradients: how a trial step takes gradients; None where it cannot be taken.
+        serves_blocks: whether what `ring_hf.memory` computes in blocks finds whole weights.
         is_deepspeed: whether DeepSpeed runs the backward pass.
         adapt: tells it what it needs to know, before it wraps the model.
         rules: what is refused of its settings.
@@ -187,6 +190,7 @@ class Engine:
     cuts_over_mesh: bool = False
     parameters_are_shards: bool = False
     gradients: GradientMethod | None = BY_AUTOGRAD
+    serves_blocks: bool = True
     is_deepspeed: bool = False
     adapt: Callable[[Any, int], None] = _adapt_nothing
     rules: tuple[Rule, ...] = ()
@@ -206,6 +210,7 @@ _ROWS = (
         lambda state: _fsdp_version(state) == 1,
         parameters_are_shards=True,
         gradients=None,
+        serves_blocks=False,
         rules=(_best_of_shards, _half_precision, _fused_loss),
         notices=(_no_final_model,),
     ),
@@ -280,6 +285,19 @@ def gradient_method(engine: Engine, reason: str) -> GradientMethod:
             "outside of its wrapper. Use FSDP2 (fsdp_version: 2)."
         )
     return engine.gradients
+
+
+def blocks_error(engine: Engine, model: Any) -> str | None:
+    """Return why an engine cannot run what `memory.apply` did to a model, or None."""
+    applied = applied_to(model)
+    if engine.serves_blocks or applied is None:
+        return None
+    if (applied.config.ffn_block, applied.config.loss_block) == (None, None):
+        return None
+    return (
+        f"memory.apply(ffn_block={applied.config.ffn_block!r}, loss_block={applied.config.loss_block!r}) needs whole "
+        f"weights, of which {engine} shows views of a flat one. Use FSDP2 (fsdp_version: 2), or set both to None."
+    )
 
 
 def checkpoints_layers(state: Any) -> bool:
