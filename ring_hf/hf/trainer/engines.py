@@ -175,8 +175,6 @@ class Engine:
         is_running: whether it is the one of an `AcceleratorState`.
         cuts_over_mesh: whether it cuts weights over the axes dp_shard x cp of the config's mesh; others cut them over
             all ranks or not at all.
-        parameters_are_shards: whether a parameter of the model is a part of itself outside of its module's forward and
-            backward pass.
         gradients: how a trial step takes gradients; None where it cannot be taken.
         serves_blocks: whether what `ring_hf.memory` computes in blocks finds whole weights.
         is_deepspeed: whether DeepSpeed runs the backward pass.
@@ -188,7 +186,6 @@ class Engine:
     name: str
     is_running: Callable[[Any], bool]
     cuts_over_mesh: bool = False
-    parameters_are_shards: bool = False
     gradients: GradientMethod | None = BY_AUTOGRAD
     serves_blocks: bool = True
     is_deepspeed: bool = False
@@ -208,7 +205,6 @@ _ROWS = (
     Engine(
         "FSDP1",
         lambda state: _fsdp_version(state) == 1,
-        parameters_are_shards=True,
         gradients=None,
         serves_blocks=False,
         rules=(_best_of_shards, _half_precision, _fused_loss),
@@ -218,7 +214,6 @@ _ROWS = (
         "FSDP2",
         lambda state: _fsdp_version(state) == 2,
         cuts_over_mesh=True,
-        parameters_are_shards=True,
         gradients=FROM_FSDP,
         adapt=_keep_fsdp_from_rounding,
         rules=(_best_of_shards, _fused_loss),
@@ -229,7 +224,6 @@ _ROWS = (
     Engine(
         "ZeRO-3",
         lambda state: _zero_stage(state) == 3,
-        parameters_are_shards=True,
         gradients=FROM_ZERO3,
         rules=(*_ZERO_RULES, _fused_loss),
         notices=(_no_gathered_model,),
