@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "proven.py"
+README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven.py"
 BEGIN, END = "<!-- generated: architectures -->", "<!-- end generated -->"
 NAMES_BEGIN, NAMES_END = '_NAMES = """\n', '\n"""'
 WIDTH = 115

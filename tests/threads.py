@@ -85,6 +85,10 @@ class World:
         self.meetings: dict[str, tuple[threading.Barrier, dict[int, Any]]] = {}
         self._lock = threading.Lock()
 
+    def channel(self, group: ThreadGroup, sender: int, receiver: int, tag: int) -> queue.SimpleQueue:
+        with self._lock:  # two threads that miss the same key would make two queues
+            return self.channels[group.group_name, sender, receiver, tag]
+
     def until(self, attempt: Callable[[float], bool]) -> None:
         """Tries until it succeeds; gives up when another rank has failed, or after a minute."""
         for timeout in (_PATIENCE / 1000, *[_PATIENCE / 100] * 100):
@@ -126,10 +130,10 @@ def _start(ops: list[_Op]) -> list[_Send | _Receive]:
     for op in ops:
         if op.op is dist.isend:
             message = _Message(op.tensor, threading.Event())
-            world.channels[op.group.group_name, _thread.rank, op.peer, op.tag].put(message)
+            world.channel(op.group, _thread.rank, op.peer, op.tag).put(message)
             works.append(_Send(world, message))
         else:
-            channel = world.channels[op.group.group_name, op.peer, _thread.rank, op.tag]
+            channel = world.channel(op.group, op.peer, _thread.rank, op.tag)
             works.append(_Receive(world, channel, op.tensor))
     return works
 

@@ -15,7 +15,7 @@ from transformers import Trainer, set_seed
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from tests.engines.cases import LEVERS, EngineCase, build_model, engine_arguments, state_of
+from tests.engines.cases import ALL, LEVERS, EngineCase, build_model, engine_arguments, state_of
 from tests.trainer.broken import BROKEN
 from tests.trainer.cases import Case, Rows
 from tests.trainer.evaluation_cases import sums
@@ -49,7 +49,7 @@ class Resume:
         return f"{self.engine}{kind}: cp {self.before[0]} dp {self.before[1]} -> cp {cp} dp {dp}"
 
 
-RESUMES = [
+_EVERY_RESUME = [
     Resume("FSDP2", (2, 1), (2, 1)),
     Resume("FSDP2", (2, 1), (2, 1), sharded=True),
     Resume("ZeRO-2", (2, 1), (2, 1)),
@@ -59,7 +59,10 @@ RESUMES = [
     Resume("FSDP2", (2, 1), (2, 2), checkpoint_of="FSDP-2"),
     Resume("FSDP2", (2, 1), (4, 1), checkpoint_of="FSDP-2", sharded=True),
 ]
-EVALUATIONS = {("FSDP2", 2), ("FSDP2", 4), ("ZeRO-3", 2), ("ZeRO-3", 4), ("ZeRO-2", 2)}
+_EVERY_EVALUATION = {("FSDP2", 2), ("FSDP2", 4), ("ZeRO-3", 2), ("ZeRO-3", 4), ("ZeRO-2", 2)}
+# Four processes of DeepSpeed are slow on two cores.
+RESUMES = [case for case in _EVERY_RESUME if ALL or (case.engine, case.before) != ("ZeRO-3", (2, 2))]
+EVALUATIONS = {pair for pair in _EVERY_EVALUATION if ALL or pair != ("ZeRO-3", 4)}
 
 
 COUNTED = {"plain": ("", 20, "uneven"), "saved": ("saved", 20, "uneven")}
