@@ -119,7 +119,18 @@ class SumOverShards(MeanOfShards):
         return (loss, outputs) if return_outputs else loss
 
 
-TRIALS = {"mean of shards": MeanOfShards, "sum over shards": SumOverShards}
+class BackwardOfItsOwn(SumOverShards):
+    """A second loss that is trained past the Trainer, whose gradients ZeRO does not keep in `parameter.grad`."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        outputs.logits.float().logsumexp(-1).mean().backward(retain_graph=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+TRIALS = {"backward of its own": BackwardOfItsOwn, "mean of shards": MeanOfShards, "sum over shards": SumOverShards}
 
 
 def take_trials(engine: str, folder: Path) -> dict[str, Any]:

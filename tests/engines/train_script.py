@@ -27,22 +27,22 @@ def train(case: EngineCase, folder: Path) -> dict[str, Any]:
 def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """What this launch has to run, by name."""
     cases = reference_cases() if world_size == 1 else world_cases(world_size, family)
-    found: dict[str, Callable[[], dict[str, Any]]] = {case.name: partial(train, case, folder) for case in cases}
+    by_name: dict[str, Callable[[], dict[str, Any]]] = {case.name: partial(train, case, folder) for case in cases}
     evaluated = [("DDP", 1)] if world_size == 1 else sorted(EVALUATIONS)
     if world_size == 1:
-        found["final"] = partial(save, folder)
+        by_name["final"] = partial(save, folder)
     for engine, size in evaluated:
         if size == world_size and (size == 1 or family_of(engine) == family):
-            found[f"evaluation on {engine}"] = partial(evaluate, engine, size, folder)
+            by_name[f"evaluation on {engine}"] = partial(evaluate, engine, size, folder)
     for engine in ("FSDP2", "ZeRO-3"):
         if world_size == 2 and family_of(engine) == family:
-            found[f"collectives of {engine}"] = partial(count, engine, folder)
-            found[f"trials on {engine}"] = partial(take_trials, engine, folder)
+            by_name[f"collectives of {engine}"] = partial(count, engine, folder)
+            by_name[f"trials on {engine}"] = partial(take_trials, engine, folder)
     for case in RESUMES:
         sizes = {cp * dp for cp, dp in (case.before, case.after)}
         if world_size in sizes and family_of(case.engine) == family:
-            found[case.name] = partial(resume, case, folder)
-    return found
+            by_name[case.name] = partial(resume, case, folder)
+    return by_name
 
 
 def main() -> None:

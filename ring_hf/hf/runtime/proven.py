@@ -35,7 +35,8 @@ _NAMES = """
     YoutuForCausalLM
 """
 PROVEN_CLASSES = frozenset(_NAMES.split())
-KNOWN_PACKAGES = {"torch", "transformers", "accelerate", "deepspeed", "ring_hf", "bitsandbytes"}
+KNOWN_PACKAGES = {"torch", "transformers", "accelerate", "ring_hf", "bitsandbytes"}
+KNOWN_HOOKS = KNOWN_PACKAGES | {"deepspeed"}  # whose hooks gather weights; its modules may mix tokens
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -59,7 +60,7 @@ def find_unproven(model: PreTrainedModel) -> str | None:
         if replaced is not None and "_original_forward" not in vars(module) and not _is_known(replaced):
             return f"the forward of {where} was replaced"
         for hook in _hooks_of(module):
-            if not _is_known(hook):
+            if not _is_known(hook, KNOWN_HOOKS):
                 return f"{where} has a hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
     return None
 
@@ -84,13 +85,13 @@ def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
         yield from vars(module).get(name, {}).values()
 
 
-def _is_known(function: Any) -> bool:
+def _is_known(function: Any, packages: set[str] = KNOWN_PACKAGES) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
         owner = None
-    return _is_of(type(owner) if owner is not None else getattr(function, "__func__", function), KNOWN_PACKAGES)
+    return _is_of(type(owner) if owner is not None else getattr(function, "__func__", function), packages)
 
 
 def _is_of(something: Any, packages: set[str]) -> bool:

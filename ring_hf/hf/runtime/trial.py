@@ -190,17 +190,11 @@ def _attempt(
 
 def _run(step: Callable[[], Tensor], take: Take, parameters: dict[str, nn.Parameter]) -> Gradients | str:
     """Return the loss and the gradients of one step, or why it failed."""
-    before = [_gradient_state(parameter) for parameter in parameters.values()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _refusing_backward():
             loss = step()
         if not loss.requires_grad:
             return "The loss depends on no parameter that is trained."
-        if [_gradient_state(parameter) for parameter in parameters.values()] != before:
-            return (
-                "The training step runs a backward pass of its own (loss.backward()), whose gradients cannot be "
-                "compared. Add its loss to the one that is returned, or call accelerator.backward once."
-            )
         # A wrapper may freeze some of them in its forward pass (X-LoRA).
         trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
         gradients = iter(take(loss, trained))
@@ -213,9 +207,25 @@ def _agree_on_failure(result: Gradients | str, where: str, context: process.Proc
     refuse_together(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, {}, context)
 
 
-def _gradient_state(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return what changes when a gradient is accumulated: which tensor holds it, and its version."""
-    return id(parameter.grad), -1 if parameter.grad is None else parameter.grad._version
+@contextlib.contextmanager
+def _refusing_backward() -> Iterator[None]:
+    """Within, a backward pass that does not go through the accelerator raises before it leaves a gradient anywhere.
+
+    An engine may keep gradients elsewhere than in `parameter.grad` (ZeRO), so that nobody would see them there.
+    """
+    stock = torch.autograd.backward
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "The training step runs a backward pass of its own (loss.backward()), whose gradients cannot be compared. "
+            "Add its loss to the one that is returned, or call accelerator.backward once."
+        )
+
+    torch.autograd.backward = refuse  # what Tensor.backward calls
+    try:
+        yield
+    finally:
+        torch.autograd.backward = stock
 
 
 def _compare(
