@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharded_weights import is_released
+from .sharded_weights import is_dtensor, is_released, without_hooks_of_fsdp
 
 BATCH, LENGTH = 2, 11  # T = 22 is not the size of anything else
 # Of the largest value; others 5e-2. Models in fp64 compute some things in fp32.
@@ -64,19 +64,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def stand_in_weights(model: Any) -> Iterator[None]:
     """Within, a model whose weights are not in this process has random ones of the same shapes.
 
-    Their parts are elsewhere (ZeRO-3 loads a model so), or they are zeros here (FSDP's cpu_ram_efficient_loading, on
-    all ranks but the first). What is proven are the operations of modules, for which random weights serve. Parameters
-    of one shape share one tensor, so that all layers take the memory of one.
+    Their parts are elsewhere (ZeRO-3 and Transformers' FSDP2 load a model so), or they are zeros here (FSDP's
+    cpu_ram_efficient_loading, on all ranks but the first). What is proven are the operations of modules, for which
+    random weights serve. Parameters of one shape share one tensor, so that all layers take the memory of one.
     """
     embedding = model.get_input_embeddings().weight
-    if not is_released(embedding) and bool(embedding.detach().any()):
+    if not is_released(embedding) and not is_dtensor(embedding) and bool(embedding.detach().any()):
         yield
         return
     generator = torch.Generator().manual_seed(0)
     drawn: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
     own = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_hooks_of_fsdp(model))
         for module, name, p in own:
+            stack.callback(module._parameters.__setitem__, name, p)
             shape = torch.Size(getattr(p, "ds_shape", p.shape))
             key = shape, p.dtype, p.device
             if key not in drawn:
@@ -84,9 +86,6 @@ def stand_in_weights(model: Any) -> Iterator[None]:
                 drawn[key] = mean + 0.05 * torch.randn(shape, generator=generator).to(p.device, p.dtype)
             module._parameters[name] = nn.Parameter(drawn[key], requires_grad=p.requires_grad)
         yield
-    finally:
-        for module, name, p in own:
-            module._parameters[name] = p
 
 
 def values_above_zero(model: nn.Module, word: str) -> Iterator[str]:

@@ -33,17 +33,20 @@ def is_released(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_status") and parameter.ds_status.name != "AVAILABLE"
 
 
+def is_dtensor(parameter: Tensor) -> bool:
+    """Return whether FSDP2 has left this rank its part of a parameter only, for now."""
+    return hasattr(parameter, "full_tensor")
+
+
 def is_managed(module: nn.Module) -> bool:
     """Return whether an engine gathers and frees the weights of a module around its calls."""
-    return is_zero3(module) or getattr(module, "_is_fsdp_managed_module", False)
+    return is_zero3(module) or hasattr(module, "unshard") or getattr(module, "_is_fsdp_managed_module", False)
 
 
 def refuse_shards(module: nn.Module) -> None:
     """Raise if the weights of a module are shards now: a gradient of the whole would be none of theirs."""
     # DTensor; released by ZeRO-3; a view of the flat parameter of FSDP version 1.
-    if any(
-        hasattr(p, "full_tensor") or is_released(p) or not isinstance(p, nn.Parameter) for p in module.parameters()
-    ):
+    if any(is_dtensor(p) or is_released(p) or not isinstance(p, nn.Parameter) for p in module.parameters()):
         raise ValueError(
             f"Parameters of {type(module).__name__} are shards (of FSDP, or of ZeRO-3 that gathers parts of the layer "
             "one by one) where memory.apply computes in blocks. Use FSDP2 (fsdp_version: 2) with every decoder layer "
@@ -72,6 +75,27 @@ def call_past_hooks(module: nn.Module, *args: Any) -> Any:
 
 
 @contextlib.contextmanager
+def without_hooks_of_fsdp(model: nn.Module) -> Iterator[None]:
+    """Within, FSDP2 does not see the calls of modules, so that a pass runs with whatever weights they have."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                before = hooks.copy()
+                for number, hook in before.items():
+                    if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+                        del hooks[number]
+                if len(hooks) < len(before):
+                    stack.callback(_restore, hooks, before)
+        yield
+
+
+def _restore(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    """Hooks are called in order, so those that were kept leave, too, before all come back."""
+    hooks.clear()
+    hooks.update(before)
+
+
+@contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Within, the weights of a module are whole on every rank. A collective call, unless they are whole already.
 
@@ -81,7 +105,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     parameters = list(module.parameters())
     released: list[Any] = [p for p in parameters if is_released(p)]
     unshard: Any = getattr(module, "unshard", None)
-    if unshard is not None and any(hasattr(p, "full_tensor") for p in parameters):
+    if unshard is not None and any(map(is_dtensor, parameters)):
         unshard()  # FSDP2; until the module's backward pass or its next forward pass
     if released:
         released[0].all_gather(param_list=released)  # as deepspeed.zero.GatheredParameters does

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from .groups import messages_group
+
 
 def agree(facts: Mapping[str, Any], error: str | None = None, group: ProcessGroup | None = None) -> None:
     """Compares `facts` (small, picklable) over all ranks of `group` (default: all processes). A collective call.
@@ -59,5 +61,7 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
+    world = dist.group.WORLD
+    assert world is not None
+    dist.all_gather(gathered, mine, group=messages_group(world, device))
     return torch.stack(gathered).tolist()

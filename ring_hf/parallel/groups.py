@@ -200,19 +200,38 @@ def _timeout(group: ProcessGroup, device: torch.device) -> timedelta | None:
         return None
 
 
+def messages_group(group: ProcessGroup, device: torch.device) -> ProcessGroup:
+    """Return a group of ours of the same ranks, for what they tell each other.
+
+    Where weights are sharded over the ranks that share a sequence, their group is the one on which FSDP and DeepSpeed
+    gather weights and reduce gradients: messages would wait for those.
+    """
+    return own_group(group, range(dist.get_world_size(group)), "messages", device)
+
+
 def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:
     """`x` of every rank of a registered group, in rank order. Equal shapes everywhere; no gradient."""
-    x = x.detach().contiguous()
-    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group_of(name)))]
-    dist.all_gather(gathered, x, group=group_of(name))
-    return gathered
+    mine = _reachable(x.detach().contiguous(), group_of(name))
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group_of(name)))]
+    dist.all_gather(gathered, mine, group=messages_group(group_of(name), mine.device))
+    return [theirs.to(x.device) for theirs in gathered]
 
 
 def all_reduce(x: torch.Tensor, name: str) -> torch.Tensor:
     """Return the sum of `x` over the ranks of a registered group, the same bits on every rank; no gradient."""
-    total = x.detach().clone().contiguous()
-    dist.all_reduce(total, group=group_of(name))
-    return total
+    total = _reachable(x.detach().clone().contiguous(), group_of(name))
+    dist.all_reduce(total, group=messages_group(group_of(name), total.device))
+    return total.to(x.device)
+
+
+def _reachable(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """`x` where the backend of a group can send it from: NCCL takes nothing from a CPU, where an offloading engine
+    has gradients."""
+    kinds = {device.type for device in group._device_types}
+    if x.device.type in kinds or not kinds:
+        return x
+    kind = min(kinds)
+    return x.to(torch.device(kind, torch.accelerator.current_device_index()) if kind == "cuda" else kind)
 
 
 def broadcast_object(value: Any) -> Any:

@@ -11,14 +11,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ring_hf.hf.trainer.engines import engine_of
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case, attention_of
 
 # 96 tokens a rank and micro-batch are computed in five blocks.
@@ -26,6 +29,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "saved": {"attention": "save", "ffn_block": None, "loss_block": None},
     "all": {"attention": "save", "offload": "all", "ffn_block": 20, "loss_block": 20},
 }
+AT_LOADING = "FSDP2 at loading"  # by Transformers
 VOCABULARY = 67  # cut over 2 or 4 ranks, the last has fewer rows
 
 
@@ -37,6 +41,7 @@ class EngineCase:
         run: how sequences are shared, the data, the dtype.
         tied: whether the head is the embedding.
         levers: a name of `LEVERS`.
+        offload: whether what the engine holds waits in host memory, as far as the engine can.
         sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
         settings: more arguments of the `ContextParallelConfig`.
     """
@@ -45,12 +50,14 @@ class EngineCase:
     run: Case
     tied: bool = False
     levers: str = ""
+    offload: bool = False
     sync_each_batch: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        more = ("tied" if self.tied else "", self.levers, "each-batch" if self.sync_each_batch else "")
+        flags = {"tied": self.tied, self.levers: True, "offload": self.offload, "each-batch": self.sync_each_batch}
+        more = [flag for flag, is_set in flags.items() if is_set]
         return "-".join(filter(None, (self.engine, self.run.name, *more)))
 
     def reference(self) -> "EngineCase":
@@ -95,7 +102,8 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
             yield EngineCase(engine, Case(f"{mesh}-bf16", "zigzag", cp, dp, **bf16))
         if world_size == 2 and engine != "FSDP1":
             yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True, checkpointing="non-reentrant"))
-            yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp), tied=True)
+            if engine != AT_LOADING:  # where so many rows are refused
+                yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp), tied=True)
             yield EngineCase(engine, Case(f"{mesh}-lora-bf16", "zigzag", cp, dp, lora=True, **bf16))
         if engine in ("FSDP2", "ZeRO-3"):
             for levers in LEVERS if world_size == 2 else ("all",):
@@ -108,6 +116,12 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
                 yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
                 yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
                 yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), levers="all")
+                yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"))
+                yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"), levers="all")
+        if engine == AT_LOADING:
+            yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all")
+        if engine in ("ZeRO-2", "ZeRO-3") and world_size == 2:
+            yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), levers="all", offload=True)
 
 
 def without_context_parallelism(engine: str, world_size: int) -> EngineCase:
@@ -120,6 +134,8 @@ ALL_CASES = [
     *_runs("FSDP2", 2),
     *_runs("FSDP2", 4),
     *_runs("FSDP1", 2),
+    *_runs(AT_LOADING, 2),
+    *_runs(AT_LOADING, 4),
     *_runs("ZeRO-1", 2),
     *_runs("ZeRO-2", 2),
     *_runs("ZeRO-2", 4),
@@ -150,26 +166,44 @@ _SAMPLE = {
     *(
         "ZeRO-3-dp1xcp2-broken",
         "FSDP2-dp1xcp2-hole-each-batch",
+        "FSDP2-dp1xcp2-moe-all",
+        "ZeRO-3-dp1xcp2-moe-all",
+        "FSDP2 at loading-dp1xcp2-hole-all",
+        "FSDP2 at loading-dp1xcp2-lora-bf16",
+        "ZeRO-2-dp1xcp2-all-offload",
+        "ZeRO-3-dp1xcp2-all-offload",
     ),
 }
 CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLE]
 
 
-def build_model(case: EngineCase) -> torch.nn.Module:
+def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = None) -> torch.nn.Module:
+    """The same random model for every engine; `folder` is where one that is sharded while it is loaded waits."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=case.tied,
-        attn_implementation=attention_of(case.run.layout),
-    )
-    model = LlamaForCausalLM(config)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": case.tied,
+        "attn_implementation": attention_of(case.run.layout),
+    }
+    model: Any
+    if case.run.model == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4, output_router_logits=True))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    if case.engine == AT_LOADING:
+        saved = folder / f"{case.name} to load"
+        with PartialState(cpu=True).main_process_first():  # which alone writes
+            model.save_pretrained(saved)
+        more = {"attn_implementation": attention_of(case.run.layout)}
+        config = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))
+        model = AutoModelForCausalLM.from_pretrained(saved, distributed_config=config, **more)
     if not case.run.lora:
         return model
     from peft import LoraConfig, get_peft_model
@@ -178,11 +212,11 @@ def build_model(case: EngineCase) -> torch.nn.Module:
 
 
 @contextmanager
-def engine_arguments(engine: str) -> Iterator[dict[str, Any]]:
+def engine_arguments(engine: str, offload: bool = False) -> Iterator[dict[str, Any]]:
     """Within, a Trainer with these arguments runs on an engine."""
     AcceleratorState._reset_state()
     if engine.startswith("ZeRO"):
-        yield {"deepspeed": _deepspeed_config(int(engine[-1]))}
+        yield {"deepspeed": _deepspeed_config(int(engine[-1]), offload)}
         AcceleratorState._reset_state()
         unset_hf_deepspeed_config()
         return
@@ -196,7 +230,6 @@ def engine_arguments(engine: str) -> Iterator[dict[str, Any]]:
     settings: dict[str, Any] = {
         "version": version,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "cpu_ram_efficient_loading": False,
     }
     if version == 1:
@@ -216,7 +249,7 @@ def engine_arguments(engine: str) -> Iterator[dict[str, Any]]:
         AcceleratorState._reset_state()
 
 
-def _deepspeed_config(stage: int) -> dict[str, Any]:
+def _deepspeed_config(stage: int, offload: bool) -> dict[str, Any]:
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that is torch itself
     backend.build_shm_op = lambda: None
     automatic = dict.fromkeys(
@@ -224,10 +257,12 @@ def _deepspeed_config(stage: int) -> dict[str, Any]:
         "auto",
     )
     zero: dict[str, Any] = {"stage": stage}
+    zero |= {"offload_optimizer": {"device": "cpu"}} if offload else {}
     if stage == 3:
         zero |= dict.fromkeys(
             ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters"), 0
         )
+        zero |= {"offload_param": {"device": "cpu"}} if offload else {}
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {**automatic, "zero_optimization": zero, "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
 
@@ -236,6 +271,7 @@ def state_of(trainer: Any) -> dict[str, Any]:
     """What really trained: the engine by Accelerate, the classes that wrap the model and hold its weights."""
     state = trainer.accelerator.state
     model = trainer.model_wrapped
+    context = getattr(trainer.args.parallelism_config, "_process", None)
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     return {
         "distributed_type": str(state.distributed_type),
@@ -243,7 +279,7 @@ def state_of(trainer: Any) -> dict[str, Any]:
         "parameters": kinds,
         "largest local parameter": max(map(_local_numel, model.parameters())),
         "zero stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
-        "engine": getattr(getattr(trainer.args.parallelism_config, "_process", None), "engine", None),
+        "engine": None if context is None else str(engine_of(context, trainer.model)),
     }
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, set_seed
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from tests.engines.cases import ALL, LEVERS, EngineCase, build_model, engine_arguments, state_of
+from tests.engines.cases import ALL, AT_LOADING, LEVERS, EngineCase, build_model, engine_arguments, state_of
 from tests.trainer.broken import BROKEN
 from tests.trainer.cases import Case, Rows
 from tests.trainer.evaluation_cases import sums
@@ -149,6 +149,28 @@ def take_trials(engine: str, folder: Path) -> dict[str, Any]:
     return results
 
 
+# How a model is loaded, and what the message says.
+REFUSED_AT_LOADING: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "tensor parallelism": ({"tp_size": 2}, False, "DistributedConfig(tp_size=2)"),
+    "mixed precision": ({"fsdp_size": 2, "fsdp_mixed_precision": True}, False, "the number of targets among it"),
+    "uneven tied weights": ({"fsdp_size": 2}, True, "67 rows, which 2 ranks cannot share evenly"),
+}
+
+
+def refuse_at_loading(folder: Path) -> dict[str, Any]:
+    """What each way of loading a model that is not exact is answered with, before the first step."""
+    results: dict[str, Any] = {}
+    for name, (sizes, tied, _) in REFUSED_AT_LOADING.items():
+        case = EngineCase(AT_LOADING, replace(_RUN, name=f"refused for {name}"), tied)
+        with engine_arguments(AT_LOADING) as more:
+            try:
+                make_trainer(case, folder, more, sizes=sizes)
+                results[name] = "accepted"
+            except ValueError as error:
+                results[name] = str(error)
+    return results
+
+
 def evaluate(engine: str, world_size: int, folder: Path) -> dict[str, Any]:
     """Losses of 1 to 7 rows and metrics of 5, by batch; one process takes the batch of all replicas at once."""
     alone = world_size == 1
@@ -207,12 +229,18 @@ def save(folder: Path) -> dict[str, Any]:
 
 
 def make_trainer(
-    case: EngineCase, folder: Path, more: dict[str, Any], block: int = 20, kind: type[Trainer] = Trainer
+    case: EngineCase,
+    folder: Path,
+    more: dict[str, Any],
+    block: int = 20,
+    kind: type[Trainer] = Trainer,
+    sizes: dict[str, Any] | None = None,
 ) -> Trainer:
+    """A Trainer for a case; `sizes` are other arguments of the `DistributedConfig` of a model sharded at loading."""
     torch.set_num_threads(1)
     set_seed(0)
     run = case.run
-    model = build_model(case)
+    model = build_model(case, folder, sizes)
     if case.levers:
         levers = LEVERS[case.levers]
         memory.apply(model, **{name: block if value == 20 else value for name, value in levers.items()})

@@ -6,8 +6,16 @@ Each run says what really trained: on a CPU, Accelerate would take DDP for FSDP 
 import pytest
 from transformers import LlamaForCausalLM
 
-from tests.engines.cases import ALL_CASES, CASES, LEVERS, family_of, reference_cases, without_context_parallelism
-from tests.engines.jobs import BATCHES, COUNTED, EVALUATED, EVALUATIONS, HALF, RESUMES
+from tests.engines.cases import (
+    ALL_CASES,
+    AT_LOADING,
+    CASES,
+    LEVERS,
+    family_of,
+    reference_cases,
+    without_context_parallelism,
+)
+from tests.engines.jobs import BATCHES, COUNTED, EVALUATED, EVALUATIONS, HALF, REFUSED_AT_LOADING, RESUMES
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16
 from tests.trainer.compare import MAX_LOSS, apart, assert_same_run
 
@@ -19,6 +27,12 @@ IN_BF16 = [case for case in CASES if case.run.bf16 and not case.run.lora]
 EXPECTED = {
     "FSDP1": ("DistributedType.FSDP", "FullyShardedDataParallel", "Parameter", None),
     "FSDP2": ("DistributedType.FSDP", "FSDPLlamaForCausalLM", "DTensor", lambda run: -(-67 // (run.cp * run.dp)) * 32),
+    AT_LOADING: (
+        "DistributedType.MULTI_CPU",
+        "FSDPLlamaForCausalLM",
+        "DTensor",
+        lambda run: -(-67 // (run.cp * run.dp)) * 32,
+    ),
     "HSDP": ("DistributedType.FSDP", "FSDPLlamaForCausalLM", "DTensor", lambda run: -(-67 // run.cp) * 32),
     "ZeRO-1": ("DistributedType.DEEPSPEED", "DeepSpeedEngine", "Parameter", lambda run: 67 * 32),
     "ZeRO-2": ("DistributedType.DEEPSPEED", "DeepSpeedEngine", "Parameter", lambda run: 67 * 32),
@@ -34,7 +48,7 @@ def run_of(launches, case):
 
 def test_the_cases_cover_what_is_claimed():
     assert {case.engine for case in EXACT} == set(EXPECTED)
-    assert len({case.name for case in ALL_CASES}) == len(ALL_CASES) >= 45 and len(CASES) in (25, len(ALL_CASES))
+    assert len({case.name for case in ALL_CASES}) == len(ALL_CASES) >= 45 and len(CASES) in (31, len(ALL_CASES))
     for engine in ("FSDP2", "ZeRO-3"):
         here = [case.run for case in ALL_CASES if case.engine == engine and not case.run.bf16 and not case.run.broken]
         assert {(run.cp, run.dp) for run in here} == {(2, 1), (2, 2)}
@@ -49,7 +63,11 @@ def test_the_engine_that_was_asked_for_really_ran(engine_launches, case):
     run = run_of(engine_launches, case)
     distributed_type, kind, parameter, numel = EXPECTED[case.engine]
     kind = kind.replace("Llama", "PeftModel") if case.run.lora else kind
-    assert (run["distributed_type"], run["class"], run["parameters"]) == (distributed_type, kind, [parameter])
+    kind = kind.replace("Llama", "Mixtral") if case.run.model == "mixtral" else kind
+    kinds = [parameter]
+    if case.engine == AT_LOADING and case.run.lora:  # adapters that come later are whole on every rank
+        kind, kinds = "PeftModelForCausalLM", ["DTensor", "Parameter"]
+    assert (run["distributed_type"], run["class"], run["parameters"]) == (distributed_type, kind, kinds)
     assert run["engine"] == ("FSDP2" if case.engine == "HSDP" else case.engine)
     assert numel is None or run["largest local parameter"] == numel(case.run)
     assert run["zero stage"] == (int(case.engine[-1]) if case.engine.startswith("ZeRO") else None)
@@ -87,6 +105,12 @@ def test_trial_steps_tell_right_losses_from_wrong_ones_on_shards_of_weights(engi
     assert trials[f"sum over shards {dtype}"] == "trained"
     assert "does not have the numbers of one process" in trials[f"mean of shards {dtype}"]
     assert "runs a backward pass of its own" in trials[f"backward of its own {dtype}"]
+
+
+@pytest.mark.parametrize("name", REFUSED_AT_LOADING)
+def test_a_model_that_was_sharded_otherwise_while_it_was_loaded_is_refused(engine_launches, name):
+    message = engine_launches.of(family_of(AT_LOADING), 2)["refusals at loading"][name]
+    assert REFUSED_AT_LOADING[name][2] in message
 
 
 @pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])

@@ -12,13 +12,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.engines.cases import EngineCase, engine_arguments, family_of, reference_cases, state_of, world_cases
-from tests.engines.jobs import EVALUATIONS, RESUMES, count, evaluate, make_trainer, resume, save, take_trials
+from tests.engines.cases import (
+    AT_LOADING,
+    EngineCase,
+    engine_arguments,
+    family_of,
+    reference_cases,
+    state_of,
+    world_cases,
+)
+from tests.engines.jobs import (
+    EVALUATIONS,
+    RESUMES,
+    count,
+    evaluate,
+    make_trainer,
+    refuse_at_loading,
+    resume,
+    save,
+    take_trials,
+)
 from tests.trainer.train_script import curves
 
 
 def train(case: EngineCase, folder: Path) -> dict[str, Any]:
-    with engine_arguments(case.engine) as more:
+    with engine_arguments(case.engine, case.offload) as more:
         trainer = make_trainer(case, folder, more)
         trainer.train()
         return {**state_of(trainer), **curves(trainer)}
@@ -38,6 +56,8 @@ def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], d
         if world_size == 2 and family_of(engine) == family:
             by_name[f"collectives of {engine}"] = partial(count, engine, folder)
             by_name[f"trials on {engine}"] = partial(take_trials, engine, folder)
+    if (world_size, family) == (2, family_of(AT_LOADING)):
+        by_name["refusals at loading"] = partial(refuse_at_loading, folder)
     for case in RESUMES:
         sizes = {cp * dp for cp, dp in (case.before, case.after)}
         if world_size in sizes and family_of(case.engine) == family:

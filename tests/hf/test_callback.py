@@ -27,6 +27,7 @@ def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error)
         "first_error": lambda rules, what: error,
         "check_loader": lambda loader: None,
         "AcceleratorState": lambda: None,
+        "weights_error": lambda context, model: None,
         "blocks_error": lambda engine, model: None,
         "check_memory": lambda args, model, engine_checkpoints: None,
         "check_liger": lambda args, model, applied: None,

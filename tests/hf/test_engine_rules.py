@@ -16,9 +16,11 @@ from ring_hf.hf.trainer.engines import (
     blocks_error,
     check_engine,
     checkpoints_layers,
+    engine_of,
     find_engine,
     gradient_method,
     messages,
+    weights_error,
 )
 from tests.hf.models import llama
 
@@ -62,10 +64,49 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", STATES)
 def test_every_engine_is_found_by_what_accelerate_runs(name):
     assert find_engine(STATES[name]) is ENGINES[name] and check_engine(accelerator(STATES[name])) is None
     assert [engine.name for engine in ENGINES.values() if engine.is_running(STATES[name])] == [name]
+
+
+def sharded_at_loading(**sizes):
+    config = {"tp_size": 1, "pp_size": 1, "ep_size": 1, "fsdp_size": 2, "fsdp_mixed_precision": False}
+    model = llama("ring_zigzag")
+    model._is_distributed_loading_by_transformers = True
+    model.config.distributed_config = SimpleNamespace(**{**config, **sizes})
+    return model
+
+
+def context(engine):
+    return SimpleNamespace(engine=engine, size=2, num_replicas=2)
+
+
+def test_a_model_that_was_sharded_while_it_was_loaded_is_an_engine_of_its_own():
+    assert set(ENGINES) == {*STATES, "FSDP2 at loading"}
+    ddp, model = context("DDP"), sharded_at_loading()
+    assert engine_of(ddp, model) is ENGINES["FSDP2 at loading"] and weights_error(ddp, model) is None
+    assert engine_of(ddp, llama("ring_zigzag")) is ENGINES["DDP"]
+
+
+@pytest.mark.parametrize("name", ["tp_size", "pp_size", "ep_size"])
+def test_ranks_that_share_a_layer_are_refused_by_name(name):
+    message = weights_error(context("DDP"), sharded_at_loading(**{name: 2}))
+    assert f"DistributedConfig({name}=2)" in message and "Load it with DistributedConfig(fsdp_size=4)" in message
+
+
+def test_sharding_the_same_weights_twice_is_refused():
+    message = weights_error(context("FSDP2"), sharded_at_loading())
+    assert "FSDP2 was asked for as well" in message
+
+
+def test_dtensors_that_nobody_here_has_made_are_refused(monkeypatch):
+    model = llama("ring_zigzag")
+    weight = model.lm_head.weight
+    assert weights_error(context("DDP"), model) is None
+    weight.device_mesh = "a mesh"
+    assert "Parameters of the model are DTensors on a mesh, and DDP" in weights_error(context("DDP"), model)
+    assert weights_error(context("FSDP2"), model) is None
 
 
 @pytest.mark.parametrize("kind", ["MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])

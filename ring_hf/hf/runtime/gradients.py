@@ -24,7 +24,7 @@ class GradientMethod:
 
     Attributes:
         opened: for a model, a context around the forward and backward passes of a trial step, which gives `Take`.
-        are_reduced: whether gradients are means over all ranks already, and of this rank's shard of a parameter.
+        are_reduced: whether gradients of DTensors are means over all ranks already, and of this rank's shard.
     """
 
     opened: Callable[[nn.Module], contextlib.AbstractContextManager[Take]]
@@ -51,7 +51,7 @@ def _from_fsdp(model: nn.Module) -> Iterator[Take]:
 
     def take(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         set_gradients([None] * len(shards))
-        with _reducing(model):
+        with _reducing(model), _without_hooks_of_gradients(shards):
             loss.backward()
         taken = [None if shard.grad is None else local(shard.grad).clone() for shard in parameters]
         set_gradients([None] * len(shards))
@@ -61,6 +61,19 @@ def _from_fsdp(model: nn.Module) -> Iterator[Take]:
         yield take
     finally:
         set_gradients(before)
+
+
+@contextlib.contextmanager
+def _without_hooks_of_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within, nobody is called when a parameter has its gradient: Transformers averages there what FSDP2 does not hold
+    (an adapter on a model that was sharded while it was loaded), in some micro-batches."""
+    with contextlib.ExitStack() as stack:
+        for parameter in parameters:
+            hooks = parameter._post_accumulate_grad_hooks
+            if hooks:
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+        yield
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ring_hf.memory.sharded_weights import is_dtensor
 from ring_hf.parallel import all_reduce
 
 from .. import context as process
@@ -238,16 +239,20 @@ def _compare(
     """Return how far the mean over ranks of the sharded step is from the whole step of this rank."""
     whole_loss = float(whole[0].double().mean())
     sharded_loss = float(all_reduce(sharded[0].double().mean(), context.group)) / context.size
-    squares = []
+    squares, world = [], context.size * context.num_replicas
     for parameter, want, got in zip(parameters.values(), whole[1], sharded[1], strict=True):
-        zeros = torch.zeros_like(local(parameter), dtype=torch.promote_types(parameter.dtype, torch.float32))
-        target = zeros if want is None else want.to(zeros.dtype)
-        mean = zeros if got is None else got.to(zeros.dtype)
-        if not are_reduced:
+        shape = getattr(parameter, "ds_shape", local(parameter).shape)  # ZeRO-3 has left nothing of it here
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        zeros = torch.zeros(shape, dtype=dtype, device=local(parameter).device)
+        target = zeros if want is None else want.to(zeros)
+        mean = zeros if got is None else got.to(zeros)
+        is_shard = are_reduced and is_dtensor(parameter)
+        if not is_shard:
             mean = all_reduce(mean, context.group) / context.size
-        squares.append(torch.stack([(x.double() ** 2).sum() for x in (target, mean - target)]))
+        num_copies = world if are_reduced and not is_shard else 1
+        squares.append(torch.stack([(x.double() ** 2).sum() / num_copies for x in (target, mean - target)]))
     summed = torch.stack(squares)
-    if are_reduced:  # each rank has compared its shards of the parameters
+    if are_reduced:  # each rank has compared its shards of the parameters, and its copies of others
         for group in (context.group, context.replica_group):
             summed = summed if group is None else all_reduce(summed, group)
     norms, differences = summed.sqrt().T.tolist()

@@ -24,7 +24,7 @@ from ..degrees import resolve, split_error
 from ..refusal import refuse_together
 from ..runtime.state import runtime_state
 from . import counters, evaluation_loss
-from .engines import ENGINES, blocks_error, checkpoints_layers, messages
+from .engines import blocks_error, checkpoints_layers, engine_of, messages, weights_error
 from .evaluation import current_evaluator
 from .guard import base_model, guard_model
 from .hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
@@ -111,7 +111,8 @@ class ContextParallelCallback(TrainerCallback):
             return
         inner = base_model(model)
         error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
-        engine, running = ENGINES[context.engine], AcceleratorState()
+        engine, running = engine_of(context, inner), AcceleratorState()
+        error = error or weights_error(context, inner)
         error = error or next(iter(messages(engine.rules, running, args)), None)
         error = (
             error

@@ -4,11 +4,12 @@ To an engine, the shard of a sequence is a batch of its own. It takes the mean o
 would for plain data parallelism, and may cut the weights over ranks that share a sequence as well as over those that
 do not. It must be told which ranks read the same rows, and kept from rounding numbers that are not computed with: the
 count of targets, the loss, the sums of gradients. `ENGINES` is the whole list; the config looks its row up by what
-Accelerate runs, and `ProcessContext.engine` carries its name from there on.
+Accelerate runs, and `ProcessContext.engine` carries its name from there on. A model that Transformers sharded while
+loading it is an engine of its own, which Accelerate does not know of: `engine_of` looks at the model, too.
 
 Sources: Accelerate's `AcceleratorState.distributed_type`, `FullyShardedDataParallelPlugin` and `DeepSpeedPlugin`;
-FSDP2 (`torch.distributed.fsdp.fully_shard`), HSDP as its mesh of two axes; ZeRO (Rajbhandari et al. 2020,
-arXiv 1910.02054).
+Transformers' `DistributedConfig`; FSDP2 (`torch.distributed.fsdp.fully_shard`), HSDP as its mesh of two axes; ZeRO
+(Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from accelerate.utils import DistributedType
 
 from ring_hf.memory import applied_to
 
+from ..context import ProcessContext
 from ..runtime.gradients import BY_AUTOGRAD, FROM_FSDP, FROM_ZERO3, GradientMethod
 
 Rule = Callable[[Any, Any], str | None]  # (AcceleratorState, TrainingArguments) -> message
@@ -197,6 +199,7 @@ class Engine:
         return self.name
 
 
+_AT_LOADING = "FSDP2 at loading"
 _REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 _ZERO: dict[str, Any] = {"is_deepspeed": True, "adapt": _tell_deepspeed_same_rows}
 _ZERO_RULES = (_tensor_parallel, _sequence_parallel)
@@ -219,6 +222,7 @@ _ROWS = (
         rules=(_best_of_shards, _fused_loss),
         notices=(_whole_gradients, _no_final_model),
     ),
+    Engine(_AT_LOADING, lambda state: False, gradients=FROM_FSDP),
     Engine("ZeRO-1", lambda state: _zero_stage(state) == 1, rules=_ZERO_RULES, **_ZERO),
     Engine("ZeRO-2", lambda state: _zero_stage(state) == 2, rules=_ZERO_RULES, **_ZERO),
     Engine(
@@ -264,6 +268,70 @@ def check_engine(accelerator: Any) -> str | None:
             f"FSDP was asked for, but Accelerate runs {engine} here (it has no FSDP on CPUs), with whole copies of "
             "the weights. Start on CUDA devices, or leave FSDP out."
         )
+    return None
+
+
+def engine_of(context: ProcessContext, model: Any) -> Engine:
+    """Return the engine that holds the weights of a model in this process."""
+    return ENGINES[_AT_LOADING if _is_sharded_at_loading(model) else context.engine]
+
+
+def _is_sharded_at_loading(model: Any) -> bool:
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+def weights_error(context: ProcessContext, model: Any) -> str | None:
+    """Return why the way in which somebody else sharded the weights of a model cannot be trained with, or None."""
+    if not _is_sharded_at_loading(model):
+        mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+        if mesh is None or ENGINES[context.engine].cuts_over_mesh:
+            return None
+        return (
+            f"Parameters of the model are DTensors on {mesh}, and {context.engine} did not shard them: gradients of "
+            "ranks that share a sequence would not be added up. Leave the sharding of weights to FSDP2 "
+            "(`accelerate launch --use_fsdp --fsdp_version 2`), to DeepSpeed, or to "
+            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))."
+        )
+    config = model.config.distributed_config
+    sizes = {name: getattr(config, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+    more = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    num_processes = context.size * context.num_replicas
+    if more:
+        return (
+            f"The model was loaded with DistributedConfig({more}): ranks that share a sequence would be taken for "
+            f"ranks that share a layer. Load it with DistributedConfig(fsdp_size={num_processes})."
+        )
+    if context.engine != "DDP":
+        return (
+            f"The model was sharded by Transformers while it was loaded, and {context.engine} was asked for as well. "
+            "Leave distributed_config out, or start without FSDP and DeepSpeed."
+        )
+    if config.fsdp_mixed_precision:
+        return (
+            "DistributedConfig(fsdp_mixed_precision=True) also casts what goes into the model, the number of targets "
+            "among it. Leave it out, and set bf16=True in TrainingArguments."
+        )
+    name = _uneven_tied_weight(model, config.fsdp_size)
+    if name is not None:
+        return (
+            f"{name} is tied to another weight and has {model.get_parameter(name).shape[0]} rows, which "
+            f"{config.fsdp_size} ranks cannot share evenly: FSDP2 then holds a copy of the other, which no step "
+            f"updates. Pad it (model.resize_token_embeddings(pad_to_multiple_of={config.fsdp_size})) and save the "
+            "model before it is sharded, or leave distributed_config out and have Accelerate's FSDP2 shard it."
+        )
+    return None
+
+
+def _uneven_tied_weight(model: Any, num_shards: int) -> str | None:
+    """Return the name of a weight of which FSDP2 pads two copies where there should be one; it is tied after sharding.
+
+    See `FSDPParam.reset_sharded_param` of torch 2.13: an uneven shard moves to a padded buffer, each time anew.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names and parameter.shape[0] % num_shards:
+            return names[id(parameter)]
+        names[id(parameter)] = name
     return None
 
 

@@ -35,7 +35,7 @@ from ..runtime.pass_message import NO_FINGERPRINT, PassMessage, exchange, find_d
 from ..runtime.proven import find_unproven
 from ..runtime.state import runtime_state
 from ..runtime.trial import try_model
-from .engines import ENGINES, gradient_method
+from .engines import engine_of, gradient_method
 from .evaluation import current_evaluator
 
 _guards: "weakref.WeakKeyDictionary[PreTrainedModel, Guard]" = weakref.WeakKeyDictionary()
@@ -247,7 +247,7 @@ class Guard:
         reason = find_unproven(model)
         if reason is not None or context.verify:
             reason = reason or "verify=True"
-            method = gradient_method(ENGINES[context.engine], reason)
+            method = gradient_method(engine_of(context, model), reason)
             self.in_trial = True
             try:
                 try_model(model, kwargs, reason, context, method)

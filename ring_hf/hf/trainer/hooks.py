@@ -21,7 +21,7 @@ from .. import context as process
 from ..runtime.proven import find_unproven_path
 from ..runtime.state import runtime_state
 from ..runtime.trial import run_trial
-from .engines import ENGINES, gradient_method
+from .engines import engine_of, gradient_method
 from .evaluation import current_evaluator
 from .guard import Guard
 
@@ -89,7 +89,7 @@ def _take_trial(
             )
         return captured[0]
 
-    method = gradient_method(ENGINES[context.engine], reason)
+    method = gradient_method(engine_of(context, model), reason)
     guard.in_trial = True
     try:
         guard.allowed_outputs = run_trial(
