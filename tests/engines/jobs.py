@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 from ring_hf import memory
@@ -147,6 +151,40 @@ def take_trials(engine: str, folder: Path) -> dict[str, Any]:
                 except ValueError as error:
                     results[f"{name} {dtype}"] = str(error)
     return results
+
+
+def loop(engine: str, folder: Path) -> dict[str, Any]:
+    """Losses of a loop without a Trainer, as in `docs/training_loop.md`."""
+    case = EngineCase(engine, replace(_RUN, name=f"loop on {engine}") if engine != "DDP" else _RUN.reference())
+    set_seed(0)
+    more: dict[str, Any]
+    with engine_arguments(engine) as more:
+        plugins: dict[str, Any] = {}
+        if "deepspeed" in more:
+            config = {**more["deepspeed"], "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 2}
+            config["gradient_clipping"] = 0.0  # else Accelerate clips at 1
+            plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+        if "fsdp" in more:
+            settings = {**more["fsdp_config"], "fsdp_version": more["fsdp_config"]["version"]}
+            del settings["version"]
+            plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(**settings)
+        if case.run.layout is not None:
+            plugins["parallelism_config"] = ContextParallelConfig(context_parallel_size=case.run.cp)
+        PartialState(cpu=True)
+        accelerator = Accelerator(**plugins)
+        model: Any = build_model(case, folder)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        loader: Any = DataLoader(Rows(20, "uneven"), batch_size=2, collate_fn=ContextParallelCollator(model))
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        model.train()
+        losses: list[float] = []
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(accelerator.reduce(loss.detach(), reduction="mean")))  # type: ignore[arg-type]
+        return {"loss": losses, "class": type(model).__name__}
 
 
 # How a model is loaded, and what the message says.

@@ -142,6 +142,16 @@ def test_evaluation_equals_one_process(engine_launches, engine, world_size):
     assert worst <= MAX_LOSS
 
 
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+def test_a_loop_without_a_trainer_follows_one_process(engine_launches, engine):
+    run = engine_launches.of(family_of(engine), 2)[f"loop on {engine}"]
+    assert run["class"] == EXPECTED[engine][1]
+    one = engine_launches.of("FSDP", 1)["loop on DDP"]["loss"]
+    worst = max(abs(loss - want) for loss, want in zip(run["loss"], one, strict=True))
+    print(f"loop on {engine}: {len(one)} steps, worst loss {worst:.1e}")
+    assert worst <= MAX_LOSS
+
+
 def runs_of(launches, case):
     """The whole run of a case, and what went on from its middle, perhaps with more processes."""
     sizes = [cp * dp for cp, dp in (case.before, case.after)]

@@ -26,6 +26,7 @@ from tests.engines.jobs import (
     RESUMES,
     count,
     evaluate,
+    loop,
     make_trainer,
     refuse_at_loading,
     resume,
@@ -49,10 +50,13 @@ def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], d
     evaluated = [("DDP", 1)] if world_size == 1 else sorted(EVALUATIONS)
     if world_size == 1:
         by_name["final"] = partial(save, folder)
+        by_name["loop on DDP"] = partial(loop, "DDP", folder)
     for engine, size in evaluated:
         if size == world_size and (size == 1 or family_of(engine) == family):
             by_name[f"evaluation on {engine}"] = partial(evaluate, engine, size, folder)
     for engine in ("FSDP2", "ZeRO-3"):
+        if world_size == 2 and family_of(engine) == family:
+            by_name[f"loop on {engine}"] = partial(loop, engine, folder)
         if world_size == 2 and family_of(engine) == family:
             by_name[f"collectives of {engine}"] = partial(count, engine, folder)
             by_name[f"trials on {engine}"] = partial(take_trials, engine, folder)

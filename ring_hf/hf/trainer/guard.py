@@ -12,6 +12,7 @@ A forward pass of whole sequences (generation, samples of a callback) starts no 
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,15 +75,20 @@ def guard_prepared_models(accelerator: Any) -> None:
     """Have an accelerator guard every Transformers model with a ring backend that it prepares."""
     reference = weakref.ref(accelerator)
 
-    def prepare_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-        accelerator = reference()
-        assert accelerator is not None, "called without the accelerator it was installed on"
-        inner = find_base_model(model)
-        if inner is not None and attention_name(inner.config) in BACKENDS:
-            guard_model(inner)
-        return type(accelerator).prepare_model(accelerator, model, *args, **kwargs)
+    def guarded(name: str) -> Callable[..., Any]:
+        def prepare(*objects: Any, **kwargs: Any) -> Any:
+            accelerator = reference()
+            assert accelerator is not None, "called without the accelerator it was installed on"
+            for model in objects:
+                inner = find_base_model(model) if isinstance(model, torch.nn.Module) else None
+                if inner is not None and attention_name(inner.config) in BACKENDS:
+                    guard_model(inner)
+            return getattr(type(accelerator), name)(accelerator, *objects, **kwargs)
 
-    accelerator.prepare_model = prepare_model
+        return prepare
+
+    accelerator.prepare = guarded("prepare")  # DeepSpeed prepares all objects at once
+    accelerator.prepare_model = guarded("prepare_model")
 
 
 def guard_model(model: Any, trainer: bool = False) -> "Guard":
