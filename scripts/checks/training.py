@@ -73,6 +73,7 @@ def register_emulated(layout: str, ranks: int, apart: bool = False) -> None:
         num_rows, _, length, _ = query.shape
         documents = ((0, length // 2, length),) * num_rows if apart else None
         sequence = WholeSequence(layout, length, ranks, documents)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, RoPE gives fp32
         out, _ = emulated_attention(query, key, value, Emulation(sequence, Mask(), scaling))
         return out.transpose(1, 2).contiguous(), None
 

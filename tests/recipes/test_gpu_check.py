@@ -235,6 +235,14 @@ def test_nan_is_not_exact():
     assert not judged.exact and exactness.judge("cpu", "float32", exactness.Problem(), fine, fine).exact
 
 
+def test_emulated_ranks_train_under_autocast():
+    """As on a GPU: queries and keys come out of RoPE in fp32, values in bf16."""
+    training.register_emulated("zigzag", 4)
+    settings = {"device": "cpu", "steps": 2, "length": 64}
+    curves = {name: training.train(name, 1, settings, True) for name in ("sdpa", training.EMULATED)}
+    assert training.deviation(curves[training.EMULATED], curves["sdpa"])["loss"] < 1e-3
+
+
 def test_a_gpu_gets_every_layout_mask_head_count_and_head_dim():
     every = exactness.problems(quick=False, tiny=False)
     assert {(one.layout, one.mask) for one in every} >= {(a, b) for a in exactness.LAYOUTS for b in exactness.MASKS}
