@@ -1,10 +1,12 @@
 """One command for somebody with a GPU: are the kernels exact there, does training stay the same, how fast is it?
 
-Three sections, each of which is kept when it is done, so that a run that was stopped goes on where it was:
+Four sections, each of which is kept when it is done, so that a run that was stopped goes on where it was; of the last
+one also each run:
 
     exactness   every attention kernel that fits, on the tiles of all ranks, forward and backward, against fp64
     trainer     losses and grad norms of a ring, emulated on one device and run on several, against one process
     benchmark   attention TFLOP/s of rings (all blocks resident) against one device with the whole sequence
+    steps       tokens/s, MFU and memory of the Trainer's steps, and of one rank's share, against the planner
 
     python scripts/gpu_check.py                          # minutes on one GPU; writes runs/gpu_check/...
     python scripts/gpu_check.py --quick
@@ -17,11 +19,13 @@ ignores; it is named first and last. The exit code is 1 if anything is not exact
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +36,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.doctor import machine
 from ring_hf.kernels import check_name
-from scripts.checks import exactness, timing, training
+from scripts.checks import exactness, steps, timing, training
 from scripts.checks.report import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "runs" / "gpu_check"  # git ignores runs/
 Progress = Callable[[str, int], None]
-SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress], dict[str, Any]]] = {
-    "exactness": lambda device, options, say: exactness.run(
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an earlier call left of a section that it did not finish, and how to leave something for the next."""
+
+    before: dict[str, Any]
+    keep: Callable[[dict[str, Any]], None]
+
+
+SECTIONS: dict[str, Callable[[torch.device, argparse.Namespace, Progress, Kept], dict[str, Any]]] = {
+    "exactness": lambda device, options, say, _: exactness.run(
         device, options.quick, options.emulate, options.kernels, say
     ),
-    "trainer": lambda device, options, say: training.run(device, options.emulate, say),
-    "benchmark": lambda device, options, say: timing.run(device, options.quick, options.emulate, say),
+    "trainer": lambda device, options, say, _: training.run(device, options.emulate, say),
+    "benchmark": lambda device, options, say, _: timing.run(device, options.quick, options.emulate, say),
+    "steps": lambda device, options, say, kept: steps.run(
+        device, options.quick, options.emulate, say, kept.before, kept.keep
+    ),
 }
 
 
@@ -87,18 +104,30 @@ def main(words: Sequence[str] | None = None) -> int:
     if path.is_file() and (before := json.loads(path.read_text())).get("settings") == settings:
         found["sections"] = before["sections"]
     for section in only:
-        if found["sections"].get(section, {}).get("ok") and not options.again:
+        before = {} if options.again else found["sections"].get(section, {})
+        if before.get("ok") and before.get("finished", True):
             print(f"{section}: done before, kept (--again repeats it)")
             continue
+        begin = time.perf_counter()
+
+        def keep(result: dict[str, Any], section: str = section, begin: float = begin) -> None:
+            found["sections"][section] = {**result, "seconds": round(time.perf_counter() - begin, 1)}
+            write(folder, found)
+
         with tqdm(desc=section, disable=None, leave=False) as bar:
-            begin = time.perf_counter()
-            result = SECTIONS[section](device, options, lambda said, total, bar=bar: advance(bar, said, total))
-        found["sections"][section] = {**result, "seconds": round(time.perf_counter() - begin, 1)}
-        path.write_text(json.dumps(found, indent=1))
-        (folder / "results.md").write_text(markdown(found))
+            say = functools.partial(advance, bar)
+            keep(SECTIONS[section](device, options, say, Kept(before, keep)))
     print(markdown(found))
     print(f"written: {folder}/results.json and results.md")
     return int(not all(found["sections"][section]["ok"] for section in only))
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """Both files; the first one is what the next call reads, so it is never half there."""
+    new = folder / "results.json.new"
+    new.write_text(json.dumps(found, indent=1))
+    new.replace(folder / "results.json")
+    (folder / "results.md").write_text(markdown(found))
 
 
 def refuse(message: str) -> int:

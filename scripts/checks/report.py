@@ -13,6 +13,7 @@ def markdown(found: dict[str, Any]) -> str:
     parts += [", ".join(f"{name} {version}" for name, version in about["versions"].items()), ""]
     for name, section in found["sections"].items():
         verdict = "ok" if section["ok"] else "FAILED"
+        verdict += "" if section.get("finished", True) else ", not finished"
         parts += [f"## {name}: {verdict}", "", *_SECTIONS[name](section), ""]
     return "\n".join(parts)
 
@@ -90,4 +91,56 @@ def _benchmark(section: dict[str, Any]) -> list[str]:
     return [words, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
 
 
-_SECTIONS = {"exactness": _exactness, "trainer": _trainer, "benchmark": _benchmark}
+def _steps(section: dict[str, Any]) -> list[str]:
+    rows, lines = section["rows"], []
+    trained = {name: row for name, row in rows.items() if row["kind"] == "steps"}
+    if trained:
+        head = ["run", "settings", "kernel", "step", "predicted", "ratio", "tokens/s", "MFU"]
+        head += ["peak", "predicted", "ratio"]
+        lines += [
+            f"Steps of {section['model']}{', made tiny,' * section['tiny']} with random weights, the median of those "
+            f"after the first; predicted by `ring-hf plan` for {section['device']}. MFU: causal FLOPs of the model, "
+            "nothing recomputed, over the dense peak in bf16. One rank's share is without the exchange and its "
+            "buffers.",
+            "",
+            *_table(head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], 3),
+        ]
+    for name, row in rows.items():
+        if row["kind"] == "attention":
+            passes = [
+                f"{key} {1e3 * row[key]['seconds']:.3g} ms ({row[key]['tflops']:.3g} TFLOP/s; predicted "
+                f"{1e3 * row[key]['predicted']:.3g} ms, ratio {row[key]['ratio']:.2f})"
+                for key in ("forward", "backward")
+            ]
+            lines += ["", f"{name}, {row['kernel']}: {', '.join(passes)}."]
+    if section["agreement"]:
+        cells = [
+            [row["run"], f"{row['tokens']:,}", row["against"]]
+            + [f"{row[key]:.1e} (bar {row['allowed'][key]:.1e})" for key in ("loss", "grad_norm")]
+            + ["same" if row["same"] else "differs"]
+            for row in section["agreement"]
+        ]
+        words = (
+            "The largest relative difference of a step; the bar is twice that of `sdpa` in bf16 from `sdpa` in fp32."
+        )
+        lines += ["", words, "", *_table(["run", "tokens", "against", "loss", "grad norm", ""], cells, 3)]
+    failed = [f"- {name}: {row['outcome']}" for name, row in rows.items() if row["kind"] == "failure"]
+    left_out = [f"- {name}: {why}" for name, why in section["left_out"].items()]
+    for title, names in (("Failed:", failed), ("Left out:", left_out)):
+        lines += ["", title, "", *names] if names else []
+    return lines
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Of a run: seconds, rates and memory, measured beside predicted."""
+    predicted, gib = row["predicted"], 2**30
+    seconds, memory = f"{predicted['seconds']:.3g} s", f"{predicted['memory'] / gib:.1f} GiB"
+    if row["outcome"] != "ran":
+        return [row["outcome"], seconds, "", "", "", "", memory, ""]
+    ratio = {key: f"{value:.2f}" for key, value in row["ratio"].items()}
+    rates = [f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f} %"]
+    peak = f"{row['memory'] / gib:.1f} GiB"
+    return [f"{row['seconds']:.3g} s", seconds, ratio["seconds"], *rates, peak, memory, ratio["memory"]]
+
+
+_SECTIONS = {"exactness": _exactness, "trainer": _trainer, "benchmark": _benchmark, "steps": _steps}

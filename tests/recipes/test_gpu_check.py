@@ -21,6 +21,8 @@ from tests.harness import ROOT, run_command
 README = (ROOT / "README.md").read_text()
 (COMMAND,) = re.findall(r"^python (scripts/gpu_check.py .*)$", README, re.MULTILINE)
 QUICK = ["--emulate", "--quick"]
+STEPS_ROWS = ["agreement", "sdpa, 64 tokens", "ring_zigzag, 64 tokens", "ring_zigzag, memory options, 64 tokens"]
+STEPS_ROWS += ["one rank of 8, one layer's attention, 128 tokens", "one rank of 8, 128 tokens"]
 
 
 def first_columns(text):
@@ -65,6 +67,18 @@ def test_everything_runs_on_a_cpu_and_is_written(tmp_path):
         assert row["tflops_forward"] == pytest.approx(flops / row["forward"] / 1e12)
         assert row["tflops_both"] == pytest.approx(3.5 * flops / row["both"] / 1e12)
         assert row["sum_both"] >= row["both"] >= row["forward"] > 0
+
+    steps = found["sections"]["steps"]
+    assert steps["finished"] and steps["left_out"] == {} and list(steps["rows"]) == STEPS_ROWS
+    for name, row in steps["rows"].items():
+        assert row["outcome"] == "ran", name
+        if row["kind"] == "steps":
+            assert row["tokens_per_second"] == pytest.approx(row["lengths"][-1] / row["seconds"])
+            assert row["ratio"] == {key: pytest.approx(row[key] / row["predicted"][key]) for key in row["predicted"]}
+            assert len(row["loss"]) == len(row["grad_norm"]) == len(row["all_seconds"]) == len(row["lengths"]) == 4
+    compared = [(row["run"], row["against"]) for row in steps["agreement"]]
+    ours = ["ring_zigzag", "ring_zigzag, memory options"]
+    assert compared == [(run, against) for against in ("fp32", "sdpa") for run in ours]
 
     excerpt = re.search(r"<!-- checked: (.*?) -->\n(.*?)<!-- end checked -->", README, re.DOTALL)
     assert excerpt is not None and excerpt[1] == " ".join(QUICK)
@@ -255,7 +269,7 @@ def test_a_gpu_gets_every_layout_mask_head_count_and_head_dim():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "speed"], "--only speed is not known. Choose from exactness, trainer, benchmark."),
+        (["--only", "speed"], "--only speed is not known. Choose from exactness, trainer, benchmark, steps."),
         (["--kernels", "flash"], "--kernels: kernel='flash' is not known. Choose one of auto, flash_attn, cuda,"),
         ([], "PyTorch finds no GPU here. Add --emulate to run everything on the CPU"),
     ],
