@@ -8,6 +8,7 @@ token's choice, and shared experts are taken. Experts that are called with anyth
 Letters: B rows, S tokens of a row, T = B * S.
 """
 
+import math
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -73,7 +74,9 @@ def _recorded(model: Any) -> Iterator[type]:
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    """Weights of matrices; those that bitsandbytes quantized count as what they stand for."""
+    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in module.parameters())
+    return sum(math.prod(shape) for shape in shapes if len(shape) >= 2)
 
 
 def _looks_like_experts(module: nn.Module) -> bool:

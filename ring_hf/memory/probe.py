@@ -49,15 +49,40 @@ class Seen:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards everything is as before, the CPU's random numbers too."""
+    """Evaluation mode without gradients; afterwards everything is as before, the CPU's random numbers too.
+
+    Raises:
+        ValueError: if a module changed its weights, as some do when they are first evaluated.
+    """
     modes = {module: module.training for module in model.modules()}
+    weights = dict(_whole_weights(model))
     model.eval()
+    for module in model.modules():
+        if any(hasattr(p, "quant_state") for p in module._parameters.values()):
+            # In evaluation on a CPU, bitsandbytes packs 4-bit weights into a form that cannot be trained through.
+            module.training = True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+    for name, weight in _whole_weights(model):
+        if name not in weights or not _is_same(weights[name], weight):
+            raise ValueError(
+                f"A module changed {name} when it was tried in evaluation mode, so that it may not train as before. "
+                "Leave memory.apply out, and load the model anew."
+            )
+
+
+def _whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.detach()) for name, p in model.named_parameters() if not is_dtensor(p))
+
+
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    if before.data_ptr() == now.data_ptr():
+        return before.shape == now.shape
+    return before.shape == now.shape and torch.equal(before, now)  # moved: PEFT does, around a pass
 
 
 @contextlib.contextmanager

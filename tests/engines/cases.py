@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -40,6 +47,7 @@ class EngineCase:
     Attributes:
         run: how sequences are shared, the data, the dtype.
         tied: whether the head is the embedding.
+        quantized: whether adapters are trained on weights of 4 bits (QLoRA).
         levers: a name of `LEVERS`.
         offload: whether what the engine holds waits in host memory, as far as the engine can.
         sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
@@ -49,6 +57,7 @@ class EngineCase:
     engine: str
     run: Case
     tied: bool = False
+    quantized: bool = False
     levers: str = ""
     offload: bool = False
     sync_each_batch: bool = False
@@ -56,12 +65,18 @@ class EngineCase:
 
     @property
     def name(self) -> str:
-        flags = {"tied": self.tied, self.levers: True, "offload": self.offload, "each-batch": self.sync_each_batch}
+        flags = {
+            "tied": self.tied,
+            "4bit": self.quantized,
+            self.levers: True,
+            "offload": self.offload,
+            "each-batch": self.sync_each_batch,
+        }
         more = [flag for flag, is_set in flags.items() if is_set]
         return "-".join(filter(None, (self.engine, self.run.name, *more)))
 
     def reference(self) -> "EngineCase":
-        return EngineCase("DDP", self.run.reference(), self.tied)
+        return EngineCase("DDP", self.run.reference(), self.tied, self.quantized)
 
 
 def family_of(engine: str) -> str:
@@ -116,6 +131,9 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
                 yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
                 yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
                 yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), levers="all")
+                yield EngineCase(
+                    engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), quantized=True, levers="all"
+                )
                 yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"))
                 yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"), levers="all")
         if engine == AT_LOADING:
@@ -170,6 +188,8 @@ _SAMPLE = {
         "ZeRO-3-dp1xcp2-moe-all",
         "FSDP2 at loading-dp1xcp2-hole-all",
         "FSDP2 at loading-dp1xcp2-lora-bf16",
+        "FSDP2-dp1xcp2-lora-4bit-all",
+        "ZeRO-3-dp1xcp2-lora-4bit-all",
         "ZeRO-2-dp1xcp2-all-offload",
         "ZeRO-3-dp1xcp2-all-offload",
     ),
@@ -197,13 +217,19 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
         model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4, output_router_logits=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape))
+    loading: dict[str, Any] = {}
     if case.engine == AT_LOADING:
+        loading["distributed_config"] = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))
+    if case.quantized:
+        # FSDP shards weights of the dtype of all others; 8 weights are in each of these.
+        storage = {"bnb_4bit_quant_storage": torch.float32, "bnb_4bit_compute_dtype": torch.float32}
+        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **storage)
+    if loading:
         saved = folder / f"{case.name} to load"
         with PartialState(cpu=True).main_process_first():  # which alone writes
             model.save_pretrained(saved)
-        more = {"attn_implementation": attention_of(case.run.layout)}
-        config = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))
-        model = AutoModelForCausalLM.from_pretrained(saved, distributed_config=config, **more)
+        loading["attn_implementation"] = attention_of(case.run.layout)
+        model = AutoModelForCausalLM.from_pretrained(saved, **loading)
     if not case.run.lora:
         return model
     from peft import LoraConfig, get_peft_model
