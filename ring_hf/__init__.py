@@ -6,9 +6,10 @@ Importing this package registers the attention backends `ring_contiguous`, `ring
 calls `guard_model` on its model. `memory.apply` makes a training step fit more tokens.
 """
 
-from . import memory
-from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model
-from .parallel import context_attention, shard, unshard
+from typing import TYPE_CHECKING
+
+from .exports import export_lazily
+from .hf.attention.registration import register_backends
 
 __version__ = "0.1.0"
 
@@ -17,8 +18,30 @@ __all__ = [
     "ContextParallelCollator",
     "ContextParallelConfig",
     "context_attention",
+    "geometry",
     "guard_model",
+    "hf",
+    "kernels",
     "memory",
+    "parallel",
     "shard",
     "unshard",
 ]
+
+if TYPE_CHECKING:
+    from . import geometry, hf, kernels, memory, parallel
+    from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model
+    from .parallel import context_attention, shard, unshard
+else:  # a type checker that saw `__getattr__` would accept any name
+    __getattr__, __dir__ = export_lazily(
+        __name__,
+        {
+            "geometry": (),
+            "hf": ("ContextParallelCallback", "ContextParallelCollator", "ContextParallelConfig", "guard_model"),
+            "kernels": (),
+            "memory": (),
+            "parallel": ("context_attention", "shard", "unshard"),
+        },
+    )
+
+register_backends()

@@ -3,9 +3,26 @@
 `Facts` is what was found out, `diagnose` finds it out, `advise` is a table of pure functions of it.
 """
 
-from .advice import Advice, advise
-from .examination import diagnose
-from .facts import Facts, Question
-from .report import render
+from typing import TYPE_CHECKING
+
+from ..exports import export_lazily
 
 __all__ = ["Advice", "Facts", "Question", "advise", "diagnose", "render"]
+
+if TYPE_CHECKING:
+    from .advice import Advice, advise
+    from .examination import diagnose
+    from .facts import Facts, Question
+    from .report import render
+else:  # a type checker that saw `__getattr__` would accept any name
+    __getattr__, __dir__ = export_lazily(
+        __name__,
+        {
+            "advice": ("Advice", "advise"),
+            "examination": ("diagnose",),
+            "facts": ("Facts", "Question"),
+            "machine": (),
+            "ranks": (),
+            "report": ("render",),
+        },
+    )

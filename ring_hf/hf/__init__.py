@@ -1,14 +1,13 @@
 """The Hugging Face side: attention backends, parallelism config, collator and callback for an unmodified `Trainer`.
 
-Importing this package registers the attention implementations `ring_contiguous`, `ring_zigzag`, `ring_striped`,
-`ring_balanced` and `ulysses`. It is the only part of the project that imports transformers and accelerate.
+It is the only part of the project that imports transformers and accelerate, and does so when a name is first used.
+`import ring_hf` registers the attention implementations `ring_contiguous`, `ring_zigzag`, `ring_striped`,
+`ring_balanced` and `ulysses`.
 """
 
-from .attention.backend import register_backends
-from .collate.collator import ContextParallelCollator
-from .trainer.callback import ContextParallelCallback
-from .trainer.config import ContextParallelConfig
-from .trainer.guard import guard_model
+from typing import TYPE_CHECKING
+
+from ..exports import export_lazily
 
 __all__ = [
     "ContextParallelCallback",
@@ -18,4 +17,20 @@ __all__ = [
     "register_backends",
 ]
 
-register_backends()
+if TYPE_CHECKING:
+    from .attention.registration import register_backends
+    from .collate.collator import ContextParallelCollator
+    from .trainer.callback import ContextParallelCallback
+    from .trainer.config import ContextParallelConfig
+    from .trainer.guard import guard_model
+else:  # a type checker that saw `__getattr__` would accept any name
+    __getattr__, __dir__ = export_lazily(
+        __name__,
+        {
+            "attention.registration": ("register_backends",),
+            "collate.collator": ("ContextParallelCollator",),
+            "trainer.callback": ("ContextParallelCallback",),
+            "trainer.config": ("ContextParallelConfig",),
+            "trainer.guard": ("guard_model",),
+        },
+    )

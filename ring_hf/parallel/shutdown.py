@@ -16,9 +16,10 @@ After an exception a collective may well be under way: then gloo's groups are ke
 process exits at once, which is what tells the other ranks.
 
 The hook is run by `atexit`: after `threading` has joined all threads that may use the groups (executors too), before
-anything is finalized. It is registered on import, because hooks run latest first: what a script registers after its
-imports, `destroy_process_group` perhaps, comes before. The thread starts with the first group, since Python 3.12
-starts none at exit. Forked processes inherit the hook and no thread; only a process that registered a group acts.
+anything is finalized. It is registered when this module is imported, which the models of Transformers do after
+`import ring_hf`, because hooks run latest first: what a script registers after its imports, `destroy_process_group`
+perhaps, comes before. The thread starts with the first group, since Python 3.12 starts none at exit. Forked processes
+inherit the hook and no thread; only a process that registered a group acts.
 
 NCCL (read, not run): `destroy_process_group`, without which torch warns, flushes the communicators and destroys them,
 which the ranks of a node do together. They all come here with the same groups in the same order, the latest first, and

@@ -1,20 +1,14 @@
-"""Small scripts and how they end: `python tests/distributed/endings.py CASE RANK WORLD_SIZE STORE`.
-
-Their imports are those of `ring_hf.parallel` alone, which takes a third of the time.
-"""
+"""Small scripts and how they end: `python tests/distributed/endings.py CASE RANK WORLD_SIZE STORE`."""
 
 import atexit
 import os
 import sys
 import time
-import types
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
 case, rank, world_size, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 destroyed: list[str] = []  # by torch, in this order
 
@@ -24,9 +18,6 @@ def report() -> None:  # registered before the hook of ring_hf, so run after it
     print(f"initialized={dist.is_initialized()} workers={len(shutdown._workers())} destroyed={destroyed}", flush=True)
 
 
-front_door = types.ModuleType("ring_hf")
-front_door.__path__ = [str(ROOT / "ring_hf")]
-sys.modules["ring_hf"] = front_door
 from ring_hf.parallel import groups, register_group, shutdown  # noqa: E402
 
 CPU = torch.device("cpu")

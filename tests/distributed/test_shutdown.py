@@ -41,7 +41,7 @@ def endings(tmp_path, case: str, world_size: int = 1) -> list[Ending]:
     processes = [
         subprocess.Popen(
             [sys.executable, script, case, str(rank), str(world_size), store],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

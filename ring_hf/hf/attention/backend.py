@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from ring_hf.parallel import num_processes, ring_attention
 
@@ -321,11 +320,3 @@ def _refuse_unshardable(
             f"Ring attention has no kernel for {query.dtype} on {query.device.type}. Use "
             f"{' or '.join(str(dtype) for dtype in supported) or 'a CPU or CUDA device'}."
         )
-
-
-def register_backends() -> None:
-    """Make the names known to Transformers; done on import. (The classmethods: item assignment would be
-    instance-local.)"""
-    for name in BACKENDS:
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, mask_2d)
