@@ -1,17 +1,20 @@
 """The one harness of all tests: gloo processes, launched commands, and numerical comparison.
 
-`run_distributed` keeps its worker processes between calls (importing torch costs more than most tests); the first
-traceback of any worker fails the test, and a hang fails it after a timeout. In workers, as in the tests' own process,
-`torch.empty` is filled with NaN, so that a buffer nobody received shows up.
+`run_distributed` keeps its worker processes between calls, and forks them from a server that has imported everything
+(imports cost more than most tests); the first traceback of any worker fails the test, and a hang fails it after a
+timeout. In workers, as in the tests' own process, `torch.empty` is filled with NaN, so that a buffer nobody received
+shows up.
 """
 
 import atexit
 import functools
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +29,9 @@ import torch.distributed as dist
 from ring_hf.parallel import buffers
 
 ROOT = Path(__file__).resolve().parents[1]
-_SPAWN = multiprocessing.get_context("spawn")
+_FORKS = multiprocessing.get_context("forkserver")
+# In the server, which runs no code of torch: a process that has cannot be forked safely.
+_FORKS.set_forkserver_preload(["tests.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.config"])
 
 
 def free_port() -> int:
@@ -84,8 +89,8 @@ class _Workers:
         port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
-            ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
+            ours, theirs = _FORKS.Pipe()
+            process = _FORKS.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -153,12 +158,66 @@ def accelerate_launch(
     return run_command([*launcher, *command], {"ACCELERATE_USE_CPU": "true", **(env or {})}, timeout)
 
 
+def launch_forked(
+    words: Sequence[str], num_processes: int = 1, env: dict[str, str] | None = None, timeout: float = 280
+) -> str:
+    """Run a script and its arguments as `accelerate_launch` does, in processes that need not import anything first.
+
+    For cases whose claim is the result and not the launch. Return the output of all ranks; raise `AssertionError`
+    with it if one fails, or `TimeoutError`.
+    """
+    environment = _environment({"ACCELERATE_USE_CPU": "true", **(env or {})})
+    if num_processes > 1:
+        world = str(num_processes)
+        environment |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        environment["MASTER_PORT"] = str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"rank{rank}") for rank in range(num_processes)]
+        processes = []
+        for rank, log in enumerate(logs):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+            processes.append(_FORKS.Process(target=_run_script, args=(list(words), {**environment, **ranks}, log)))
+            processes[-1].start()
+        running, deadline = set(processes), time.monotonic() + timeout
+        try:
+            while running and all(process.exitcode in (None, 0) for process in processes):
+                if not wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"{' '.join(words)}: {len(running)} ranks did not end in {timeout:g} s")
+                running = {process for process in running if process.exitcode is None}
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
+        output = "".join(log.read_text() for log in logs if log.exists())
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"{' '.join(words)}: exit codes {codes}\n{output[-12000:]}"
+    return output
+
+
+def _run_script(words: list[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = words
+    script = Path(words[0]).resolve()
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    atexit._run_exitfuncs()  # as at the end of a program; a forked process would leave them out
+
+
+def _environment(more: dict[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(more or {})}
+
+
 def run_command(
     command: Sequence[str], env: dict[str, str] | None = None, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """A command run at the root, one thread per process; raises `AssertionError` with the output if it fails."""
-    full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(env or {})}
-    done = subprocess.run(command, env=full_env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=_environment(env), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
     return done
 

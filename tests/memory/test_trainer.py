@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.harness import accelerate_launch
+from tests.harness import launch_forked
 from tests.memory.train_script import CASES, train
 from tests.trainer.compare import assert_same_run
 
@@ -12,7 +12,7 @@ from tests.trainer.compare import assert_same_run
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "results.json"
-    accelerate_launch(["tests/memory/train_script.py", str(path)], 2)
+    launch_forked(["tests/memory/train_script.py", str(path)], 2)
     return json.loads(path.read_text())
 
 

@@ -14,7 +14,7 @@ import pytest
 from loading import load_pretrained
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
-from tests.harness import ROOT, run_command
+from tests.harness import ROOT, launch_forked, run_command
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
 RUN = """
@@ -62,9 +62,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, launcher, name, *overrides):
+def command(folder, name, *overrides):
     output = ["--data", str(folder / "corpus.jsonl"), "--output_dir", str(folder / name)]
-    return run_command([*launcher, "recipes/finetune.py", str(folder / "run.yaml"), *output, *overrides])
+    return ["recipes/finetune.py", str(folder / "run.yaml"), *output, *overrides]
+
+
+def start(folder, launcher, name, *overrides):
+    return run_command([*launcher, *command(folder, name, *overrides)])
+
+
+def fork(folder, num_processes, name, *overrides):
+    size = ["--context_parallel_size", str(num_processes)] if num_processes > 1 else []
+    return launch_forked(command(folder, name, *size, *overrides), num_processes)
 
 
 def history(folder, name):
@@ -96,14 +105,14 @@ def test_training_reduces_the_loss(folder):
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(folder):
     shutil.copytree(folder / "two" / "checkpoint-4", folder / "again" / "checkpoint-4")
-    start(folder, LAUNCH, "again", "--context_parallel_size", "2", *LEVERS)
+    fork(folder, 2, "again", *LEVERS)
     assert compare(history(folder, "again"), history(folder, "two"), loss=1e-7, grad_norm=1e-6) == 8
 
 
 def test_a_finished_run_is_not_trained_further(folder):
     before = (folder / "one" / "model.safetensors").read_bytes()
-    done = start(folder, [sys.executable], "one")
-    assert "checkpoint-8 is the end of this run: nothing left to train" in done.stdout
+    output = fork(folder, 1, "one")
+    assert "checkpoint-8 is the end of this run: nothing left to train" in output
     assert (folder / "one" / "model.safetensors").read_bytes() == before
 
 
@@ -111,15 +120,15 @@ def test_one_text_file_is_enough(folder):
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:8])
     (folder / "book.txt").write_text(text)
     data = ["--data", str(folder / "book.txt"), "--max_steps", "2", "--eval_steps", "2"]
-    done = start(folder, [sys.executable], "book", *data)
-    assert "so the last 20 % of the text of each is held out instead" in done.stderr
+    output = fork(folder, 1, "book", *data)
+    assert "so the last 20 % of the text of each is held out instead" in output
     assert [row["eval_loss"] > 0 for row in history(folder, "book") if "eval_loss" in row] == [True]
 
 
 def test_nothing_held_out_is_a_run_without_evaluation(folder):
     asked = ["--heldout_fraction", "0", "--eval_on_start", "true", "--max_steps", "2"]
-    done = start(folder, LAUNCH, "all", "--context_parallel_size", "2", *asked)
-    assert done.stdout.count("heldout_fraction=0: eval_strategy=steps is left out.") == 1
+    output = fork(folder, 2, "all", *asked)
+    assert output.count("heldout_fraction=0: eval_strategy=steps is left out.") == 1
     rows = history(folder, "all")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2] and not any("eval_loss" in row for row in rows)
     assert (folder / "all" / "model.safetensors").is_file()
@@ -159,20 +168,20 @@ def test_perplexity_measures_models_and_earlier_results(folder):
         "4",
     ]
     first = [f"one={folder / 'one'}", "--output_dir", str(folder / "first")]
-    run_command([sys.executable, *common, "--models", *first])
+    launch_forked([*common, "--models", *first])
     both = [
         f"one={folder / 'first' / 'perplexity.json'}",
         f"two={folder / 'two'}",
         "--output_dir",
         str(folder / "both"),
     ]
-    done = run_command([sys.executable, *common, "--models", *both, "--trained_lengths", "128", "128"])
+    output = launch_forked([*common, "--models", *both, "--trained_lengths", "128", "128"])
     results = json.loads((folder / "both" / "perplexity.json").read_text())["results"]
     assert [row["length"] for row in results["one"]] == [32, 64]
     for mine, other in zip(results["one"], results["two"], strict=True):
         assert mine["num_tokens"] == other["num_tokens"] == 256 // mine["length"] * (mine["length"] - 1)
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
-    assert (folder / "both" / "perplexity.md").read_text().splitlines()[0] in done.stdout
+    assert (folder / "both" / "perplexity.md").read_text().splitlines()[0] in output
     assert (folder / "both" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 

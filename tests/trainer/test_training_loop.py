@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from tests.harness import ROOT, accelerate_launch
+from tests.harness import ROOT, accelerate_launch, launch_forked
 from tests.hf.models import llama, rows
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_loop.md").read_text(), flags=re.DOTALL)
@@ -54,7 +54,8 @@ def run(tmp_path_factory, scripts, num_processes, size):
     settings["examples"] = rows(*LENGTHS * NUM_STEPS)[: 4 * NUM_STEPS]
     settings["scripts"] = list(scripts.values())
     (folder / "settings.json").write_text(json.dumps(settings))
-    accelerate_launch([str(folder / "driver.py"), str(folder / "settings.json")], num_processes)
+    start = accelerate_launch if num_processes == 2 else launch_forked
+    start([str(folder / "driver.py"), str(folder / "settings.json")], num_processes)
     return dict(zip(scripts, json.loads((folder / "losses.json").read_text()), strict=True))
 
 
