@@ -13,7 +13,7 @@ settings.register_profile("ring_hf", deadline=None, suppress_health_check=[Healt
 settings.load_profile("ring_hf")
 poison_empty()
 # What waits for processes most begins first, so that no worker ends alone.
-_FIRST = ("engines", "trainer", "recipes", "distributed")
+_FIRST = ("engines", "trainer", "silent", "recipes", "distributed", "hf", "memory")
 
 
 def pytest_collection_modifyitems(items):

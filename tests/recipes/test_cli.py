@@ -41,8 +41,10 @@ def test_show_writes_a_small_picture_and_says_what_is_in_it(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 60_000
 
 
-def pixels(path):
-    return numpy.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+def colours(path):
+    """The colours of a picture in 16 shades of red, green and blue, as one number each: those sort 20 times faster."""
+    rgb = numpy.asarray(Image.open(path).convert("RGB")).astype(int)
+    return numpy.unique(rgb // 16 @ [256, 16, 1])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_every_layout_mask_and_transport_can_be_drawn(arguments, tmp_path, capsy
     assert main(["show", "--layout", *LAYOUTS, "--cp", "4", *arguments.split(), "--output", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": busiest / mean ")[0] for line in lines[:-1]] == list(LAYOUTS)
-    assert len(numpy.unique(pixels(path) // 16, axis=0)) > 12  # the hues of the places, in shades
+    assert len(colours(path)) > 12  # the hues of the places, in shades
 
 
 def test_a_picture_shows_who_computes_what(tmp_path):
