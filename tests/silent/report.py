@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.harness import accelerate_launch
+from tests.harness import accelerate_launch, launch_forked
 from tests.silent.cases import ANY_STEP, CASES, CONSTRUCTION, FIRST_STEP, Case
 
 MODES = {"reference": 1, "alone": 1, "shared": 2}
@@ -36,7 +36,8 @@ def launch(folder: Path, mode: str, cases: Sequence[Case], again: bool = False) 
     if missing:
         seconds = 60 + sum(case.timeout for case in missing)
         command = ["tests/silent/script.py", mode, str(results_folder), *(case.name for case in missing)]
-        accelerate_launch(command, MODES[mode], timeout=seconds)
+        start = accelerate_launch if MODES[mode] > 1 else launch_forked
+        start(command, MODES[mode], timeout=seconds)
     return {case.name: records(results_folder, case.name, MODES[mode]) for case in cases}
 
 

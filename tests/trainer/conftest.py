@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.harness import accelerate_launch
+from tests.harness import accelerate_launch, launch_forked
 
 
 class Launches:
@@ -28,7 +28,8 @@ class Launches:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 folder.mkdir()
-                accelerate_launch([f"tests/trainer/{self.script}", str(folder)], world_size, timeout=560)
+                start = accelerate_launch if world_size > 1 else launch_forked
+                start([f"tests/trainer/{self.script}", str(folder)], world_size, timeout=560)
             return json.loads((folder / "results.json").read_text())
 
 
