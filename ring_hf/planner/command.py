@@ -10,11 +10,14 @@ from ..tools.options import Formatter
 from ..tools.setting import parse_size
 from .config import read_model
 from .device import DEVICES
-from .job import CHECKPOINTS, OFFLOADS, OPTIMIZERS, Job
+from .job import CHECKPOINTS, OFFLOADS, Job
 from .known import KNOWN
+from .million import million_table
+from .optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, Optimizer
 from .plan import plan
 from .published import published_table
 from .report import prose, text_of
+from .selection import select_options, selection_table, selection_text
 from .tables import appendix_d_table, hundred_million_table, ring_attention_1_table, ring_attention_2_table
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -23,10 +26,25 @@ TABLES: dict[str, Callable[[], str]] = {
     "ring-attention-2": ring_attention_2_table,
     "appendix-d": appendix_d_table,
     "published": published_table,
+    "fit": selection_table,
+    "million": million_table,
 }
+# What --fit chooses, by the names of a job, and what it does not go with.
+CHOSEN = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")
 
 _NAMES = prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in KNOWN))
-_OPTIMIZERS = "\n".join(f"  {name:18} {a} + {b} + {c:<3} {why}" for name, (a, b, c, why) in OPTIMIZERS.items())
+
+
+def _states(optimizer: Optimizer) -> str:
+    if optimizer.factored:
+        return "rows and columns"
+    return " / ".join(f"{optimizer.bytes_of(precision):.3g}" for precision in PRECISIONS.values())
+
+
+_PRECISIONS = "\n".join(
+    f"  {name:12} {p.weights} + {p.gradients} + {p.master}  {p.text}" for name, p in PRECISIONS.items()
+)
+_OPTIMIZERS = "\n".join(f"  {name:20} {_states(row):18} {row.package}" for name, row in OPTIMIZERS.items())
 _EXAMPLES = f"""examples:
   adapters of Qwen3 8B at one million tokens on one node
     ring-hf plan --model Qwen3-8B --seq 1M --devices 8 --lora 16 --offload layers --loss-block 2048
@@ -37,6 +55,11 @@ _EXAMPLES = f"""examples:
     ring-hf plan --model Qwen3-4B --seq 1M --device h200 --offload layers --loss-block 2048
   all parameters of a larger model, sharded over the devices (FSDP2, DeepSpeed ZeRO-3)
     ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --offload layers --loss-block 2048
+  the same without saying how: the cheapest memory options that fit, what each saves and costs, and how to run it
+    ring-hf plan --model Qwen3-8B --seq 1M --fit
+  optimizer states of 8 bits, by the Trainer's name; or all states in host memory (fsdp_offload_params)
+    ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --optimizer adamw_torch_8bit --offload layers --loss-block 2048
+    ring-hf plan --model Qwen3-32B --seq 256K --zero 3 --offload optimizer,weights,layers --loss-block 2048
   a model of your own, four nodes, ring across nodes and Ulysses inside
     ring-hf plan --model path/to/folder --seq 4M --devices 32 --ulysses 8 --ffn-block 4096 --loss-block 2048
   adapters on one card
@@ -48,15 +71,18 @@ _EXAMPLES = f"""examples:
 models of the built-in table (with or without organisation, in any case):
 {_NAMES}
 
-optimizers, bytes of a parameter for weights + gradients + states:
+precisions, bytes of a parameter for weights + gradients + master weights:
+{_PRECISIONS}
+
+optimizers by the Trainer's names (optim), bytes of a parameter for states with {" / ".join(PRECISIONS)}:
 {_OPTIMIZERS}
 
 What is assumed: bf16 compute; rates of kernels alone, published for head dim 128 (smaller ones are slower);
 communication as the cost model of `ring-hf simulate` has it; {DEVICES["h100"].source};
 B200: {DEVICES["b200"].source}.
 The engine is DDP (--zero 0), which holds everything on every device, unless told otherwise: --zero 1 and 2 are those
-stages of DeepSpeed, --zero 3 is FSDP2 or ZeRO-3. --offload optimizer,weights and --optimizer adamw-bf16-master belong
-to one of these; without, training refuses them, and the report says so.
+stages of DeepSpeed, --zero 3 is FSDP2, or ZeRO-3 with --precision bf16-master. --offload optimizer is DeepSpeed's,
+--offload optimizer,weights also FSDP2's. What no engine does is refused.
 """
 
 
@@ -91,9 +117,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         type=int,
         default=0,
         choices=(0, 1, 2, 3),
-        help="stage of ZeRO; 0 is DDP, which training accepts, 3 is FSDP (default: 0)",
+        help="stage of ZeRO; 0 is DDP, 3 is FSDP2 or ZeRO-3 (default: 0)",
     )
-    levers.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="default: adamw")
+    levers.add_argument("--optimizer", default=DEFAULT, choices=OPTIMIZERS, help=f"the Trainer's optim ({DEFAULT})")
+    levers.add_argument("--fit", action="store_true", help="choose what follows: the cheapest options that fit")
+    levers.add_argument(
+        "--precision", default="auto", choices=("auto", *PRECISIONS), help="default: auto, as the engine has it"
+    )
     levers.add_argument("--offload", default="", help=f"to host memory, a list of {', '.join(OFFLOADS)}")
     levers.add_argument("--checkpoint", default="full", choices=CHECKPOINTS, help="default: full")
     levers.add_argument("--ffn-block", type=parse_size, default=0, help="tokens of an MLP at a time")
@@ -119,6 +149,12 @@ def job_of(options: argparse.Namespace) -> Job:
         raise ValueError("--model is missing. Name a folder, a config.json or a known model, or ask for a --table.")
     if options.ulysses != "auto" and not (options.ulysses.isdecimal() and int(options.ulysses)):
         raise ValueError(f'--ulysses {options.ulysses!r} is no number of ranks. Give a divisor of --cp, or "auto".')
+    if options.fit:
+        fields = Job.__dataclass_fields__
+        own = [name for name in CHOSEN if getattr(options, name) not in (fields[name].default, "")]
+        if own:
+            words = " ".join(f"--{name.replace('_', '-')}" for name in own)
+            raise ValueError(f"--fit chooses memory options itself, but {words} was given. Leave one of them out.")
     return Job(
         read_model(options.model),
         options.seq,
@@ -129,6 +165,7 @@ def job_of(options: argparse.Namespace) -> Job:
         rows=options.rows,
         zero=options.zero,
         optimizer=options.optimizer,
+        precision=options.precision,
         offload=tuple(filter(None, options.offload.split(","))),
         checkpoint=options.checkpoint,
         ffn_block=options.ffn_block,
@@ -150,7 +187,12 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan or the table; writes JSON and picture where asked."""
     if options.table:
         return _table(options)
-    found = plan(job_of(options))
+    job = job_of(options)
+    if options.fit:
+        selection = select_options(job)
+        print(selection_text(selection), end="\n\n")
+        job = selection.job
+    found = plan(job)
     print(text_of(found))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

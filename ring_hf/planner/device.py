@@ -93,6 +93,6 @@ DEVICES = {
 }
 
 HOST_MEMORY_BANDWIDTH = 2e11  # bytes/s of a node's host memory while the optimizer runs on the CPU: assumed
-HOST_MEMORY = 2**40 * 1.0  # bytes of a node: assumed, for a warning only
+HOST_MEMORY = 2e12  # bytes of a node: NVIDIA data sheet of DGX H100, 2 TB
 RUNTIME = 2.5e9  # bytes: CUDA context, cuBLAS workspaces and NCCL buffers; assumed
 FRAGMENTATION = 0.05  # of what activations take at most, lost between blocks of the allocator; assumed

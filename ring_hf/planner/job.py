@@ -9,17 +9,10 @@ from ..geometry.cost import choose_transport
 from ..geometry.hardware import Hardware
 from .device import DEVICES, Device
 from .model import Model
+from .optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, Optimizer, Precision, check_optimizer
 
 CHECKPOINTS = ("none", "full", "save-attention")
 OFFLOADS = ("optimizer", "weights", "layers", "attention")
-# Bytes per parameter: weights, gradients, and what the optimizer keeps, sharded with it.
-OPTIMIZERS = {
-    "adamw": (4, 4, 8, "fp32 weights and gradients, two fp32 moments; compute in bf16 (FSDP2, DDP with autocast)"),
-    "adamw-bf16-master": (2, 4, 12, "bf16 weights, fp32 gradients, fp32 master and moments (DeepSpeed)"),
-    "adamw-bf16": (2, 2, 4, "weights, gradients and moments in bf16"),
-    "adamw-8bit": (4, 4, 2, "fp32 weights and gradients, two moments of one byte (bitsandbytes)"),
-    "sgd": (4, 4, 0, "fp32 weights and gradients"),
-}
 
 
 @dataclass(frozen=True)
@@ -29,8 +22,11 @@ class Job:
     Attributes:
         length: tokens of the sequence, before padding to the layout's multiple.
         cp: devices that share one sequence; the rest is data parallel. 0: all of them.
-        zero: what is sharded over all devices: 0 nothing (DDP, which training accepts), 1 optimizer, 2 gradients too,
-            3 (FSDP2) weights too. `engine` names the engine of each and says whether training accepts it.
+        zero: what is sharded over all devices: 0 nothing (DDP), 1 optimizer, 2 gradients too (DeepSpeed), 3 weights
+            too (FSDP2, DeepSpeed). `engine` names the engine of each.
+        optimizer: of `OPTIMIZERS`, which has the Trainer's names.
+        precision: of `PRECISIONS`, or "auto" for the engine's: DeepSpeed's has fp32 master weights, all others fp32
+            weights. With `zero` 3, DeepSpeed is taken for "bf16-master", or if the optimizer alone is offloaded.
         offload: what lives in host memory, of `OFFLOADS`.
         checkpoint: what a layer keeps for backward: "none" everything, "full" its input alone, "save-attention" its
             input and the attention output, so that attention is never computed again.
@@ -51,7 +47,8 @@ class Job:
     cp: int = 0
     rows: int = 1
     zero: int = 0
-    optimizer: str = "adamw"
+    optimizer: str = DEFAULT
+    precision: str = "auto"
     offload: tuple[str, ...] = ()
     checkpoint: str = "full"
     ffn_block: int = 0
@@ -110,7 +107,7 @@ class Job:
 
     def _check_names(self) -> None:
         choices: dict[str, Collection[str]] = {"device": DEVICES, "optimizer": OPTIMIZERS}
-        choices |= {"checkpoint": CHECKPOINTS, "layout": LAYOUTS}
+        choices |= {"checkpoint": CHECKPOINTS, "layout": LAYOUTS, "precision": ("auto", *PRECISIONS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is not known. Choose one of {', '.join(allowed)}.")
@@ -129,12 +126,55 @@ class Job:
             )
         if "layers" in self.offload and self.checkpoint == "none":
             raise ValueError("--offload layers moves the inputs of checkpointed layers. Add --checkpoint full.")
-        if "weights" in self.offload and self.zero != 3:
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse what no engine does with weights, gradients and optimizer states."""
+        offload = [name for name in ("optimizer", "weights") if name in self.offload]
+        if offload and not self.zero:
+            raise ValueError(
+                f"--offload {','.join(offload)} with --zero 0: nothing but DeepSpeed and FSDP2 offloads states. Add "
+                "--zero 3, or for the optimizer alone --zero 1 or 2."
+            )
+        if "weights" in offload and self.zero != 3:
             raise ValueError(f"--offload weights needs --zero 3, not {self.zero}: whole weights stay on the device.")
+        if offload == ["weights"]:
+            raise ValueError("--offload weights needs its optimizer there, too. Write --offload optimizer,weights.")
+        if self.zero == 0 and self.precision == "bf16-master":
+            raise ValueError("--precision bf16-master is DeepSpeed's, but --zero 0 is DDP. Add --zero 1, 2 or 3.")
+        if self.zero in (1, 2) and not self.is_deepspeed:
+            raise ValueError(
+                f"--precision {self.precision} with --zero {self.zero}: DeepSpeed trains with fp32 master weights. "
+                "Use --precision bf16-master, or FSDP2 (--zero 3)."
+            )
+        if self.zero == 3 and offload == ["optimizer"] and not self.is_deepspeed:
+            raise ValueError(
+                f"--offload optimizer with --precision {self.precision}: FSDP2 offloads weights with it. Write "
+                "--offload optimizer,weights, or use DeepSpeed with --precision bf16-master."
+            )
+        if self.zero:
+            check_optimizer(self.optimizer, self.is_deepspeed, bool(offload))
 
     @property
     def device_facts(self) -> Device:
         return DEVICES[self.device]
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed holds the states, rather than FSDP2, DDP or one process."""
+        if self.precision != "auto":
+            return self.precision == "bf16-master"
+        alone = "optimizer" in self.offload and "weights" not in self.offload
+        return self.zero in (1, 2) or (self.zero == 3 and alone)
+
+    @property
+    def precision_facts(self) -> Precision:
+        name = "bf16-master" if self.is_deepspeed else "fp32"
+        return PRECISIONS[name if self.precision == "auto" else self.precision]
+
+    @property
+    def optimizer_facts(self) -> Optimizer:
+        return OPTIMIZERS[self.optimizer]
 
     @property
     def hardware(self) -> Hardware:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from .attention import Widths, backward_bytes, exchange_bytes, forward_bytes, idle_bytes, workspace_bytes
 from .device import FRAGMENTATION, RUNTIME
-from .engine import ENGINES, engine_of
-from .job import OPTIMIZERS, Job
+from .engine import DDP, engine_of
+from .job import Job
 from .model import Model
 
 E = 2  # bytes of bf16
@@ -98,23 +98,33 @@ def trained_parameters(model: Model, lora: int) -> int:
     return lora * (model.layers * attention + mlp)
 
 
+def optimizer_bytes(job: Job) -> float:
+    """Bytes of what the optimizer keeps of all trained parameters, sharded or not, master weights included."""
+    model, precision = job.model, job.precision_facts
+    trained = trained_parameters(model, job.lora)
+    whole = 0 if job.lora or job.is_deepspeed else model.vocab * model.hidden  # DeepSpeed hands over flat partitions
+    sides = [model.hidden, model.kv_heads * model.head_dim, *(width for width in (model.ff, model.expert_ff) if width)]
+    narrowest = job.lora or min(sides)
+    states = job.optimizer_facts.bytes_in_all(precision, trained, whole, narrowest, model.hidden)
+    return states + precision.master * trained
+
+
 def _states(job: Job) -> list[Item]:
-    model, shards = job.model, job.devices
-    weight, gradient, moments, _ = OPTIMIZERS[job.optimizer]
+    model, shards, precision = job.model, job.devices, job.precision_facts
     trained = trained_parameters(model, job.lora)
     frozen = model.parameters if job.lora else 0
     whole = 1 if job.zero < 3 else shards
+    gradients = precision.gradients * trained
+    on_host = {name: name in job.offload for name in ("optimizer", "weights")}
     items = [
-        Item("frozen weights", E * frozen / whole, on_host="weights" in job.offload),
-        Item("weights", weight * trained / whole, on_host="weights" in job.offload),
-        Item("gradients", gradient * trained / (1 if job.zero < 2 else shards), on_host="optimizer" in job.offload),
-        Item(
-            "optimizer states", moments * trained / (1 if job.zero < 1 else shards), on_host="optimizer" in job.offload
-        ),
+        Item("frozen weights", E * frozen / whole, on_host=on_host["weights"]),
+        Item("weights", precision.weights * trained / whole, on_host=on_host["weights"]),
+        Item("gradients", gradients / (1 if job.zero < 2 else shards), on_host=on_host["optimizer"]),
+        Item("optimizer states", optimizer_bytes(job) / (1 if job.zero < 1 else shards), on_host=on_host["optimizer"]),
     ]
-    if engine_of(job) is ENGINES[0]:
+    if engine_of(job) is DDP:
         # Of the all-reduce: Accelerate leaves gradient_as_bucket_view False, so DDP keeps them beside the gradients.
-        items.append(Item("gradient buckets (DDP)", gradient * trained))
+        items.append(Item("gradient buckets (DDP)", gradients))
     if job.zero == 3 and shards > 1:
         # The layer at work and the one fetched ahead; embedding and head stay from forward to backward.
         items.append(Item("gathered weights", E * (2 * model.largest_layer + model.outside_parameters)))
@@ -123,7 +133,7 @@ def _states(job: Job) -> list[Item]:
             items.append(Item("gradients before sharding", E * (model.largest_layer + head)))
     elif "weights" in job.offload:
         items.append(Item("fetched weights", E * (2 * model.largest_layer + model.outside_parameters)))
-    elif weight > E and not job.lora:
+    elif precision.weights > E and not job.lora:
         items.append(Item("weights in bf16 (autocast)", E * model.parameters))
     return items
 

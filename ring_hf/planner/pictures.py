@@ -113,7 +113,7 @@ def draw_appendix_d(path: Path) -> None:
 def draw_published(path: Path) -> None:
     """Predicted over published, run by run."""
     found = list(comparisons())
-    figure, canvas = _figure(10.5, 0.9 + 0.27 * len(found))
+    figure, canvas = _figure(8.2, 0.9 + 0.18 * len(found))
     axes = figure.subplots()
     for place, one in enumerate(found):
         close = abs(one.error) <= TOLERANCE
@@ -127,7 +127,7 @@ def draw_published(path: Path) -> None:
             textcoords="offset points",
             ha="left" if side > 0 else "right",
             va="center",
-            fontsize=8,
+            fontsize=7,
         )
     axes.axvspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#E8EEF5", zorder=0)
     axes.set_yticks(range(len(found)), [f"{one.run}: {one.quantity}" for one in found])
@@ -135,6 +135,7 @@ def draw_published(path: Path) -> None:
     errors = [100 * one.error for one in found]
     axes.set_xlim(min(errors) - 14, max(errors) + 14)
     _clean(axes)
-    axes.set_xlabel("predicted over published, % (band: 15 %; the reasons for the rest are in the table)", fontsize=9)
+    axes.tick_params(labelsize=7.5)
+    axes.set_xlabel("predicted over published, % (band: 15 %; the reasons for the rest are in the table)", fontsize=8)
     axes.set_title("Predictions from published kernel rates, nothing fitted", loc="left", fontsize=11)
     _write(canvas, path)

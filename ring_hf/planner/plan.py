@@ -7,6 +7,7 @@ from typing import Any
 from .engine import engine_of
 from .job import Job
 from .memory import Memory, memory_of
+from .optimizers import DEFAULT, EIGHT_BIT, works_on
 from .overlap import Threshold, thresholds
 from .times import Times, attention_passes, attention_seconds, cost_ratio, times_of
 
@@ -25,13 +26,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Lever:
-    """Something to change, and what the plan becomes with it; `trains` is False where training refuses the engine."""
+    """Something to change, and what the plan becomes with it."""
 
     name: str
     options: str
     memory: float
     seconds: float
-    trains: bool
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,15 @@ def ring_step(job: Job) -> dict[str, Any]:
 
 
 def levers(job: Job) -> Iterator[Lever]:
-    """Settings that save memory or time, alone: those that training accepts first, then the largest saving."""
+    """Settings that save memory or time, alone, the largest saving first."""
     memory, seconds = memory_of(job).total, times_of(job).step
     found = []
     for name, options, changes in _candidates(job):
         changed = job.but(**changes)
-        trains = engine_of(changed).trains
-        lever = Lever(name, options, memory_of(changed).total, times_of(changed).step, trains)
+        lever = Lever(name, options, memory_of(changed).total, times_of(changed).step)
         if memory - lever.memory > 0.01 * memory or seconds - lever.seconds > 0.01 * seconds:
             found.append(lever)
-    yield from sorted(found, key=lambda lever: (not lever.trains, lever.memory / memory + lever.seconds / seconds))
+    yield from sorted(found, key=lambda lever: lever.memory / memory + lever.seconds / seconds)
 
 
 def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -170,24 +169,44 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, what, allowed in (
         ("layers", "layer inputs", job.checkpoint != "none"),
         ("attention", "saved attention", job.checkpoint == "save-attention"),
-        ("optimizer", "optimizer states and gradients", True),
-        ("weights", "weights", job.zero == 3),
     ):
         if allowed and name not in job.offload:
             more = (*job.offload, name)
             yield f"{what} to host memory", _offload(more), {"offload": more}
+    yield from _states_on_host(job)
+    if works_on(EIGHT_BIT, job.is_deepspeed, False) and job.optimizer == DEFAULT and "optimizer" not in job.offload:
+        yield "8-bit optimizer states", f"--optimizer {EIGHT_BIT}", {"optimizer": EIGHT_BIT}
     if not job.ffn_block:
         yield "MLPs block by block", "--ffn-block 4096", {"ffn_block": 4096}
     if not job.loss_block:
         yield "head and loss block by block", "--loss-block 2048", {"loss_block": 2048}
     if not job.fused:
         yield "fused norms and activations", "--fused", {"fused": True}
-    if job.zero < 3 and job.devices > 1:
+    deepspeed = job.precision == "bf16-master" or "optimizer" in job.offload  # with --zero 3
+    if job.zero < 3 and job.devices > 1 and works_on(job.optimizer, deepspeed, "optimizer" in job.offload):
         yield "shard weights, gradients, states", "--zero 3", {"zero": 3}
     if not job.lora:
         yield "train adapters only", "--lora 16", {"lora": 16}
     if job.layout == "contiguous" and job.ring > 1:
         yield "deal causal work evenly", "--layout zigzag", {"layout": "zigzag"}
+
+
+def _states_on_host(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Optimizer states on the host are DeepSpeed's, unless weights are there, too."""
+    alone, both = (*job.offload, "optimizer"), (*job.offload, "optimizer", "weights")
+    zero = job.zero or 3
+    shard = "" if job.zero else f"--zero {zero} "
+    if "optimizer" in job.offload:
+        both = (*job.offload, "weights")
+    elif job.precision in ("auto", "bf16-master") and works_on(job.optimizer, True, True):
+        yield (
+            "optimizer states and gradients to host memory",
+            shard + _offload(alone),
+            {"zero": zero, "offload": alone},
+        )
+    if zero == 3 and "weights" not in job.offload and works_on(job.optimizer, job.precision == "bf16-master", True):
+        name = "weights, too, to host memory" if "optimizer" in job.offload else "all states to host memory"
+        yield name, shard + _offload(both), {"zero": zero, "offload": both}
 
 
 def _offload(names: tuple[str, ...]) -> str:

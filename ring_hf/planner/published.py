@@ -104,11 +104,16 @@ def _figure(value: float, quantity: str) -> str:
 
 
 _TRL = {"zero": 3, "offload": ("layers",), "loss_block": 256, "kernel": "cuda_cudnn", "transport": "allgather"}
+_LARGE = {**_TRL, "offload": ("layers", "optimizer", "weights")}
+_TRL_PR = (
+    "pull request 6845 of TRL, table of one node with 8 x H100 and table over nodes; FSDP2, activation offload, "
+    "chunked loss"
+)
 _LIGER = {
     "model": "Llama-3.1-8B",
     "zero": 3,
     "kernel": "flash_attn_2",
-    "optimizer": "adamw-bf16-master",
+    "precision": "bf16-master",
     "offload": ("optimizer",),
 }
 _ALST = {**_LIGER, "fused": True, "loss_block": 4096}
@@ -116,7 +121,7 @@ _TILED = {**_ALST, "ffn_block": 4096}
 _MORE = ("optimizer", "layers")
 _TITAN = {"model": "Llama-3.1-8B", "zero": 3, "device": "h100-96", "kernel": "flash_attn_2", "fused": True}
 _TITAN_CP = {**_TITAN, "fp8": True, "transport": "allgather"}
-_EASY = {"model": "Llama-2-7b", "device": "a100", "transport": "ring", "optimizer": "adamw-bf16-master"}
+_EASY = {"model": "Llama-2-7b", "device": "a100", "transport": "ring", "precision": "bf16-master"}
 _EASY |= {"zero": 3, "offload": ("optimizer", "weights")}  # type: ignore[dict-item]
 _NEMO = {"model": "Llama-2-7b", "ulysses": 8, "transport": "ring", "kernel": "flash_attn_2"}
 _NEMO |= {"checkpoint": "none", "fp8": True, "fused": True, "zero": 1}
@@ -153,6 +158,10 @@ _TRL_4B = (
     "15.4 GB too much: 10.2 GB are two of the six tensors of MLP width that Transformers' eager MLP holds in backward "
     "(four with a fused activation); of the rest all but 0.5 if its 63.6 are GiB (68.3 GB). It states neither"
 )
+_TRL_GATHERED = (
+    "37.8 GB too much, of which 34.4 are gradients of all keys and values in fp32: this package's all-gather holds "
+    "them until they are reduced, PyTorch's passes one block of them on (`dkv_rotater`)"
+)
 
 RUNS = (
     Run(
@@ -167,7 +176,44 @@ RUNS = (
         "TRL 1.13, Qwen3-0.6B, 1M, 8 x H100",
         "same example",
         {"model": "Qwen3-0.6B", "length": 2**20, **_TRL},
-        {"seconds": 137.0},
+        {"seconds": 137.0, "GB": 27.9},
+    ),
+    Run(
+        "TRL #6845, Qwen3-0.6B, 4M, 8 x H100",
+        _TRL_PR,
+        {"model": "Qwen3-0.6B", "length": 2**22, **_TRL},
+        {"seconds": 2135.0, "GB": 73.7},
+        why={"GB": _TRL_GATHERED},
+    ),
+    Run(
+        "TRL #6845, Qwen3-8B, 1M, 8 x H100",
+        _TRL_PR,
+        {"model": "Qwen3-8B", "length": 2**20, **_TRL},
+        {"seconds": 364.0, "GB": 56.2},
+    ),
+    Run(
+        "TRL #6845, Qwen3-8B, 2M, 16 x H100",
+        _TRL_PR,
+        {"model": "Qwen3-8B", "length": 2**21, "devices": 16, **_TRL},
+        {"seconds": 696.0},
+    ),
+    Run(
+        "TRL #6845, Qwen3-8B, 4M, 32 x H100",
+        _TRL_PR,
+        {"model": "Qwen3-8B", "length": 2**22, "devices": 32, **_TRL},
+        {"seconds": 1346.0},
+    ),
+    Run(
+        "TRL #6845, Qwen3-30B-A3B, 1M, 8 x H100",
+        "same; its guide adds fsdp_offload_params from 30B on",
+        {"model": "Qwen3-30B-A3B", "length": 2**20, **_LARGE},
+        {"seconds": 483.0, "GB": 46.0},
+    ),
+    Run(
+        "TRL #6845, Qwen3-32B, 1M, 8 x H100",
+        "same, and tiles of 16,384 tokens in MLPs, by which it fits",
+        {"model": "Qwen3-32B", "length": 2**20, "ffn_block": 16384, **_LARGE},
+        {"seconds": 1295.0, "GB": 60.8},
     ),
     Run(
         "TRL 1.13, Qwen3-4B, 1M, 4 x H100",

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from ..geometry.cost import amount, duration
 from ..tools.tables import markdown
 from .device import GIB, HOST_MEMORY
-from .engine import engine_line, engine_of
-from .job import OPTIMIZERS, Job
-from .plan import Lever, Plan, Split, ring_step
+from .engine import engine_line
+from .job import Job
+from .launch import launch_text
+from .plan import Plan, Split, ring_step
 from .times import attention_seconds, cost_ratio, layer_kinds, model_flops_per_token
 
 _BAR = 24
@@ -16,7 +17,15 @@ _BAR = 24
 
 def text_of(plan: Plan) -> str:
     """The whole report."""
-    parts = [_heading(plan), _memory(plan), _time(plan), _exchange(plan), _splits(plan), _advice(plan)]
+    parts = [
+        _heading(plan),
+        _memory(plan),
+        _time(plan),
+        _exchange(plan),
+        _splits(plan),
+        _advice(plan),
+        launch_text(plan.job),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -58,8 +67,8 @@ def _heading(plan: Plan) -> str:
 
 def settings_of(job: Job) -> str:
     """The levers in words."""
-    trained = f"LoRA rank {job.lora}" if job.lora else job.optimizer
-    words = [f"{trained}: {OPTIMIZERS[job.optimizer][3]}", f"checkpoint {job.checkpoint}"]
+    trained = f"LoRA rank {job.lora}, " if job.lora else ""
+    words = [f"{trained}{job.optimizer}: {job.precision_facts.text}", f"checkpoint {job.checkpoint}"]
     words += [f"offload {' + '.join(job.offload)}"] if job.offload else []
     words += [f"MLP blocks of {job.ffn_block:,}"] if job.ffn_block else []
     words += [f"loss blocks of {job.loss_block:,}"] if job.loss_block else []
@@ -92,8 +101,6 @@ def _memory(plan: Plan) -> str:
     verdict = f"fits: {(room - memory.total) / GIB:.1f} GiB to spare"
     if not plan.fits:
         verdict = f"does NOT fit: {(memory.total - room) / GIB:.1f} GiB too much"
-    if not engine_of(plan.job).trains:
-        verdict = f"with an engine that training refuses, {verdict}"
     longest = f"{plan.longest:,} tokens ({tokens(plan.longest)})" if plan.longest else "not even one token a rank"
     others = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.moments.items() if name != memory.worst)
     lines = [
@@ -175,20 +182,13 @@ def _options(split: Split, job: Job) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    refused = [lever for lever in plan.levers if engine_of(plan.job).trains and not lever.trains]
-    lines = []
-    if len(refused) < len(plan.levers):
-        rest = [lever for lever in plan.levers if lever not in refused]
-        lines += ["levers, one at a time:", *_changes(plan, rest)]
-    if refused:
-        lines += ["with engines that training refuses:", *_changes(plan, refused)]
-    return "\n".join(lines)
+    return "\n".join(["levers, one at a time:", *_changes(plan)]) if plan.levers else ""
 
 
-def _changes(plan: Plan, levers: Iterable[Lever]) -> Iterable[str]:
+def _changes(plan: Plan) -> Iterable[str]:
     memory, seconds = plan.memory.total, plan.times.step
     wide = max(len(lever.name) for lever in plan.levers)
-    for lever in levers:
+    for lever in plan.levers:
         fits = ", fits" if not plan.fits and lever.memory <= plan.room else ""
         gib, late = (lever.memory - memory) / GIB, lever.seconds - seconds
         yield f"  {lever.name:{wide}}  {gib:+7.1f} GiB  {late:+8.2f} s{fits}   {lever.options}"

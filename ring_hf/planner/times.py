@@ -13,10 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..geometry import Mask, WholeSequence
-from ..geometry.cost import Cost, Problem, pass_cost
+from ..geometry.cost import Cost, Problem, amount, pass_cost
 from .device import HOST_MEMORY_BANDWIDTH
-from .job import OPTIMIZERS, Job
-from .memory import E, layer_bytes, mlp_bytes, saved_bytes, trained_parameters
+from .job import Job
+from .memory import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
 from .model import Model
 
 BACKWARD = 2.5  # an attention backward over its forward
@@ -150,7 +150,7 @@ def times_of(job: Job) -> Times:
         Part("exchange not hidden", waiting, "keys, values, gradients, heads"),
         Part("weights not hidden", max(0.0, weights - compute), f"{weights:.3g} s of gathering beside compute"),
         Part("offload not hidden", max(0.0, host - compute), f"{host:.3g} s of transfers beside compute"),
-        Part("optimizer", _optimizer(job), "on the host" if "optimizer" in job.offload else ""),
+        Part("optimizer", *_optimizer(job)),
     ]
     tokens = job.padded * job.rows * job.dp
     return Times(tuple(parts), flops, tokens, job.devices, facts.peak, sent + moved)
@@ -179,7 +179,7 @@ def _weights_exchange(job: Job) -> tuple[float, float]:
     if job.devices == 1:
         return 0.0, 0.0
     trained = trained_parameters(job.model, job.lora)
-    weight = OPTIMIZERS[job.optimizer][0]
+    weight = job.precision_facts.weights
     sent = share * (E * (2 * job.model.parameters + trained) if job.zero == 3 else 2 * weight * trained)
     bandwidth = hardware.node_bandwidth
     if job.devices > job.per_node:
@@ -192,19 +192,25 @@ def _host(job: Job) -> float:
     inputs = E * job.model.hidden * job.tokens * job.model.layers
     out = saved_bytes(job) * job.tokens * job.model.layers
     moved = 2.0 * (inputs * ("layers" in job.offload) + out * ("attention" in job.offload))
-    moved += 2 * E * job.model.parameters / job.devices * ("weights" in job.offload)
+    if "weights" in job.offload:  # fetched forward and backward as they are stored; FSDP2 rounds them on the device
+        stored = E if job.lora else job.precision_facts.weights
+        moved += 2 * stored * job.model.parameters / job.devices
     return moved / job.device_facts.host_bandwidth
 
 
-def _optimizer(job: Job) -> float:
-    """Every state is read and written once; on the host all ranks of a node share its memory, and shards travel."""
-    weight, gradient, moments, _ = OPTIMIZERS[job.optimizer]
-    trained = trained_parameters(job.model, job.lora) / (job.devices if job.zero else 1)
-    traffic = 2 * trained * (weight + gradient + moments)
+def _optimizer(job: Job) -> tuple[float, str]:
+    """Seconds, and what they are. Every state is read and written once; on the host all ranks of a node share its
+    memory, shards of gradients travel there and, unless they stay, rounded weights back.
+    """
+    precision, shards = job.precision_facts, job.devices if job.zero else 1
+    trained = trained_parameters(job.model, job.lora) / shards
+    traffic = 2 * (trained * (precision.weights + precision.gradients) + optimizer_bytes(job) / shards)
     if "optimizer" not in job.offload:
-        return traffic / job.hardware.memory_bandwidth
-    on_node = min(job.devices, job.per_node)
-    return traffic * on_node / HOST_MEMORY_BANDWIDTH + trained * (gradient + E) / job.device_facts.host_bandwidth
+        return traffic / job.hardware.memory_bandwidth, ""
+    traffic *= min(job.devices, job.per_node)
+    travels = trained * (precision.gradients + E * ("weights" not in job.offload))
+    note = f"{amount(travels)} between device and host, then {amount(traffic)} of host memory"
+    return traffic / HOST_MEMORY_BANDWIDTH + travels / job.device_facts.host_bandwidth, note
 
 
 def cost_ratio(model: Model, length: int, base: int = 4096) -> float:

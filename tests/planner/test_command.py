@@ -10,8 +10,9 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.planner import command, plan
-from ring_hf.planner.job import OFFLOADS, OPTIMIZERS
+from ring_hf.planner.job import OFFLOADS
 from ring_hf.planner.memory import memory_of
+from ring_hf.planner.optimizers import OPTIMIZERS, PRECISIONS
 from ring_hf.planner.report import text_of
 from ring_hf.planner.times import attention_seconds, times_of
 
@@ -42,10 +43,14 @@ LONG = "plan --model Llama-3.1-8B --seq 128K"
     "line",
     [
         LONG,
-        f"{LONG} --offload layers,optimizer",
+        f"{LONG} --zero 2 --offload layers,optimizer",
+        f"{LONG} --zero 3 --precision bf16-master --optimizer adamw_torch",
+        f"{LONG} --zero 3 --precision bf16 --optimizer adamw_torch_8bit",
+        f"{LONG} --optimizer adamw_8bit",
+        f"{LONG} --zero 1 --optimizer lion_8bit",
         f"{LONG} --checkpoint save-attention --offload attention",
         f"{LONG} --checkpoint save-attention --offload layers,attention --zero 2",
-        f"{LONG} --checkpoint none --layout contiguous --zero 3 --offload weights",
+        f"{LONG} --checkpoint none --layout contiguous --zero 3 --offload optimizer,weights",
     ],
 )
 def test_levers_do_what_they_say_at_the_end_of_the_command(line):
@@ -148,7 +153,7 @@ def test_the_examples_of_the_help_text_run(tmp_path, monkeypatch, capsys):
     config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = examples()
-    assert len(found) == 8
+    assert len(found) == 11
     for words in found:
         words = [str(tmp_path) if word == "path/to/folder" else word for word in words]
         assert main(words[1:]) == 0, words
@@ -196,6 +201,18 @@ REFUSED = [
         "--offload layers moves the inputs of checkpointed layers",
     ),
     ("--model Qwen3-8B --zero 2 --offload weights", "--offload weights needs --zero 3, not 2"),
+    (
+        "--model Qwen3-8B --zero 3 --optimizer adamw_8bit",
+        "--optimizer adamw_8bit does not work on FSDP2: bitsandbytes updates no DTensors (its issue 1633: illegal "
+        "memory access). Choose one of adamw_torch, adamw_torch_fused, adamw_torch_8bit, adamw_torch_4bit, rmsprop",
+    ),
+    ("--model Qwen3-8B --zero 1 --optimizer adafactor", "adafactor does not work on DeepSpeed: it takes the rows"),
+    (
+        "--model Qwen3-8B --zero 2 --offload optimizer --optimizer lion_8bit",
+        "lion_8bit does not work on DeepSpeed with offload: Accelerate replaces every optimizer",
+    ),
+    ("--model Qwen3-8B --fit --zero 3 --ffn-block 4096", "but --zero --ffn-block was given. Leave one of them out"),
+    ("--model Llama-3.1-405B --device a100-40 --seq 64M --fit", "does not fit on 1,024 x A100 40 GB with any memory"),
     ("--model Qwen3-8B --kernel magic", "--kernel 'magic' has no published rate on H100 80 GB. Choose one of auto"),
     ("--model Qwen3-8B --devices 0", "There is nothing to plan with 0 devices"),
     ("--model Qwen3-8B --node-bandwidth -1", "A bandwidth of -1 bytes/s moves nothing. Give a positive one, or none"),
@@ -216,5 +233,5 @@ def test_the_help_text_names_every_choice(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     said = capsys.readouterr().out
-    for name in (*OFFLOADS, *OPTIMIZERS, *command.TABLES, "Qwen3-30B-A3B", "h200"):
+    for name in (*OFFLOADS, *OPTIMIZERS, *PRECISIONS, *command.TABLES, "Qwen3-30B-A3B", "h200"):
         assert name in said

@@ -131,3 +131,7 @@ def test_reasons_are_arithmetic_on_published_figures():
     assert 2 * 2 * job.tokens * job.model.ff / 1e9 == pytest.approx(10.2, abs=0.05)
     assert memory_of(job).allocated / 1e9 - 63.6 == pytest.approx(15.4, abs=0.1)
     assert pytest.approx(68.3, abs=0.05) == 63.6 * 2**30 / 1e9
+    # TRL, 0.6B at 4M: gradients of all keys and values in fp32.
+    job = by_name["TRL #6845, Qwen3-0.6B, 4M, 8 x H100"].build()
+    assert memory_of(job).allocated / 1e9 - 73.7 == pytest.approx(37.8, abs=0.05)
+    assert 4 * job.padded * job.model.kv_width / 1e9 == pytest.approx(34.4, abs=0.05)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_hf.planner import Job, plan, read_model
-from ring_hf.planner.device import DEVICES
+from ring_hf.planner.device import DEVICES, HOST_MEMORY_BANDWIDTH
 from ring_hf.planner.memory import trained_parameters
 from ring_hf.planner.model import visible_pairs
 from ring_hf.planner.overlap import least_tokens, thresholds
@@ -138,10 +138,9 @@ def test_weights_and_gradients_travel_as_zero_has_them():
 
     P = LLAMA.parameters
     assert sent(zero=3) == pytest.approx(3 * 2 * P)  # gathered twice, gradients scattered, in bf16
-    for zero in (0, 1, 2):  # an all-reduce, or its two halves: gradients scattered, updated weights gathered
-        assert sent(zero=zero) == pytest.approx(2 * 4 * P)
-        assert sent(zero=zero, optimizer="adamw-bf16-master") == pytest.approx(2 * 2 * P)
-        assert sent(zero=zero, lora=16) == pytest.approx(2 * 4 * trained_parameters(LLAMA, 16))
+    for zero, weight in ((0, 4), (1, 2), (2, 2)):  # an all-reduce, or gradients scattered, updated weights gathered
+        assert sent(zero=zero) == pytest.approx(2 * weight * P)
+        assert sent(zero=zero, lora=16) == pytest.approx(2 * weight * trained_parameters(LLAMA, 16))
     assert sent(zero=3, lora=16) == pytest.approx(2 * (2 * P + trained_parameters(LLAMA, 16)))
 
 
@@ -259,3 +258,30 @@ def test_offload_is_hidden_only_by_as_much_compute(monkeypatch):
     after = times_of(job)
     compute = sum(part.seconds for part in before.parts[:3])
     assert after.step - before.step == pytest.approx(transfers - compute)
+
+
+def test_an_optimizer_on_the_host_waits_for_transfers_and_for_its_memory():
+    """ZeRO-Offload (Ren et al. 2021, arXiv 2101.06840): gradients go down, rounded weights come back."""
+    P = LLAMA.parameters / 8
+
+    def optimizer_of(**more):
+        job = Job(LLAMA, 2**17, zero=3, **more)
+        (part,) = [part for part in times_of(job).parts if part.name == "optimizer"]
+        return part, job.device_facts.host_bandwidth
+
+    part, bandwidth = optimizer_of(offload=("optimizer",))  # DeepSpeed: 2 + 4 + 12 bytes, on one host for 8 ranks
+    assert part.seconds == pytest.approx(P * (4 + 2) / bandwidth + 8 * 2 * P * 18 / HOST_MEMORY_BANDWIDTH)
+    assert part.note == "6.02 GB between device and host, then 289 GB of host memory"
+    part, bandwidth = optimizer_of(offload=("optimizer", "weights"))  # FSDP2: 4 + 4 + 8, weights fetched as needed
+    assert part.seconds == pytest.approx(P * 4 / bandwidth + 8 * 2 * P * 16 / HOST_MEMORY_BANDWIDTH)
+    part, _ = optimizer_of(optimizer="adamw_torch_8bit")
+    whole, _ = optimizer_of()
+    assert part.seconds / whole.seconds == pytest.approx((8 + 2.03125) / 16) and part.note == ""
+
+
+def test_weights_in_host_memory_are_fetched_twice_as_they_are_stored(monkeypatch):
+    monkeypatch.setitem(DEVICES, "h100", replace(DEVICES["h100"], host_bandwidth=1e7))
+    for precision, stored in (("fp32", 4), ("bf16-master", 2)):
+        job = Job(LLAMA, 2**15, zero=3, precision=precision, offload=("optimizer", "weights"))
+        (part,) = [part for part in times_of(job).parts if part.name == "offload not hidden"]
+        assert part.note == f"{2 * stored * LLAMA.parameters / 8 / 1e7:.3g} s of transfers beside compute"
