@@ -189,9 +189,9 @@ def test_the_planned_run_fits_with_the_engine_that_trains_and_the_text_says_what
     assert len(full) == len(command) - 3
     text = README.split(shlex.join(command) + "\n```\n")[1].split("\n\n")[0].replace("\n", " ")
     for arguments, engine, verdict, sentence in (
-        (command[1:], "engine: DDP (--zero 0); training accepts it", r"\nfits: (\d+)", "with {} GiB to spare"),
-        (full, "engine: DDP (--zero 0); training accepts it", r"\ndoes NOT fit: (\d+)", "therefore {} GiB too much"),
-        ([*full, "--zero", "3"], "ZeRO-3 (--zero 3); training accepts it", r"\nfits: (\d+)", "leave {} GiB to spare"),
+        (command[1:], "engine: DDP (--zero 0);", r"\nfits: (\d+)", "with {} GiB to spare"),
+        (full, "engine: DDP (--zero 0);", r"\ndoes NOT fit: (\d+)", "therefore {} GiB too much"),
+        ([*full, "--zero", "3"], "engine: FSDP2 (--zero 3);", r"\nfits: (\d+)", "leave {} GiB to spare"),
     ):
         assert main(arguments) == 0
         printed = capsys.readouterr().out
