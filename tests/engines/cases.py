@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -49,7 +52,7 @@ class EngineCase:
         tied: whether the head is the embedding.
         quantized: whether adapters are trained on weights of 4 bits (QLoRA).
         levers: a name of `LEVERS`.
-        offload: whether what the engine holds waits in host memory, as far as the engine can.
+        on_host: whether weights, gradients and optimizer states are in host memory, by the engine's own offload.
         sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
         settings: more arguments of the `ContextParallelConfig`.
     """
@@ -59,7 +62,7 @@ class EngineCase:
     tied: bool = False
     quantized: bool = False
     levers: str = ""
-    offload: bool = False
+    on_host: bool = False
     sync_each_batch: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -69,7 +72,7 @@ class EngineCase:
             "tied": self.tied,
             "4bit": self.quantized,
             self.levers: True,
-            "offload": self.offload,
+            "host": self.on_host,
             "each-batch": self.sync_each_batch,
         }
         more = [flag for flag, is_set in flags.items() if is_set]
@@ -130,6 +133,7 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
             if world_size == 2:
                 yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
                 yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
+                yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all", on_host=True)
                 yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), levers="all")
                 yield EngineCase(
                     engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), quantized=True, levers="all"
@@ -138,8 +142,8 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
                 yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"), levers="all")
         if engine == AT_LOADING:
             yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all")
-        if engine in ("ZeRO-2", "ZeRO-3") and world_size == 2:
-            yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), levers="all", offload=True)
+        if engine == "ZeRO-2" and world_size == 2:
+            yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all", on_host=True)
 
 
 def without_context_parallelism(engine: str, world_size: int) -> EngineCase:
@@ -183,6 +187,8 @@ _SAMPLE = {
     *("ZeRO-3-dp1xcp2-lora-all", "ZeRO-3-dp1xcp2-hole-saved", "ZeRO-3-dp1xcp2-hole-all", "ZeRO-3-dp1xcp2-tied-all"),
     *(
         "ZeRO-3-dp1xcp2-broken",
+        "ZeRO-3-dp1xcp2-hole-all-host",
+        "FSDP2-dp1xcp2-hole-all-host",
         "FSDP2-dp1xcp2-hole-each-batch",
         "FSDP2-dp1xcp2-moe-all",
         "ZeRO-3-dp1xcp2-moe-all",
@@ -190,8 +196,7 @@ _SAMPLE = {
         "FSDP2 at loading-dp1xcp2-lora-bf16",
         "FSDP2-dp1xcp2-lora-4bit-all",
         "ZeRO-3-dp1xcp2-lora-4bit-all",
-        "ZeRO-2-dp1xcp2-all-offload",
-        "ZeRO-3-dp1xcp2-all-offload",
+        "ZeRO-2-dp1xcp2-hole-all-host",
     ),
 }
 CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLE]
@@ -238,11 +243,14 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
 
 
 @contextmanager
-def engine_arguments(engine: str, offload: bool = False) -> Iterator[dict[str, Any]]:
-    """Within, a Trainer with these arguments runs on an engine."""
+def engine_arguments(engine: str, on_host: bool = False) -> Iterator[dict[str, Any]]:
+    """Within, a Trainer with these arguments runs on an engine, with its states in host memory if asked for.
+
+    Memory is pinned for copies to a GPU, which is not there.
+    """
     AcceleratorState._reset_state()
     if engine.startswith("ZeRO"):
-        yield {"deepspeed": _deepspeed_config(int(engine[-1]), offload)}
+        yield {"deepspeed": _deepspeed_config(int(engine[-1]), on_host)}
         AcceleratorState._reset_state()
         unset_hf_deepspeed_config()
         return
@@ -261,12 +269,15 @@ def engine_arguments(engine: str, offload: bool = False) -> Iterator[dict[str, A
     if version == 1:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         settings |= {"sync_module_states": False, "use_orig_params": True}
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str(on_host).lower()
+    unpinned = partial(CPUOffloadPolicy, pin_memory=False)
     try:
-        yield {
-            "accelerator_config": {"use_configured_state": True},
-            "fsdp": "full_shard auto_wrap",
-            "fsdp_config": settings,
-        }
+        with mock.patch("torch.distributed.fsdp.CPUOffloadPolicy", unpinned):
+            yield {
+                "accelerator_config": {"use_configured_state": True},
+                "fsdp": "full_shard auto_wrap",
+                "fsdp_config": settings,
+            }
     finally:
         for name in set(os.environ) - set(kept):
             del os.environ[name]
@@ -275,7 +286,7 @@ def engine_arguments(engine: str, offload: bool = False) -> Iterator[dict[str, A
         AcceleratorState._reset_state()
 
 
-def _deepspeed_config(stage: int, offload: bool) -> dict[str, Any]:
+def _deepspeed_config(stage: int, on_host: bool) -> dict[str, Any]:
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that is torch itself
     backend.build_shm_op = lambda: None
     automatic = dict.fromkeys(
@@ -283,13 +294,14 @@ def _deepspeed_config(stage: int, offload: bool) -> dict[str, Any]:
         "auto",
     )
     zero: dict[str, Any] = {"stage": stage}
-    zero |= {"offload_optimizer": {"device": "cpu"}} if offload else {}
     if stage == 3:
         zero |= dict.fromkeys(
             ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters"), 0
         )
-        zero |= {"offload_param": {"device": "cpu"}} if offload else {}
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if on_host:
+        zero |= {"offload_optimizer": {"device": "cpu"}}
+        zero |= {"offload_param": {"device": "cpu"}} if stage == 3 else {}
     return {**automatic, "zero_optimization": zero, "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -305,8 +317,16 @@ def state_of(trainer: Any) -> dict[str, Any]:
         "parameters": kinds,
         "largest local parameter": max(map(_local_numel, model.parameters())),
         "zero stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
+        "on host": _is_on_host(state),
         "engine": None if context is None else str(engine_of(context, trainer.model)),
     }
+
+
+def _is_on_host(state: Any) -> bool:
+    """Whether an engine offloads parameters, as it says itself."""
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return "offload_param" in state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return isinstance(getattr(getattr(state, "fsdp_plugin", None), "cpu_offload", None), CPUOffloadPolicy)
 
 
 def _local_numel(parameter: torch.nn.Parameter) -> int:

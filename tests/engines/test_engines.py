@@ -48,7 +48,7 @@ def run_of(launches, case):
 
 def test_the_cases_cover_what_is_claimed():
     assert {case.engine for case in EXACT} == set(EXPECTED)
-    assert len({case.name for case in ALL_CASES}) == len(ALL_CASES) >= 45 and len(CASES) in (33, len(ALL_CASES))
+    assert len({case.name for case in ALL_CASES}) == len(ALL_CASES) >= 45 and len(CASES) in (34, len(ALL_CASES))
     for engine in ("FSDP2", "ZeRO-3"):
         here = [case.run for case in ALL_CASES if case.engine == engine and not case.run.bf16 and not case.run.broken]
         assert {(run.cp, run.dp) for run in here} == {(2, 1), (2, 2)}
@@ -68,6 +68,7 @@ def test_the_engine_that_was_asked_for_really_ran(engine_launches, case):
     if case.engine == AT_LOADING and case.run.lora:  # adapters that come later are whole on every rank
         kind, kinds = "PeftModelForCausalLM", ["DTensor", "Parameter"]
     assert (run["distributed_type"], run["class"], run["parameters"]) == (distributed_type, kind, kinds)
+    assert run["on host"] == case.on_host
     assert run["engine"] == ("FSDP2" if case.engine == "HSDP" else case.engine)
     assert numel is None or run["largest local parameter"] == numel(case.run)
     assert run["zero stage"] == (int(case.engine[-1]) if case.engine.startswith("ZeRO") else None)

@@ -37,7 +37,7 @@ from tests.trainer.train_script import curves
 
 
 def train(case: EngineCase, folder: Path) -> dict[str, Any]:
-    with engine_arguments(case.engine, case.offload) as more:
+    with engine_arguments(case.engine, case.on_host) as more:
         trainer = make_trainer(case, folder, more)
         trainer.train()
         return {**state_of(trainer), **curves(trainer)}
