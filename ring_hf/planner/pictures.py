@@ -113,7 +113,7 @@ def draw_appendix_d(path: Path) -> None:
 def draw_published(path: Path) -> None:
     """Predicted over published, run by run."""
     found = list(comparisons())
-    figure, canvas = _figure(8.2, 0.9 + 0.18 * len(found))
+    figure, canvas = _figure(9.6, 0.8 + 0.17 * len(found))
     axes = figure.subplots()
     for place, one in enumerate(found):
         close = abs(one.error) <= TOLERANCE
