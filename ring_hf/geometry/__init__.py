@@ -5,7 +5,7 @@ Start at `WholeSequence` (a batch as all ranks see it) and `make_plan` (one rank
 
 from .balance import balanced_owners
 from .band import Piece, area, split, trim
-from .heads import HeadShare, auto_ulysses, head_split
+from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split
 from .layout import (
     LAYOUTS,
     Segment,
@@ -25,6 +25,7 @@ from .tiles import Tile, tiles
 __all__ = [
     "LAYOUTS",
     "TRANSPORTS",
+    "HeadChunk",
     "HeadShare",
     "Mask",
     "Move",
@@ -39,7 +40,9 @@ __all__ = [
     "area",
     "auto_ulysses",
     "balanced_owners",
+    "check_head_chunks",
     "check_length",
+    "chunk_heads",
     "farthest",
     "head_split",
     "make_plan",

@@ -4,8 +4,13 @@ Query heads are dealt in *units*: neighbouring heads that share one key/value he
 u ranks a unit is the whole group; with fewer, groups are halved (or cut otherwise) and several ranks get a copy of the
 same key/value head. Heads need not divide evenly: the split that gives the busiest rank the fewest query heads is
 taken, and among those the one with the largest units, which copies least.
+
+A rank may attend with its share a few heads at a time (headwise chunking, Ghadia et al. 2026, arXiv 2602.21196).
+Chunks are whole units where there are enough of them. More chunks than units cut units, and the chunks of one unit
+follow each other, so that its key/value head is sent to the rank once.
 """
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -16,6 +21,25 @@ class HeadShare:
     q_start: int
     num_q: int
     kv: tuple[int, ...]
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        return tuple(range(self.q_start, self.q_start + self.num_q))
+
+
+@dataclass(frozen=True)
+class HeadChunk:
+    """Part of a rank's share that it attends with at a time.
+
+    Attributes:
+        share: its heads.
+        fetched: the key/value heads that the rank does not hold from the chunk before: all or none.
+        finished: the key/value heads that the chunk after does not need, so that their gradients are complete.
+    """
+
+    share: HeadShare
+    fetched: tuple[int, ...]
+    finished: tuple[int, ...]
 
 
 def head_split(num_heads: int, num_kv_heads: int, ulysses: int) -> tuple[HeadShare, ...]:
@@ -32,9 +56,55 @@ def head_split(num_heads: int, num_kv_heads: int, ulysses: int) -> tuple[HeadSha
     for rank in range(ulysses):
         first, last = rank * units // ulysses, (rank + 1) * units // ulysses
         kv = tuple(n * unit // group for n in range(first, last))
-        equally_often = len({kv.count(head) for head in kv}) == 1
-        shares.append(HeadShare(first * unit, (last - first) * unit, tuple(sorted(set(kv))) if equally_often else kv))
+        shares.append(HeadShare(first * unit, (last - first) * unit, _merged(kv)))
     return tuple(shares)
+
+
+def chunk_heads(share: HeadShare, num_chunks: int) -> tuple[HeadChunk, ...]:
+    """A share in so many chunks, as equal as units allow; some are empty if it has fewer query heads."""
+    units = len(share.kv)
+    unit = share.num_q // units if units else 0
+    if num_chunks <= units:
+        cuts = [n * units // num_chunks * unit for n in range(num_chunks + 1)]
+    else:  # each unit gets its part of the chunks, and cuts its heads into these
+        cuts = [0] * (num_chunks + 1 if not units else 1)
+        for number in range(units):
+            parts = (number + 1) * num_chunks // units - number * num_chunks // units
+            cuts += [number * unit + n * unit // parts for n in range(1, parts + 1)]
+    shares = [
+        HeadShare(share.q_start + first, last - first, _merged(share.kv[first // unit : -(-last // unit)]))
+        if last > first
+        else HeadShare(share.q_start + first, 0, ())
+        for first, last in itertools.pairwise(cuts)
+    ]
+    none = HeadShare(0, 0, ())
+    around = zip([none, *shares], shares, [*shares[1:], none], strict=False)
+    return tuple(
+        HeadChunk(own, () if own.kv == before.kv else own.kv, () if own.kv == after.kv else own.kv)
+        for before, own, after in around
+    )
+
+
+def check_head_chunks(num_chunks: int, num_heads: int, num_kv_heads: int, ulysses: int) -> None:
+    """Raises `ValueError` unless Ulysses' heads can be exchanged in so many chunks."""
+    if num_chunks == 1:
+        return
+    if num_chunks < 1:
+        raise ValueError(
+            f"head_chunks={num_chunks} must be a whole number of at least 1; 1 exchanges all heads at once."
+        )
+    if ulysses == 1:
+        raise ValueError(
+            f"head_chunks={num_chunks} cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged. "
+            "Set ulysses_size to at least 2, or leave head_chunks out."
+        )
+    most = max(share.num_q for share in head_split(num_heads, num_kv_heads, ulysses))
+    if num_chunks > most:
+        raise ValueError(
+            f"head_chunks={num_chunks} is more than the {most} query heads that the busiest of ulysses_size={ulysses} "
+            f"ranks attends with ({num_heads} heads, {num_kv_heads} key/value heads). Set head_chunks to at most "
+            f"{most}."
+        )
 
 
 def auto_ulysses(num_heads: int, num_kv_heads: int, num_ranks: int, ranks_per_node: int) -> int:
@@ -49,3 +119,8 @@ def auto_ulysses(num_heads: int, num_kv_heads: int, num_ranks: int, ranks_per_no
         return together and num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
 
     return max(size for size in range(1, min(num_ranks, ranks_per_node) + 1) if fits(size))
+
+
+def _merged(kv: tuple[int, ...]) -> tuple[int, ...]:
+    """Key/value heads of units in a row, each once if all serve equally many of the units."""
+    return tuple(sorted(set(kv))) if len({kv.count(head) for head in kv}) == 1 else kv

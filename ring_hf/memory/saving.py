@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SAVED = {
     "ring_hf::ring_attention",
     "ring_hf::all_to_all",
+    "ring_hf::chunked_ulysses",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -9,11 +9,12 @@ import os
 import torch
 from torch import Tensor
 
-from ..geometry import TRANSPORTS, Mask, WholeSequence, head_split
+from ..geometry import TRANSPORTS, HeadShare, Mask, WholeSequence, check_head_chunks, head_split
 from ..geometry.cost import choose_transport
 from ..geometry.hardware import Shape, hardware_of
 from ..kernels import accumulate_dtype, choose
 from .call import Call, encode
+from .chunked_ulysses import chunked_ulysses_op
 from .groups import group_of
 from .op import ring_attention_op
 from .ulysses import to_heads, to_tokens
@@ -37,6 +38,7 @@ def ring_attention(
     kernel: str = "auto",
     transport: str = "auto",
     inner_ring_size: int = 1,
+    head_chunks: int = 1,
     overlap: bool = True,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,8 @@ def ring_attention(
         kernel: "auto", or a key of `kernels.KERNELS` or `FAMILIES`.
         transport: how keys and values travel, one of `geometry.TRANSPORTS`, or "auto" for the cheapest by estimate.
         inner_ring_size: ranks of an inner ring, for "double_ring" and what "auto" chooses from.
+        head_chunks: with Ulysses, in how many chunks a rank's heads are exchanged and attended with, one after the
+            other (`chunked_ulysses`): less memory, more bytes exchanged.
         overlap: compute while the next block travels; False only to measure what that is worth.
         return_lse: False saves an exchange with Ulysses; the lse is then an empty tensor.
 
@@ -62,13 +66,14 @@ def ring_attention(
         `out [B, H, C, E]` in q's dtype and `lse [B, H, C]` (natural log, at least fp32, no gradient).
 
     Raises:
-        ValueError: for shapes, dtypes, kernels or transports that do not fit. With one rank, q may be shorter than k:
-            the queries are then the last ones.
+        ValueError: for shapes, dtypes, kernels, transports or numbers of chunks that do not fit. With one rank, q may
+            be shorter than k: the queries are then the last ones.
     """
     check_tensors(q, k, v, sequence)
     mask = Mask(causal, window, chunk)
     choose(kernel, q, v, softcap)
     _check_maths(q, softcap, sinks)
+    check_head_chunks(head_chunks, q.shape[1], k.shape[1], sequence.ulysses)
     if sequence.num_ranks > 1 and (size := group_of(group).size()) != sequence.num_ranks:
         raise ValueError(
             f"The sequence is dealt to {sequence.num_ranks} ranks, but the group has {size}. Describe the sequence "
@@ -76,24 +81,36 @@ def ring_attention(
         )
     transport = resolve_transport(transport, inner_ring_size, sequence, mask, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = encode(Call(sequence, mask, scale, softcap, group, kernel, transport, inner_ring_size, overlap))
+    settings = group, kernel, transport, inner_ring_size, overlap, head_chunks
+    call = encode(Call(sequence, mask, scale, softcap, *settings))
     if sequence.ulysses == 1:
         out, lse = ring_attention_op(q, k, v, sinks, call)
         return out, lse if return_lse else lse.new_empty(0)
     shares = head_split(q.shape[1], k.shape[1], sequence.ulysses)
-    mine = shares[torch.distributed.get_rank(group_of(group)) % sequence.ulysses]
+    if head_chunks > 1:
+        out, lse = chunked_ulysses_op(q, k, v, sinks, call)
+    else:
+        out, lse = _attend_with_share(q, k, v, sinks, call, shares, group)
+        out = to_tokens(out, shares, group)
+    with torch.no_grad():
+        lse = to_tokens(lse, shares, group) if return_lse else lse.new_empty(0)
+    return out, lse
+
+
+def _attend_with_share(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: str, shares: tuple[HeadShare, ...], group: str
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of this rank's heads over all tokens of its place."""
+    mine = shares[torch.distributed.get_rank(group_of(group)) % len(shares)]
     q, k, v = to_heads(q, k, v, shares, group)
     if mine.num_q:
         sinks = None if sinks is None else sinks[mine.q_start : mine.q_start + mine.num_q]
         out, lse = ring_attention_op(q, k, v, sinks, call)
-    else:
-        # Fewer units of heads than ranks: all ranks of this ring sit out, but stay in the graph and the exchange.
-        out = q.new_zeros(*q.shape[:3], v.shape[-1]) + q[..., :1] + k[:, :0].sum() + v[:, :0].sum()
-        out = out if sinks is None else out + sinks[:0].sum()
-        lse = q.new_zeros(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    with torch.no_grad():
-        lse = to_tokens(lse, shares, group) if return_lse else lse.new_empty(0)
-    return to_tokens(out, shares, group), lse
+        return out, lse
+    # Fewer units of heads than ranks: all ranks of this ring sit out, but stay in the graph and the exchange.
+    out = q.new_zeros(*q.shape[:3], v.shape[-1]) + q[..., :1] + k[:, :0].sum() + v[:, :0].sum()
+    out = out if sinks is None else out + sinks[:0].sum()
+    return out, q.new_zeros(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 def local_attention(

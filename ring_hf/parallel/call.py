@@ -23,6 +23,7 @@ class Call:
     transport: str
     inner: int
     overlap: bool
+    head_chunks: int = 1
 
 
 @torch.compiler.disable

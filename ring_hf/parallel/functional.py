@@ -41,6 +41,7 @@ def context_attention(
     input_layout: Literal["BHSD", "BSHD"] = "BHSD",
     ulysses_size: int = 1,
     inner_ring_size: int = 1,
+    head_chunks: int = 1,
     transport: str = "auto",
     kernel: str = "auto",
     overlap: bool = True,
@@ -64,6 +65,8 @@ def context_attention(
         prefixes: per batch row and document, how many tokens at its start all see each other (prefix language model).
         ulysses_size: neighbouring ranks that exchange heads instead of keys and values; a divisor of the group's size.
         inner_ring_size: ranks of the inner ring of a double ring.
+        head_chunks: with `ulysses_size`, in how many chunks a rank's heads are exchanged and attended with, one after
+            the other (Untied Ulysses, arXiv 2602.21196); at most its number of query heads.
         transport: "auto" or how keys and values travel: "ring", "double_ring", "allgather" or "direct".
         kernel: "auto", or a name in `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: compute while the next block travels; False only to measure what that is worth.
@@ -100,6 +103,7 @@ def context_attention(
         kernel=kernel,
         transport=transport,
         inner_ring_size=inner_ring_size,
+        head_chunks=head_chunks,
         overlap=overlap,
         return_lse=return_lse,
     )

@@ -19,14 +19,14 @@ from .schedule import ring_backward, ring_forward, sinks_gradient
 from .transport import Ring
 
 
-def _prepare(q: Tensor, text: str) -> tuple[Call, Plan, Ring | None]:
-    call = decode(text)
+def prepare(call: Call, num_rows: int, num_queries: int, device: torch.device) -> tuple[Plan, Ring | None]:
+    """The plan of this rank, for so many queries of its place, and the ring that carries it out."""
     ring = None
     if call.sequence.ring_size > 1:
-        ring = Ring(group_of(call.group), q.device, call.sequence.ulysses, call.transport == "double_ring")
+        ring = Ring(group_of(call.group), device, call.sequence.ulysses, call.transport == "double_ring")
     place = ring.rank if ring else 0
-    plan = make_plan(call.sequence, call.mask, place, q.shape[0], q.shape[2], call.transport, call.inner)
-    return call, plan, ring
+    plan = make_plan(call.sequence, call.mask, place, num_rows, num_queries, call.transport, call.inner)
+    return plan, ring
 
 
 @torch.library.custom_op("ring_hf::ring_attention", mutates_args=())
@@ -35,7 +35,8 @@ def ring_attention_op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cal
 
     `call` is the text form of a `Call`.
     """
-    settings, plan, ring = _prepare(q, call)
+    settings = decode(call)
+    plan, ring = prepare(settings, q.shape[0], q.shape[2], q.device)
     kernel = choose(settings.kernel, q, v, settings.softcap)
     maths = settings.scale, settings.softcap, sinks
     out, lse = ring_forward(q, k, v, plan, ring, kernel, *maths, settings.overlap)
@@ -53,7 +54,8 @@ def _(q, k, v, sinks, call):
 def _ring_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, call: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings, plan, ring = _prepare(q, call)
+    settings = decode(call)
+    plan, ring = prepare(settings, q.shape[0], q.shape[2], q.device)
     kernel = choose(settings.kernel, q, v, settings.softcap)
     # A query that saw nothing has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)

@@ -7,6 +7,7 @@ their gradients add up in backward, because indexing does so. Head counts need n
 Letters: B batch, H query heads, K key/value heads, C tokens of this rank, u ranks of a place, D and E head dims.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed import ProcessGroup
 
 from ..geometry import HeadShare
 from .groups import group_of, own_group
+
+Heads = Sequence[Sequence[int]]  # of each rank of a place
 
 
 def place_of(group: ProcessGroup, ulysses: int, device: torch.device) -> ProcessGroup:
@@ -51,36 +54,69 @@ def to_heads(
     q_BHCD: Tensor, k_BKCD: Tensor, v_BKCE: Tensor, shares: tuple[HeadShare, ...], group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(q, k, v)` of this rank's share of the heads, over the tokens of all ranks of its place, in their order."""
-    batch, _, tokens, _ = q_BHCD.shape
-    mine = shares[dist.get_rank(group_of(group)) % len(shares)]
-    sent = [_pick(x, heads) for share in shares for x, heads in _heads(share, q_BHCD, k_BKCD, v_BKCE)]
-    sizes = [sum(x.numel() for x in sent[n : n + 3]) for n in range(0, len(sent), 3)]
-    shapes = [(batch, len(heads), tokens, x.shape[-1]) for x, heads in _heads(mine, q_BHCD, k_BKCD, v_BKCE)]
-    each = sum(torch.Size(shape).numel() for shape in shapes)
-    arrived = _all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [each] * len(shares), group)
-    parts = arrived.split([torch.Size(shape).numel() for shape in shapes] * len(shares))
-    q, k, v = (torch.cat([x.view(shapes[n]) for x in parts[n::3]], dim=2) for n in range(3))
+    queries, kv = [share.queries for share in shares], [share.kv for share in shares]
+    q, k, v = exchange_tokens([(q_BHCD, queries), (k_BKCD, kv), (v_BKCE, kv)], group)
     return q, k, v
 
 
 def to_tokens(out_BhSE: Tensor, shares: tuple[HeadShare, ...], group: str) -> Tensor:
     """`[B, H, C, ...]`: this rank's tokens of all heads, from its heads `[B, h, u * C, ...]` of all tokens."""
-    batch, _, length, *dims = out_BhSE.shape
-    tokens = length // len(shares)
-    shapes = [(batch, share.num_q, tokens, *dims) for share in shares]
-    sent = torch.cat([part.reshape(-1) for part in out_BhSE.split(tokens, dim=2)])
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    arrived = _all_to_all(sent, [sent.numel() // len(shares)] * len(shares), sizes, group)
-    return torch.cat([x.view(shape) for x, shape in zip(arrived.split(sizes), shapes, strict=True)], dim=1)
+    (parts,) = exchange_heads([(out_BhSE, [share.queries for share in shares])], group)
+    return torch.cat(parts, dim=1)
 
 
-def _heads(share: HeadShare, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, list[int]]]:
-    queries = list(range(share.q_start, share.q_start + share.num_q))
-    return [(q, queries), (k, list(share.kv)), (v, list(share.kv))]
+def exchange_tokens(tensors: list[tuple[Tensor, Heads]], group: str) -> list[Tensor]:
+    """One all-to-all that trades tokens for heads.
+
+    Args:
+        tensors: each `[B, H, C, ...]`, this rank's tokens, and which of its heads each rank of the place attends with.
+            All of one dtype.
+        group: name of the registered group.
+
+    Returns:
+        Of each tensor this rank's heads, `[B, h, u * C, ...]`, over the tokens of all ranks in their order.
+    """
+    ranks = range(len(tensors[0][1]))
+    mine = dist.get_rank(group_of(group)) % len(ranks)
+    sent = [_pick(x, heads[rank]) for rank in ranks for x, heads in tensors]
+    sizes = [sum(x.numel() for x in sent[n : n + len(tensors)]) for n in range(0, len(sent), len(tensors))]
+    shapes = [(x.shape[0], len(heads[mine]), *x.shape[2:]) for x, heads in tensors]
+    each = [torch.Size(shape).numel() for shape in shapes]
+    arrived = _all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [sum(each)] * len(ranks), group)
+    parts = arrived.split(each * len(ranks))
+    return [torch.cat([x.view(shape) for x in parts[n :: len(tensors)]], dim=2) for n, shape in enumerate(shapes)]
 
 
-def _pick(x: Tensor, heads: list[int]) -> Tensor:
+def exchange_heads(tensors: list[tuple[Tensor, Heads]], group: str) -> list[list[Tensor]]:
+    """One all-to-all that trades heads for tokens: the inverse of `exchange_tokens`.
+
+    Args:
+        tensors: each `[B, h, u * C, ...]`, this rank's heads, and which heads each rank of the place has. All of one
+            dtype.
+        group: name of the registered group.
+
+    Returns:
+        Of each tensor, for each rank of the place, the heads that this rank has: `[B, h of it, C, ...]`, this rank's
+        tokens.
+    """
+    ranks = range(len(tensors[0][1]))
+    tokens = [x.shape[2] // len(ranks) for x, _ in tensors]
+    split = [x.split(length, dim=2) for (x, _), length in zip(tensors, tokens, strict=True)]
+    sent = torch.cat([parts[rank].reshape(-1) for rank in ranks for parts in split])
+    shapes = [
+        (x.shape[0], len(heads[rank]), length, *x.shape[3:])
+        for rank in ranks
+        for (x, heads), length in zip(tensors, tokens, strict=True)
+    ]
+    each = [torch.Size(shape).numel() for shape in shapes]
+    sizes = [sum(each[n : n + len(tensors)]) for n in range(0, len(each), len(tensors))]
+    arrived = _all_to_all(sent, [sent.numel() // len(ranks)] * len(ranks), sizes, group)
+    parts = [x.view(shape) for x, shape in zip(arrived.split(each), shapes, strict=True)]
+    return [parts[n :: len(tensors)] for n in range(len(tensors))]
+
+
+def _pick(x: Tensor, heads: Sequence[int]) -> Tensor:
     """Heads of `x [B, H, ...]`: a view if they are neighbours."""
-    if not heads or heads == list(range(heads[0], heads[-1] + 1)):
+    if not heads or list(heads) == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1] if heads else x[:, :0]
-    return x[:, heads]
+    return x[:, list(heads)]

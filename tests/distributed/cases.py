@@ -31,6 +31,7 @@ class Case:
     transport: str = "ring"
     inner: int = 1
     ulysses: int = 1
+    head_chunks: int = 1
     chunk: int | None = None
     prefix: bool = False
     softcap: float | None = None
@@ -102,6 +103,7 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
             kernel=case.kernel,
             transport=case.transport,
             inner_ring_size=case.inner,
+            head_chunks=case.head_chunks,
             overlap=case.overlap,
         )
 

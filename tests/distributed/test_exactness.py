@@ -108,6 +108,10 @@ WAYS = [
     (2, {"ulysses": 2}),
     (4, {"ulysses": 2, "transport": "allgather"}),
     (6, {"ulysses": 2, "transport": "direct"}),
+    (2, {"ulysses": 2, "head_chunks": 2}),
+    (4, {"ulysses": 2, "head_chunks": 2}),
+    (4, {"ulysses": 2, "head_chunks": 2, "transport": "allgather"}),
+    (6, {"ulysses": 2, "head_chunks": 2, "transport": "direct"}),
 ]
 
 
@@ -136,6 +140,29 @@ def test_ulysses_is_exact_for_any_number_of_heads(heads, kv_heads, ulysses):
         _print(f"ulysses={ulysses} of 4, heads={heads}/{kv_heads}", dtype, check_exact(cases))
 
 
+@pytest.mark.parametrize("num_ranks, ulysses", [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 4), (8, 2), (8, 1), (9, 3), (9, 1), (5, 5)])
+def test_heads_in_chunks_are_exact_for_any_number_of_heads(heads, kv_heads, num_ranks, ulysses):
+    most = -(-heads // ulysses) if kv_heads != 3 or ulysses == 2 else 3  # of the busiest rank
+    for dtype in ("float64", "bfloat16"):
+        cases = [
+            Case(
+                "zigzag",
+                num_ranks,
+                dtype,
+                heads=heads,
+                kv_heads=kv_heads,
+                ulysses=ulysses,
+                head_chunks=count,
+                packed=packed,
+                with_sinks=packed and dtype == "float64",
+            )
+            for count in sorted({2, most - 1, most} - {1})
+            for packed in (False, True)
+        ]
+        _print(f"ulysses={ulysses} of {num_ranks} in chunks, heads={heads}/{kv_heads}", dtype, check_exact(cases))
+
+
 MATHS = {
     "softcap": {"softcap": 0.5},
     "sinks": {"with_sinks": True},
@@ -153,6 +180,7 @@ def test_maths_of_model_families_is_exact(name):
         {"transport": "allgather"},
         {"transport": "direct"},
         {"ulysses": 2, "heads": 6, "kv_heads": 3},
+        {"ulysses": 2, "heads": 6, "kv_heads": 3, "head_chunks": 3},
     )
     for dtype in ("float64", "float32"):
         cases = [

@@ -10,7 +10,7 @@ import torch
 import ring_hf.kernels.merge
 from ring_hf.geometry import Move, Plan
 from ring_hf.kernels import pieces
-from ring_hf.parallel import attention, direct, relay, transport
+from ring_hf.parallel import attention, chunked_ulysses, direct, relay, transport
 from ring_hf.parallel import gather as gather_transport
 from tests.distributed.cases import Case, errors
 from tests.harness import run_distributed
@@ -89,6 +89,25 @@ def _heads_of_a_neighbour(patch):
     patch.setattr(attention, "to_tokens", lambda x, shares, group: original(x.flip(1), shares, group))
 
 
+def _keys_of_the_chunk_before(patch):
+    original = chunked_ulysses._Heads.fetch
+
+    def fetch(self, chunks, *tensors):
+        before = self.kv
+        arrived = original(self, chunks, *tensors)
+        self.kv = before or self.kv
+        return arrived
+
+    patch.setattr(chunked_ulysses._Heads, "fetch", fetch)
+
+
+def _gradients_of_the_last_chunk_alone(patch):
+    def add_gradients(self, chunks, *grads):
+        self.grads = list(grads)
+
+    patch.setattr(chunked_ulysses._Heads, "add_gradients", add_gradients)
+
+
 def _sinks_join_every_step(patch):
     original = ring_hf.kernels.merge.State.add
 
@@ -159,6 +178,11 @@ FAULTS = {
     ),
     "gathered-in-rank-order": (_gathered_in_rank_order, Case("zigzag", 3, transport="allgather")),
     "heads-out-of-order": (_heads_of_a_neighbour, Case("zigzag", 2, ulysses=2)),
+    "keys-of-the-chunk-before": (_keys_of_the_chunk_before, Case("zigzag", 2, ulysses=2, kv_heads=4, head_chunks=2)),
+    "gradients-of-the-last-chunk": (
+        _gradients_of_the_last_chunk_alone,
+        Case("zigzag", 2, ulysses=2, kv_heads=2, head_chunks=2),
+    ),
     "sinks-in-every-step": (_sinks_join_every_step, Case("zigzag", 3, with_sinks=True)),
 }
 

@@ -22,7 +22,7 @@ from ring_hf.parallel import (
 )
 from ring_hf.parallel.call import Call, decode, encode
 from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
-from tests.distributed.cases import Case, problem, ring_result
+from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import assert_close, run_distributed
 
 OPERATOR = torch.ops.ring_hf.ring_attention.default
@@ -129,20 +129,21 @@ def test_operator_passes_pytorchs_own_checks():
 def test_calls_survive_their_text_form():
     sequence = WholeSequence("balanced", 24, 6, ((0, 3, 24), (0, 24)), (20, 24), ((2, 1), (0,)), ulysses=3)
     for call in (
-        Call(sequence, Mask(window=4), 1 / 3, 50.0, "7", "cpu", "double_ring", 2, False),
+        Call(sequence, Mask(window=4), 1 / 3, 50.0, "7", "cpu", "double_ring", 2, False, 3),
         Call(WholeSequence("zigzag", 8, 2), Mask(False, chunk=3), 0.5, None, "", "auto", "direct", 1, True),
     ):
         assert decode(encode(call)) == call
 
 
-def compiled_matches_eager(rank: int, world_size: int) -> float:
+def compiled_matches_eager(rank: int, world_size: int, ulysses: int, head_chunks: int) -> float:
     group = dist.group.WORLD
 
     def attend(q, k, v):
-        return context_attention(q.sin(), k, v, group=group).cos()
+        split = {"ulysses_size": ulysses, "head_chunks": head_chunks}
+        return context_attention(q.sin(), k, v, group=group, **split).cos()
 
-    case = Case("zigzag", world_size, "float32")
-    q, k, v, _ = (shard(x, "zigzag", world_size, rank, dim=2) for x in problem(case))
+    case = Case("zigzag", world_size, "float32", ulysses=ulysses)
+    q, k, v, _ = shards(case, rank, *problem(case))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     worst = 0.0
     compiled = torch.compile(attend, backend="aot_eager")
@@ -155,8 +156,23 @@ def compiled_matches_eager(rank: int, world_size: int) -> float:
     return worst
 
 
-def test_compiled_ring_matches_eager():
-    assert max(run_distributed(2, compiled_matches_eager, timeout=200)) <= 1e-6
+@pytest.mark.parametrize("ulysses, head_chunks", [(1, 1), (2, 1), (2, 2)])
+def test_compiled_attention_matches_eager(ulysses, head_chunks):
+    assert max(run_distributed(2, compiled_matches_eager, ulysses, head_chunks, timeout=200)) <= 1e-6
+
+
+def chunked_operator_passes(rank: int, world_size: int) -> None:
+    q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (5, 5, 5))
+    sequence, group = WholeSequence("contiguous", 16, 2, ulysses=2), register_group(dist.group.WORLD)
+    call = encode(Call(sequence, Mask(), 0.5, None, group, "auto", "ring", 1, True, 2))
+    for sinks in (None, torch.randn(5, requires_grad=True)):
+        operator = torch.ops.ring_hf.chunked_ulysses.default
+        result = torch.library.opcheck(operator, (q, k, v, sinks, call), raise_exception=True)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_operator_of_chunks_passes_pytorchs_own_checks():
+    run_distributed(2, chunked_operator_passes)
 
 
 def functional_form(rank: int, world_size: int, layout: str, input_layout: str) -> None:
@@ -195,8 +211,9 @@ def functional_hybrid(rank: int, world_size: int) -> None:
     maths = {"softcap": 2.0, "sinks": case.sinks, "chunk": 20}
     want, _ = local_attention(q, k, v, **maths)
     mine = [shard(x, "zigzag", world_size, rank, dim=2, ulysses_size=2) for x in (q, k, v)]
-    out = context_attention(*mine, ulysses_size=2, transport="direct", **maths)
-    assert_close("out", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
+    for chunks in (1, 2):
+        out = context_attention(*mine, ulysses_size=2, head_chunks=chunks, transport="direct", **maths)
+        assert_close("out", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
     want, _ = local_attention(q, k, v, prefixes=((20,), (4,)))
     out = context_attention(*mine, ulysses_size=2, transport="auto", prefixes=((20,), (4,)))
     assert_close("prefix", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
@@ -204,6 +221,8 @@ def functional_hybrid(rank: int, world_size: int) -> None:
         ({"transport": "pigeon"}, "transport='pigeon' is not known"),
         ({"transport": "direct", "inner_ring_size": 2}, "inner_ring_size=2 means a double ring"),
         ({"ulysses_size": 3}, "ulysses_size=3 does not divide the 4 ranks"),
+        ({"head_chunks": 2}, "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1"),
+        ({"ulysses_size": 4, "head_chunks": 2}, "head_chunks=2 is more than the 1 query heads that the busiest"),
         ({"transport": "double_ring", "inner_ring_size": 3}, "inner_ring_size=3 does not cut a ring of 4"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,8 @@ from ring_hf.geometry import (
     WholeSequence,
     area,
     auto_ulysses,
+    check_head_chunks,
+    chunk_heads,
     head_split,
     make_plan,
     multiple,
@@ -131,6 +133,61 @@ def test_heads_that_do_not_divide_are_dealt_with_few_copies():
     assert [share.kv for share in head_split(8, 2, 4)] == [(0,), (0,), (1,), (1,)]
     assert [share.kv for share in head_split(9, 3, 4)] == [(), (0,), (1,), (2,)]
     assert [(share.num_q, share.kv) for share in head_split(9, 3, 2)] == [(4, (0, 0, 0, 1)), (5, (1, 1, 2, 2, 2))]
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 4), (8, 2), (9, 3), (8, 1), (8, 8), (6, 2), (32, 8), (32, 32)])
+@pytest.mark.parametrize("ulysses", [2, 3, 4, 8])
+def test_chunks_of_a_share_are_its_heads_with_their_own_keys(heads, kv_heads, ulysses):
+    for share in head_split(heads, kv_heads, ulysses):
+        for count in range(1, share.num_q + 3):
+            chunks = chunk_heads(share, count)
+            assert len(chunks) == count
+            assert tuple(head for chunk in chunks for head in chunk.share.queries) == share.queries
+            served = [
+                chunk.share.kv[n * len(chunk.share.kv) // chunk.share.num_q]
+                for chunk in chunks
+                for n in range(chunk.share.num_q)
+            ]
+            assert served == [head * kv_heads // heads for head in share.queries]
+            # What a chunk attends with was fetched with it or with the chunks just before; all of it is given back.
+            held: tuple[int, ...] = ()
+            for chunk in chunks:
+                held = chunk.fetched or held
+                assert chunk.share.kv == () or chunk.share.kv == held
+                assert chunk.finished in ((), held)
+            fetched, finished = ([getattr(chunk, name) for chunk in chunks] for name in ("fetched", "finished"))
+            assert sorted(filter(None, fetched)) == sorted(filter(None, finished))
+            if count <= share.num_q:
+                assert all(chunk.share.num_q for chunk in chunks)
+
+
+def test_chunks_are_whole_groups_where_there_are_enough_and_keys_are_sent_once():
+    (share, *_) = head_split(32, 8, 2)  # four groups of four query heads
+    sizes = {count: [chunk.share.num_q for chunk in chunk_heads(share, count)] for count in (1, 2, 3, 4, 6, 8, 16)}
+    assert sizes[1] == [16] and sizes[2] == [8, 8] and sizes[3] == [4, 4, 8] and sizes[4] == [4] * 4
+    assert sizes[6] == [4, 2, 2, 4, 2, 2] and sizes[8] == [2] * 8 and sizes[16] == [1] * 16
+    for count in sizes:
+        chunks = chunk_heads(share, count)
+        for sent in ([chunk.fetched for chunk in chunks], [chunk.finished for chunk in chunks]):
+            assert sorted(head for heads in sent for head in heads) == [0, 1, 2, 3], count
+
+
+def test_numbers_of_chunks_that_fit_no_rank_are_refused():
+    for count, heads, ulysses in ((1, (8, 8), 1), (2, (8, 8), 4), (4, (32, 8), 8), (5, (9, 3), 2)):
+        check_head_chunks(count, *heads, ulysses)
+    for count, heads, ulysses, message in (
+        (0, (8, 8), 4, "head_chunks=0 must be a whole number of at least 1"),
+        (2, (8, 8), 1, "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged"),
+        (
+            3,
+            (8, 8),
+            4,
+            "head_chunks=3 is more than the 2 query heads that the busiest .* Set head_chunks to at most 2",
+        ),
+        (6, (9, 3), 2, "more than the 5 query heads .*ulysses_size=2.*9 heads, 3 key/value heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_head_chunks(count, *heads, ulysses)
 
 
 def test_auto_ulysses_takes_the_largest_even_split_inside_a_node():
