@@ -114,6 +114,9 @@ class ParallelArguments:
         None, "How many of them exchange heads instead of keys and values, or `auto` for what the heads allow."
     )
     inner_ring_size: int | None = option(None, "Processes of an inner ring (those of a node) of a double ring.")
+    head_chunks: int | None = option(
+        None, "In how many chunks heads are exchanged, so that attention holds less. Default: all at once."
+    )
     transport: str | None = option(
         None, "How keys and values travel: ring, double_ring, allgather or direct. Default: auto, by estimate."
     )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, WholeSequence, multiple
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, WholeSequence, head_split, multiple
 from ring_hf.parallel import ring_attention
 from ring_hf.parallel.sharding import cut, join
 from tests.dense import dense_attention, dense_mask, with_gradients
@@ -55,6 +55,7 @@ class Case:
     transport: str
     inner: int
     overlap: bool
+    head_chunks: int
 
     @property
     def kinds(self) -> list[str]:
@@ -74,6 +75,7 @@ class Case:
             "sinks": self.sinks,
             "ulysses": s.ulysses > 1,
             "hybrid": s.ulysses > 1 and s.ring_size > 1,
+            "heads in chunks": self.head_chunks > 1,
             "uneven heads": self.heads[0] % s.ulysses > 0,
             "no overlap": not self.overlap,
         }
@@ -115,11 +117,13 @@ def cases(draw: Callable[..., Any]) -> Case:
     fitting = [name for name in ("auto", *TRANSPORTS) if inner or name != "double_ring"]
     transport = draw(st.sampled_from(fitting + ["double_ring"] * (2 if inner else 0)))  # few rings allow it
     may_be_inner = transport == "double_ring" or (inner and transport == "auto" and draw(st.booleans()))
+    heads = draw(st.sampled_from(HEADS))
+    most = max(share.num_q for share in head_split(*heads, ulysses)) if ulysses > 1 else 1
     return Case(
         sequence,
         Mask(causal, window, chunk),
         rows,
-        draw(st.sampled_from(HEADS)),
+        heads,
         draw(st.sampled_from(((4, 4), (3, 3), (4, 2)))),
         draw(st.sampled_from((None, None, None, 2.0))),
         draw(st.integers(0, 3)) == 0,
@@ -127,6 +131,7 @@ def cases(draw: Callable[..., Any]) -> Case:
         transport,
         draw(st.sampled_from(inner)) if may_be_inner else 1,
         draw(st.integers(0, 3)) > 0,
+        draw(st.integers(1, most)),
     )
 
 
@@ -165,6 +170,7 @@ def worst_difference(case: Case, run: Callable[..., list[Any]]) -> float:
                 kernel=case.kernel,
                 transport=case.transport,
                 inner_ring_size=case.inner,
+                head_chunks=case.head_chunks,
                 overlap=case.overlap,
             )
 

@@ -33,6 +33,7 @@ class ContextParallelBatch:
     fingerprint: str
     transport: str = "auto"
     inner_ring_size: int = 1
+    head_chunks: int = 1
 
     @property
     def shard_length(self) -> int:

@@ -25,6 +25,7 @@ class ProcessContext:
     overlap: bool = True
     ulysses_size: int | str | None = None  # as in the config: "auto" and None are resolved with the model
     inner_ring_size: int = 1
+    head_chunks: int = 1
     transport: str = "auto"
     ranks_per_node: int = 1
     verify: bool = False  # take a trial step also where everything is proven by name

@@ -10,7 +10,7 @@ Words: cp = ring x ulysses ranks share a sequence; the ring is outer x inner (do
 from dataclasses import dataclass
 from typing import Any
 
-from ring_hf.geometry import TRANSPORTS, auto_ulysses
+from ring_hf.geometry import TRANSPORTS, auto_ulysses, check_head_chunks
 
 from .context import ProcessContext
 from .names import BACKENDS, ULYSSES, attention_name, layout_of
@@ -26,6 +26,7 @@ class Split:
     ulysses_size: int
     inner_ring_size: int
     transport: str
+    head_chunks: int = 1
 
     @property
     def ring_size(self) -> int:
@@ -35,10 +36,13 @@ class Split:
         return (
             f"{self.backend} (layout {self.layout}), {self.size} ranks per sequence = ring {self.ring_size} x ulysses "
             f"{self.ulysses_size}, inner ring {self.inner_ring_size}, transport {self.transport}"
+            + (f", heads in {self.head_chunks} chunks" if self.head_chunks > 1 else "")
         )
 
 
-def check_sizes(size: int, ulysses_size: int | str | None, inner_ring_size: int, transport: str) -> None:
+def check_sizes(
+    size: int, ulysses_size: int | str | None, inner_ring_size: int, transport: str, head_chunks: int = 1
+) -> None:
     """Refuses settings that fit no model. `ulysses_size=None` is 1, or `size` under the name "ulysses"."""
     if isinstance(ulysses_size, str) and ulysses_size != "auto":
         raise ValueError(f'ulysses_size={ulysses_size!r} must be a whole number of at least 1, or "auto".')
@@ -55,6 +59,12 @@ def check_sizes(size: int, ulysses_size: int | str | None, inner_ring_size: int,
             'transport="double_ring" (or "auto"), or leave inner_ring_size out.'
         )
     _check_rings(size, ulysses_size if isinstance(ulysses_size, int) else 1, inner_ring_size, transport)
+    if head_chunks > 1 and (size == 1 or ulysses_size == 1):
+        raise ValueError(
+            f"head_chunks={head_chunks} cuts the exchange of heads, but with context_parallel_size={size} and "
+            f"ulysses_size={ulysses_size} no heads are exchanged. Set both to at least 2 (or ulysses_size='auto'), or "
+            "leave head_chunks out."
+        )
 
 
 def resolve(model_config: Any, context: ProcessContext) -> Split:
@@ -69,7 +79,9 @@ def resolve(model_config: Any, context: ProcessContext) -> Split:
     if context.transport == "double_ring" and inner == 1 and context.size > 1:
         inner = _ring_ranks_of_a_node(context.size, ulysses_size, context.ranks_per_node)
     _check_rings(context.size, ulysses_size, inner, context.transport)
-    return Split(backend, layout, context.size, ulysses_size, inner, context.transport)
+    for num_heads, num_kv_heads in _head_counts(model_config) or ((context.head_chunks * ulysses_size,) * 2,):
+        check_head_chunks(context.head_chunks, num_heads, num_kv_heads, ulysses_size)
+    return Split(backend, layout, context.size, ulysses_size, inner, context.transport, context.head_chunks)
 
 
 def split_error(model_config: Any, context: ProcessContext) -> str | None:

@@ -53,6 +53,15 @@ CONFIGS = {
         {"context_parallel_size": 2, "transport": "double_ring"},
         "transport='double_ring' needs a ring that is made of smaller rings, but .* leaves a ring of 2",
     ),
+    "no chunk of heads": ({"head_chunks": 0}, "head_chunks=0 must be a whole number of at least 1"),
+    "chunks of heads of one process": (
+        {"ulysses_size": 1, "head_chunks": 4},
+        "head_chunks=4 cuts the exchange of heads, but with context_parallel_size=1 and ulysses_size=1 no heads are",
+    ),
+    "chunks of heads without ulysses": (
+        {"context_parallel_size": 4, "ulysses_size": 1, "head_chunks": 2},
+        "head_chunks=2 cuts the exchange of heads, but with context_parallel_size=4 and ulysses_size=1 .*Set both to",
+    ),
     "kernel": ({"kernel": "warp"}, "kernel='warp' is not known. Choose one of auto"),
     "dp_shard_size": ({"dp_shard_size": 0}, "dp_shard_size=0 must be a whole number of at least 1"),
     "size zero": ({"context_parallel_size": 0}, "context_parallel_size=0 must be a whole number of at least 1"),

@@ -118,6 +118,12 @@ def test_transport_and_inner_ring_travel_with_the_batch():
     assert (batch[KEY].transport, batch[KEY].inner_ring_size, batch[KEY].rank) == ("double_ring", 2, 1)
 
 
+def test_chunks_of_heads_travel_with_the_batch():
+    with rank_of(4, 1, ulysses_size=2, head_chunks=2):
+        batch = ContextParallelCollator(config("zigzag"))(rows(16))
+    assert batch[KEY].head_chunks == 2 and batch[KEY].sequence.ulysses == 2
+
+
 def test_flattening_with_and_without_boundaries_equals_our_packing():
     features = rows(5, 9, 8)
     ours = shards("zigzag", 2, features, packing=True)

@@ -43,10 +43,12 @@ def test_unset_fields_come_from_the_environment(monkeypatch):
     assert config.ulysses_size == "auto" and config.inner_ring_size == 1
     assert config.active_mesh_dims == ["dp_replicate", "cp"]
     assert ContextParallelConfig(context_parallel_size=4, overlap=True).context_parallel_size == 4
-    for name, text in {"TRANSPORT": "double_ring", "ULYSSES_SIZE": "2", "INNER_RING_SIZE": "2"}.items():
+    names = ("ULYSSES_SIZE", "INNER_RING_SIZE", "HEAD_CHUNKS")
+    for name, text in {"TRANSPORT": "double_ring", **dict.fromkeys(names, "2")}.items():
         monkeypatch.setenv(f"RING_HF_{name}", text)
     config = ContextParallelConfig(context_parallel_size=8)
     assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("double_ring", 2, 2)
+    assert config.head_chunks == 2 and config.to_json()["head_chunks"] == 2
 
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "cuda", "flash_attn_3", "kernels-community/vllm-flash-attn3"])
@@ -58,6 +60,7 @@ def test_names_of_kernels_are_checked_without_looking_for_them(kernel, monkeypat
 def test_what_is_left_out_is_chosen_later():
     config = ContextParallelConfig(context_parallel_size=4)
     assert (config.transport, config.ulysses_size, config.inner_ring_size) == ("auto", None, 1)
+    assert config.head_chunks == 1
 
 
 def test_size_may_come_from_the_parallelism_config_of_an_accelerate_yaml(monkeypatch):

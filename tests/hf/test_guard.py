@@ -115,7 +115,9 @@ def logged(rank, world_size):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        config = ContextParallelConfig(context_parallel_size=world_size, ulysses_size=2, transport="direct")
+        config = ContextParallelConfig(
+            context_parallel_size=world_size, ulysses_size=2, head_chunks=2, transport="direct"
+        )
         model = llama("ring_balanced")
         Trainer(model, arguments(config), train_dataset=rows(16), data_collator=ContextParallelCollator(model))
     finally:
@@ -129,5 +131,6 @@ def test_the_resolved_split_is_logged_once():
     assert len(first) == 1 and others == [[], [], []]
     assert first[0].startswith(
         "context parallelism: ring_balanced (layout balanced), 4 ranks per sequence = ring 2 x ulysses 2, "
-        "inner ring 1, transport direct, engine DDP, 1 data-parallel replicas, kernel auto, overlap on"
+        "inner ring 1, transport direct, heads in 2 chunks, engine DDP, 1 data-parallel replicas, kernel auto, "
+        "overlap on"
     )

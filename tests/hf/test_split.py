@@ -40,6 +40,7 @@ RESOLVED = {
         {"transport": "double_ring", "ranks_per_node": 2},
         ("zigzag", 4, 1, 2, "double_ring"),
     ),
+    "chunks of heads": ("ulysses", (8, 4), {"head_chunks": 2}, ("contiguous", 1, 4, 1, "auto")),
     "direct": ("ring_contiguous", (4, 2), {"transport": "direct"}, ("contiguous", 4, 1, 1, "direct")),
 }
 
@@ -59,6 +60,18 @@ REFUSED = {
         (4, 4),
         {"ulysses_size": "auto", "inner_ring_size": 2},
         "inner_ring_size=2 needs a ring that is made of smaller rings, but .* ulysses_size=4 leaves a ring of 1",
+    ),
+    "more chunks than heads of a rank": (
+        "ulysses",
+        (8, 4),
+        {"head_chunks": 3},
+        "head_chunks=3 is more than the 2 query heads that the busiest of ulysses_size=4 ranks attends with .8 heads",
+    ),
+    "chunks of heads that auto leaves alone": (
+        "ring_zigzag",
+        (3, 3),
+        {"ulysses_size": "auto", "head_chunks": 2},
+        "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged",
     ),
     "double ring in one node": (
         "ring_zigzag",
@@ -81,6 +94,8 @@ def test_sizes_are_resolved_with_the_model(name):
     assert len(splits) == 1
     split = splits.pop()
     assert (split.layout, split.ring_size, split.ulysses_size, split.inner_ring_size, split.transport) == want
+    assert split.head_chunks == settings.get("head_chunks", 1)
+    assert (f"heads in {split.head_chunks} chunks" in str(split)) == (split.head_chunks > 1)
     assert f"ring {want[1]} x ulysses {want[2]}, inner ring {want[3]}, transport {want[4]}" in str(split)
 
 
@@ -105,7 +120,8 @@ def test_auto_needs_to_know_the_heads():
     assert "does not give under their usual names" in split_error(
         listed, replace(context_of(4, 0), ulysses_size="auto")
     )
-    assert resolve(listed, replace(context_of(4, 0), ulysses_size=2)).ulysses_size == 2
+    split = resolve(listed, replace(context_of(4, 0), ulysses_size=2, head_chunks=9))  # for each layer to judge
+    assert (split.ulysses_size, split.head_chunks) == (2, 9)
 
 
 def test_every_layer_of_a_model_with_unequal_layers_must_fit():
@@ -115,3 +131,5 @@ def test_every_layer_of_a_model_with_unequal_layers_must_fit():
     assert resolve(unequal, replace(context_of(4, 0), ulysses_size="auto")).ulysses_size == 2
     with pytest.raises(ValueError, match="ulysses_size=4 deals 2 query heads to 4 ranks"):
         resolve(unequal, replace(context_of(4, 0), ulysses_size=4))
+    with pytest.raises(ValueError, match="head_chunks=2 is more than the 1 query heads"):
+        resolve(unequal, replace(context_of(4, 0), ulysses_size=2, head_chunks=2))

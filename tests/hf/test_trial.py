@@ -135,7 +135,7 @@ def test_a_loss_of_one_shard_is_refused_before_the_first_step(kind, dtype, words
 
 
 @pytest.mark.parametrize(
-    "settings", [{"transport": "direct"}, {"transport": "allgather"}, {"ulysses_size": 2}], ids=str
+    "settings", [{"transport": "direct"}, {"transport": "allgather"}, {"ulysses_size": 2, "head_chunks": 2}], ids=str
 )
 def test_unknown_classes_are_tried_by_every_way(settings):
     for message, _, _ in run_distributed(2, train, Trainer, torch.float32, settings, HarmlessForCausalLM):

@@ -56,7 +56,9 @@ def test_attention_of_one_process_runs_once_where_it_is_saved(name, backend, att
         assert apart(found, wanted) <= 1e-10
 
 
-def shards(layout: str, attention: str, offload: str | None = None) -> list[tuple[Counter, int, tuple]]:
+def shards(
+    layout: str, attention: str, offload: str | None = None, head_chunks: int = 1
+) -> list[tuple[Counter, int, tuple]]:
     """One step of both ranks of two: operators, exchanges of the ring, and what the step comes to."""
     ulysses = 2 if layout == "ulysses" else 1
     models = [model_of("llama", f"ring_{layout}" if ulysses == 1 else layout) for _ in range(2)]
@@ -74,7 +76,7 @@ def shards(layout: str, attention: str, offload: str | None = None) -> list[tupl
         return original(self, send, *more, **named)
 
     def run(rank: int, group: str) -> tuple[Counter, int, tuple]:
-        description = ContextParallelBatch(sequence, group, rank, "auto", True, 40, None, "", "ring", 1)
+        description = ContextParallelBatch(sequence, group, rank, "auto", True, 40, None, "", "ring", 1, head_chunks)
         inputs = {key: cut(value, sequence.segments(rank), 1) for key, value in whole.items()}
         announcements.register(models[rank])
         announcements.announce(models[rank], description)
@@ -108,12 +110,26 @@ def test_attention_and_exchanges_of_two_ranks_run_once_where_they_are_saved(layo
     assert exchanges["recompute"] == {LAYERS * (2 * forward + backward)}
 
 
+CHUNKED = "ring_hf::chunked_ulysses", "ring_hf::chunked_ulysses_backward"
+
+
+@pytest.mark.parametrize("attention", EXECUTIONS)
+def test_heads_in_chunks_are_exchanged_and_attended_with_once_where_their_result_is_saved(attention):
+    results, before = shards("ulysses", attention, head_chunks=2), shards("ulysses", attention)
+    assert apart(together(results), step(model_of("llama"), batch())) <= 1e-9
+    for (calls, _, _), (plain, _, _) in zip(results, before, strict=True):
+        assert tuple(calls[op] for op in CHUNKED) == tuple(LAYERS * n for n in EXECUTIONS[attention])
+        assert tuple(calls[op] for op in CHUNKED) == tuple(plain[op] for op in ATTENTION["ring_zigzag"])
+        assert calls["ring_hf::all_to_all"] == calls["ring_hf::ring_attention"] == 0  # all inside the one operator
+
+
 @pytest.mark.parametrize("offload", ["attention", "layers", "all"])
 def test_offloading_changes_no_number_and_no_count(offload):
-    with mock.patch("ring_hf.memory.offload.SMALLEST", 0):
-        results = shards("zigzag", "save", offload)
-    assert apart(together(results), step(model_of("llama"), batch())) <= 1e-9
-    assert all(calls["ring_hf::ring_attention"] == LAYERS for calls, _, _ in results)
+    for layout, chunks, operator in (("zigzag", 1, "ring_hf::ring_attention"), ("ulysses", 2, CHUNKED[0])):
+        with mock.patch("ring_hf.memory.offload.SMALLEST", 0):
+            results = shards(layout, "save", offload, chunks)
+        assert apart(together(results), step(model_of("llama"), batch())) <= 1e-9
+        assert all(calls[operator] == LAYERS for calls, _, _ in results)
 
 
 def layer(q, k, v):

@@ -103,6 +103,8 @@ def test_every_algorithm_can_be_chosen_in_the_file_and_on_the_command_line(tmp_p
         config = parse_run(*argv, yaml=yaml, tmp_path=tmp_path)[2].config()
         assert (config.context_parallel_size, config.ulysses_size, config.inner_ring_size) == (8, ulysses, 2)
         assert config.transport == "auto"
+    argv = ["--inner_ring_size", "1", "--head_chunks", "4"]
+    assert parse_run(*argv, yaml=yaml, tmp_path=tmp_path)[2].config().head_chunks == 4
     argv = ["--inner_ring_size", "1", "--transport", "direct"]
     assert parse_run(*argv, yaml=yaml, tmp_path=tmp_path)[2].config().transport == "direct"
     with pytest.raises(ValueError, match="ulysses_size='two' must be a whole number"):

@@ -30,6 +30,7 @@ class Case:
     ulysses: int | str | None = None
     transport: str = "ring"
     inner: int = 1
+    head_chunks: int = 1
     model: str = "llama"
     window: int | None = None
     data: str = "uneven"
@@ -51,7 +52,7 @@ class Case:
     def reference(self) -> "Case":
         """The same run in one process with the whole batch and `sdpa`; its name lists what it depends on."""
         plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False, workers=0)
-        plain = replace(plain, ulysses=None, transport="ring", inner=1)
+        plain = replace(plain, ulysses=None, transport="ring", inner=1, head_chunks=1)
         fields = {key: value for key, value in asdict(plain).items() if key != "name"}
         defaults = asdict(Case(""))
         return replace(plain, name="one:" + ",".join(f"{k}={v}" for k, v in fields.items() if v != defaults[k]))
@@ -97,6 +98,7 @@ _WINDOW: dict[str, Any] = {"model": "mistral", "window": 7, "packing": True}
 _AUTO: dict[str, Any] = {"transport": "auto"}
 ALGORITHMS_OF_TWO = [
     Case("cp2-ulysses", "ulysses", 2, **_AUTO, checkpointing="non-reentrant"),
+    Case("cp2-ulysses-chunks", "ulysses", 2, **_AUTO, head_chunks=2),
     Case("cp2-striped-allgather", "striped", 2, transport="allgather", checkpointing="reentrant"),
     Case("cp2-zigzag-direct-window", "zigzag", 2, transport="direct", model="mistral", window=5),
     Case("cp2-zigzag-auto", "zigzag", 2, **_AUTO),
@@ -108,6 +110,7 @@ ALGORITHMS_OF_TWO = [
 ALGORITHMS_OF_FOUR = [
     Case("cp4-zigzag-hybrid", "zigzag", 4, ulysses=2, checkpointing="non-reentrant"),
     Case("cp4-striped-hybrid-packed", "striped", 4, ulysses=2, packing=True),
+    Case("cp4-zigzag-hybrid-chunks", "zigzag", 4, ulysses=2, head_chunks=2, packing=True, checkpointing="reentrant"),
     Case("cp4-zigzag-ulysses-auto", "zigzag", 4, ulysses="auto", **_AUTO),
     Case("cp4-ulysses", "ulysses", 4, **_AUTO),
     Case("cp4-zigzag-allgather", "zigzag", 4, transport="allgather"),

@@ -33,6 +33,7 @@ def test_the_cases_cover_what_is_claimed():
     for cp in (2, 4):
         here = [case for case in exact if case.cp == cp]
         assert {"ulysses", "balanced"} <= {case.layout for case in here}
+        assert {case.head_chunks for case in here} == {1, 2}
         assert {case.transport for case in here} >= {"ring", "allgather", "direct", "auto"}
     assert {case.data for case in exact} == {"uneven", "hole", "prefix"}
     four = [case for case in exact if case.cp == 4]

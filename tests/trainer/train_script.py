@@ -46,6 +46,7 @@ def arguments(case: Case, folder: Path, **more: Any) -> TrainingArguments:
             context_parallel_size=case.cp,
             ulysses_size=case.ulysses,
             inner_ring_size=case.inner,
+            head_chunks=case.head_chunks,
             transport=case.transport,
         )
         if case.layout

@@ -33,6 +33,7 @@ def test_random_problems_match_dense_attention_on_every_layout_and_transport():
         "softcap",
         "sinks",
         "uneven heads",
+        "heads in chunks",
         "no overlap",
     ]
     assert set(wanted) <= seen

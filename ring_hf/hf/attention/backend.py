@@ -152,6 +152,7 @@ def attention(
         kernel=batch.kernel,
         transport=batch.transport,
         inner_ring_size=batch.inner_ring_size,
+        head_chunks=batch.head_chunks,
         overlap=batch.overlap,
         return_lse=False,
     )

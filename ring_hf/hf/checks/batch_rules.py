@@ -68,6 +68,10 @@ def find_batch_error(
     return None
 
 
+def _exchange(batch: ContextParallelBatch) -> tuple[str, int, int]:
+    return batch.transport, batch.inner_ring_size, batch.head_chunks
+
+
 def _find_other_degrees(
     model: PreTrainedModel, batch: ContextParallelBatch, context: process.ProcessContext
 ) -> str | None:
@@ -77,8 +81,8 @@ def _find_other_degrees(
     except ValueError as error:
         return str(error)
     sequence = batch.sequence
-    wanted = (split.layout, split.size, split.ulysses_size, split.transport, split.inner_ring_size)
-    found = (sequence.layout, sequence.num_ranks, sequence.ulysses, batch.transport, batch.inner_ring_size)
+    wanted = (split.layout, split.size, split.ulysses_size, split.transport, split.inner_ring_size, split.head_chunks)
+    found = (sequence.layout, sequence.num_ranks, sequence.ulysses, *_exchange(batch))
     if wanted == found:
         return None
     more = "" if wanted[0] != found[0] else f", {found[1]} ranks with ulysses_size={found[2]}, not for {split}"

@@ -206,6 +206,7 @@ class ContextParallelCollator:
             fingerprint=fingerprint,
             transport=split.transport,
             inner_ring_size=split.inner_ring_size,
+            head_chunks=split.head_chunks,
         )
         segments = sequence.segments(context.rank)
         return {**{key: cut(value, segments, 1) for key, value in whole.items()}, KEY: description}

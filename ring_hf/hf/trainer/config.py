@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "context_parallel_size": 1,
     "ulysses_size": None,
     "inner_ring_size": 1,
+    "head_chunks": 1,
     "transport": "auto",
     "kernel": "auto",
     "overlap": True,
@@ -57,6 +58,8 @@ class ContextParallelConfig(ParallelismConfig):
             "auto" takes the most that the heads of the model allow inside a node. Default: 1, or all of them if the
             model attends with "ulysses".
         inner_ring_size: ranks of the inner rings (inside a node) of a double ring; must divide the ring.
+        head_chunks: with Ulysses, in how many chunks a rank's heads are exchanged and attended with, one after the
+            other: attention holds less, and exchanges more in backward (docs/head_chunks.md).
         transport: how keys and values travel: a name from `ring_hf.geometry.TRANSPORTS`; "auto" chooses by cost.
         kernel: attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: exchange the next keys and values while computing with the present ones.
@@ -74,6 +77,7 @@ class ContextParallelConfig(ParallelismConfig):
     context_parallel_size: int | None = None
     ulysses_size: int | str | None = None
     inner_ring_size: int | None = None
+    head_chunks: int | None = None
     transport: str | None = None
     kernel: str | None = None
     overlap: bool | None = None
@@ -119,14 +123,15 @@ class ContextParallelConfig(ParallelismConfig):
         self._sizes["cp"] = self.context_parallel_size
 
     def _refuse_unsupported(self) -> None:
-        for name in ("context_parallel_size", "ulysses_size", "inner_ring_size", "dp_replicate_size", "dp_shard_size"):
+        for name in (*(name for name in DEFAULTS if name.endswith(("_size", "_chunks"))), *DATA_PARALLEL):
             size = getattr(self, name)
             if name == "ulysses_size" and (size is None or isinstance(size, str)):
                 continue
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
         check_name("auto" if self.kernel is None else self.kernel)
-        check_sizes(self._size, self.ulysses_size, self.inner_ring_size or 1, self.transport or "auto")
+        sizes = self._size, self.ulysses_size, self.inner_ring_size or 1
+        check_sizes(*sizes, self.transport or "auto", self.head_chunks or 1)
 
     # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.
     @property
@@ -254,6 +259,7 @@ class ContextParallelConfig(ParallelismConfig):
             overlap=bool(self.overlap),
             ulysses_size=self.ulysses_size,
             inner_ring_size=self.inner_ring_size or 1,
+            head_chunks=self.head_chunks or 1,
             transport=self.transport or "auto",
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
             verify=bool(self.verify),

@@ -313,6 +313,7 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         sequence = batch.sequence
         facts["the layout"] = f"{sequence.layout}, {sequence.num_ranks} ranks, ulysses_size {sequence.ulysses}"
         facts["the transport"] = f"{batch.transport}, inner_ring_size {batch.inner_ring_size}"
+        facts["the chunks of heads"] = batch.head_chunks
         facts["the batch (hash of its tokens, labels and documents)"] = batch.fingerprint
     return facts
 
