@@ -25,17 +25,18 @@ from .call import Call, decode
 from .groups import group_of
 from .op import prepare
 from .schedule import ring_backward, ring_forward, sinks_gradient
-from .ulysses import Heads, exchange_heads, exchange_tokens
+from .ulysses import exchange_heads, exchange_tokens
 
 
 class _Heads:
     """Which heads this rank and the others of its place attend with, chunk by chunk, and what is held of them.
 
+    Each exchange is of one tensor like q, or of keys and values: together they would need twice the memory at once.
+
     Attributes:
         share: this rank's heads, of all chunks.
         chunks: for each chunk that of every rank of the place.
         kv: keys and values of the chunk at hand, `[B, heads, S, D]` and `[B, heads, S, E]`.
-        grads: sums of their gradients over the chunks that share them.
     """
 
     def __init__(self, call: Call, q: Tensor, k: Tensor) -> None:
@@ -46,62 +47,70 @@ class _Heads:
         self.share = shares[self._rank]
         self.chunks = list(zip(*(chunk_heads(share, call.head_chunks) for share in shares), strict=True))
         self.kv: list[Tensor] = []
-        self.grads: list[Tensor] = []
+        self._grads: list[Tensor] = []  # of `kv`, summed over the chunks that share it
 
     def of(self, chunks: tuple[HeadChunk, ...]) -> HeadShare:
         """This rank's heads of a chunk."""
         return chunks[self._rank].share
 
-    def fetch(self, chunks: tuple[HeadChunk, ...], k: Tensor, v: Tensor, *tensors: Tensor) -> list[Tensor]:
-        """This rank's heads of tensors like q, over all tokens of the place; `kv` becomes the chunk's."""
-        is_new = bool(chunks[self._rank].fetched)
-        if is_new:
-            self.kv = []  # before the exchange makes others
-        queries, fetched = [chunk.share.queries for chunk in chunks], [chunk.fetched for chunk in chunks]
-        sent: list[tuple[Tensor, Heads]] = [*((x, queries) for x in tensors), (k, fetched), (v, fetched)]
-        *arrived, one_k, one_v = exchange_tokens(sent, self._group)
-        if is_new:
-            self.kv = [one_k, one_v]
-        return arrived
-
-    def add_gradients(self, chunks: tuple[HeadChunk, ...], one_dk: Tensor, one_dv: Tensor) -> None:
-        """Add a chunk's gradients of keys and values to those of the chunks before that share them."""
-        if chunks[self._rank].fetched:
-            self.grads = [one_dk, one_dv]
+    def fetch_keys(self, chunks: tuple[HeadChunk, ...], k: Tensor, v: Tensor) -> None:
+        """Make `kv` that of the chunk, if the chunk before had another."""
+        fetched = [chunk.fetched for chunk in chunks]
+        if not any(fetched):
             return
-        for number, grad in enumerate((one_dk, one_dv)):
-            self.grads[number] = self.grads[number].to(accumulate_dtype(grad.dtype)).add_(grad)
+        if fetched[self._rank]:
+            self.kv = []  # before the exchange makes others
+        arrived = exchange_tokens([(k, fetched), (v, fetched)], self._group)
+        if fetched[self._rank]:
+            self.kv = arrived
 
-    def _release(self, chunks: tuple[HeadChunk, ...]) -> None:
-        if chunks[self._rank].finished:
-            self.kv = []
+    def fetch(self, chunks: tuple[HeadChunk, ...], x: Tensor) -> Tensor:
+        """This rank's heads of a chunk of a tensor like q, over all tokens of the place."""
+        (one_x,) = exchange_tokens([(x, _queries(chunks))], self._group)
+        return one_x
 
     def give_back(self, chunks: tuple[HeadChunk, ...], one_x: Tensor, x: Tensor) -> None:
         """Put a chunk of this rank's heads, of all tokens of the place, where they belong in `x [B, H, C, ...]`."""
-        self._release(chunks)
-        (parts,) = exchange_heads([(one_x, [chunk.share.queries for chunk in chunks])], self._group)
+        (parts,) = exchange_heads([(one_x, _queries(chunks))], self._group)
         for chunk, part in zip(chunks, parts, strict=True):
             _heads_of(x, chunk.share).copy_(part)
 
-    def give_back_gradients(
-        self, chunks: tuple[HeadChunk, ...], one_dq: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        """The same of gradients; those of keys and values with the last chunk that shares them."""
-        queries, finished = [chunk.share.queries for chunk in chunks], [chunk.finished for chunk in chunks]
-        grads = [one_dq.new_empty(one_dq.shape[0], 0, one_dq.shape[2], x.shape[-1]) for x in (dk, dv)]
-        self._release(chunks)
+    def add_gradients(self, chunks: tuple[HeadChunk, ...], *grads: Tensor) -> None:
+        """Add a chunk's dk and dv to those of the chunks before that share them."""
+        if chunks[self._rank].fetched:
+            self._grads = list(grads)
+            return
+        for number, grad in enumerate(grads):
+            self._grads[number] = self._grads[number].to(accumulate_dtype(grad.dtype)).add_(grad)
+
+    def release_keys(self, chunks: tuple[HeadChunk, ...]) -> None:
+        """Drop `kv` if no later chunk shares it."""
         if chunks[self._rank].finished:
-            grads = [grad.to(dk.dtype) for grad in self.grads]
-            self.grads = []
-        parts = exchange_heads([(one_dq, queries), (grads[0], finished), (grads[1], finished)], self._group)
+            self.kv = []
+
+    def give_back_gradients(self, chunks: tuple[HeadChunk, ...], like: Tensor, home: list[Tensor]) -> None:
+        """Add dk and dv that are complete to `home`, those of this rank's tokens and all heads.
+
+        `like` is the chunk's dq. Several ranks, or distant chunks, may have had a copy of the same head.
+        """
+        finished = [chunk.finished for chunk in chunks]
+        if not any(finished):
+            return
+        if finished[self._rank]:
+            grads = [grad.to(like.dtype) for grad in self._grads]
+            self._grads = []
+        else:
+            grads = [like.new_empty(like.shape[0], 0, like.shape[2], x.shape[-1]) for x in home]
+        arrived = exchange_heads([(grad, finished) for grad in grads], self._group)
         del grads
-        for chunk, part in zip(chunks, parts[0], strict=True):
-            _heads_of(dq, chunk.share).copy_(part)
-        # Several ranks, or distant chunks, may have had a copy of the same head.
-        for total, of_ranks in zip((dk, dv), parts[1:], strict=True):
-            for chunk, part in zip(chunks, of_ranks, strict=True):
-                for number, head in enumerate(chunk.finished):
+        for total, parts in zip(home, arrived, strict=True):
+            for heads, part in zip(finished, parts, strict=True):
+                for number, head in enumerate(heads):
                     total[:, head].add_(part[:, number])
+
+
+def _queries(chunks: tuple[HeadChunk, ...]) -> list[tuple[int, ...]]:
+    return [chunk.share.queries for chunk in chunks]
 
 
 def _heads_of(x: Tensor, share: HeadShare, first: int = 0, dim: int = 1) -> Tensor:
@@ -119,18 +128,20 @@ def chunked_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, text:
     out, lse = _empty_results(q, k, v, call)
     plan, ring = prepare(call, q.shape[0], lse.shape[2], q.device)
     for chunks in heads.chunks:
-        (one_q,) = heads.fetch(chunks, k, v, q)
-        mine = heads.of(chunks)
+        heads.fetch_keys(chunks, k, v)
+        one_q, mine = heads.fetch(chunks, q), heads.of(chunks)
         if mine.num_q:
             kernel = choose(call.kernel, one_q, heads.kv[1], call.softcap)
             own_sinks = None if sinks is None else _heads_of(sinks, mine, dim=0)
             maths = call.scale, call.softcap, own_sinks
             one_out, one_lse = ring_forward(one_q, heads.kv[0], heads.kv[1], plan, ring, kernel, *maths, call.overlap)
             _heads_of(lse, mine, heads.share.q_start).copy_(one_lse)
-            del one_q, one_lse
+            del one_lse
             one_out = one_out.to(q.dtype)
         else:  # fewer heads than chunks: all ranks of this ring sit out, but stay in the exchange
             one_out = one_q.new_empty(*one_q.shape[:3], v.shape[-1])
+        del one_q
+        heads.release_keys(chunks)
         heads.give_back(chunks, one_out, out)
         del one_out
     return out, lse
@@ -146,10 +157,12 @@ def chunked_backward(
     call = decode(text)
     heads = _Heads(call, q, k)
     plan, ring = prepare(call, q.shape[0], lse.shape[2], q.device)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = torch.empty_like(q)
+    home: list[Tensor] = []
     dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     for chunks in heads.chunks:
-        one_dq, one_out, one_dout = heads.fetch(chunks, k, v, q, out, dout)
+        heads.fetch_keys(chunks, k, v)
+        one_dq, one_out, one_dout = (heads.fetch(chunks, x) for x in (q, out, dout))
         mine = heads.of(chunks)
         if mine.num_q:
             one_q, one_lse = one_dq, _heads_of(lse, mine, heads.share.q_start)
@@ -177,9 +190,13 @@ def chunked_backward(
             heads.add_gradients(chunks, one_dk, one_dv)
             del one_dk, one_dv
         del one_dout, one_out
-        heads.give_back_gradients(chunks, one_dq, dq, dk, dv)
+        heads.release_keys(chunks)
+        heads.give_back(chunks, one_dq, dq)
+        if not home and any(chunk.finished for chunk in chunks):  # no earlier: the sums may have been all of them
+            home = [torch.zeros_like(k), torch.zeros_like(v)]
+        heads.give_back_gradients(chunks, one_dq, home)
         del one_dq
-    return dq, dk, dv, dsinks
+    return dq, home[0], home[1], dsinks
 
 
 @torch.library.custom_op("ring_hf::chunked_ulysses", mutates_args=())

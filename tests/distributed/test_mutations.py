@@ -90,20 +90,20 @@ def _heads_of_a_neighbour(patch):
 
 
 def _keys_of_the_chunk_before(patch):
-    original = chunked_ulysses._Heads.fetch
+    original = chunked_ulysses._Heads.fetch_keys
 
-    def fetch(self, chunks, *tensors):
+    def fetch_keys(self, chunks, k, v):
         before = self.kv
-        arrived = original(self, chunks, *tensors)
+        original(self, chunks, k, v)
         self.kv = before or self.kv
-        return arrived
 
-    patch.setattr(chunked_ulysses._Heads, "fetch", fetch)
+    patch.setattr(chunked_ulysses._Heads, "fetch_keys", fetch_keys)
+    patch.setattr(chunked_ulysses._Heads, "release_keys", lambda self, chunks: None)
 
 
 def _gradients_of_the_last_chunk_alone(patch):
     def add_gradients(self, chunks, *grads):
-        self.grads = list(grads)
+        self._grads = list(grads)
 
     patch.setattr(chunked_ulysses._Heads, "add_gradients", add_gradients)
 

@@ -140,12 +140,13 @@ def chunks_of_heads(rank: int, world_size: int, case: Case) -> list[tuple[int, i
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_chunks_of_heads_are_exchanged_twice_each_way_and_keys_once(num_ranks):
+def test_chunks_send_each_head_once_and_once_more_for_backward(num_ranks):
     case = Case("zigzag", num_ranks, heads=16, kv_heads=4, ulysses=2)  # eight query heads in two groups a rank
     q, kv = (n * case.rows * (case.length // num_ranks) * 8 for n in (case.heads, 2 * case.kv_heads))
-    # There and back: q, k, v and out; backward dout, and dq, dk, dv. Chunks bring q, k, v and out again for that.
+    # There and back: q, k, v and out; backward dout, and dq, dk, dv. Chunks bring q, k, v and out again for that, in
+    # an exchange for each of them, but keys and values together and once for each of the two groups.
     want = [(2, 2 * q + kv, 2, 2 * q + kv)]
-    want += [(2 * count, 2 * q + kv, 2 * count, 4 * q + 2 * kv) for count in (2, 4, 8)]
+    want += [(2 * count + 2, 2 * q + kv, 4 * count + 4, 4 * q + 2 * kv) for count in (2, 4, 8)]
     assert run_distributed(num_ranks, chunks_of_heads, case) == [want] * num_ranks
 
 
