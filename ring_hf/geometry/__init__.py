@@ -5,7 +5,7 @@ Start at `WholeSequence` (a batch as all ranks see it) and `make_plan` (one rank
 
 from .balance import balanced_owners
 from .band import Piece, area, split, trim
-from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split
+from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split, most_head_chunks
 from .layout import (
     LAYOUTS,
     Segment,
@@ -46,6 +46,7 @@ __all__ = [
     "farthest",
     "head_split",
     "make_plan",
+    "most_head_chunks",
     "multiple",
     "needed",
     "num_chunks",

@@ -13,9 +13,10 @@ D and Dv head dims, e bytes per element, F FLOP/s, B bytes/s.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .hardware import HARDWARE, Hardware, Shape
+from .heads import chunk_heads, head_split
 from .layout import layout_rule
 from .matrices import Matrix, need_matrix, total_work, work_matrix
 from .plan import Plan, Step
@@ -154,6 +155,46 @@ def pass_cost(
         blocks = tokens * (0 if steps == 1 else 2 if steps <= inner else 4)  # leaving and arriving, of a turn too
     busiest = max(map(sum, zip(*compute, strict=True)))
     return Cost(busiest, total + exchange, most, mean, exchanged, blocks * per_token)
+
+
+def chunked_cost(
+    problem: Problem,
+    shape: Shape,
+    hardware: Hardware,
+    transport: str = "ring",
+    inner: int = 1,
+    backward: bool = False,
+    head_chunks: int = 1,
+) -> Cost:
+    """`pass_cost` where Ulysses exchanges the busiest rank's heads in chunks, one after the other.
+
+    A chunk is a pass of its own over its heads, so keys and values of a group that is cut go round the ring with each
+    of its chunks. Backward exchanges q, k, v and out once more: twice the bytes.
+    """
+    if head_chunks == 1:
+        return pass_cost(problem, shape, hardware, transport, inner, backward)
+    split, u, tokens = (
+        head_split(shape.num_heads, shape.num_kv_heads, problem.ulysses),
+        problem.ulysses,
+        problem.tokens,
+    )
+    busiest = max(split, key=lambda share: share.num_q)
+    passes, in_ring = [], 0.0
+    for chunk in chunk_heads(busiest, head_chunks):
+        own = replace(shape, num_heads=chunk.share.num_q * u, num_kv_heads=len(chunk.share.kv) * u)
+        passes.append(pass_cost(problem, own, hardware, transport, inner, backward))
+        in_ring += passes[-1].total - Layer(own, hardware, u, backward).all_to_all(tokens)
+    whole, times = Layer(shape, hardware, u, backward), 1 + backward
+    latency = whole.all_to_all(0)
+    exchange = times * (whole.all_to_all(tokens) - latency) + head_chunks * latency
+    return Cost(
+        sum(cost.compute for cost in passes),
+        in_ring + exchange,
+        tuple(map(sum, zip(*(cost.sent for cost in passes), strict=True))),
+        tuple(map(sum, zip(*(cost.mean_by_step for cost in passes), strict=True))),
+        times * whole.ulysses_bytes * tokens,
+        max(cost.buffers for cost in passes),
+    )
 
 
 def sources_in(step: int, size: int, inner: int) -> list[int]:

@@ -85,6 +85,11 @@ def chunk_heads(share: HeadShare, num_chunks: int) -> tuple[HeadChunk, ...]:
     )
 
 
+def most_head_chunks(num_heads: int, num_kv_heads: int, ulysses: int) -> int:
+    """The query heads of the busiest rank: more chunks than these would be empty. Without Ulysses 1."""
+    return max(share.num_q for share in head_split(num_heads, num_kv_heads, ulysses)) if ulysses > 1 else 1
+
+
 def check_head_chunks(num_chunks: int, num_heads: int, num_kv_heads: int, ulysses: int) -> None:
     """Raises `ValueError` unless Ulysses' heads can be exchanged in so many chunks."""
     if num_chunks == 1:
@@ -98,7 +103,7 @@ def check_head_chunks(num_chunks: int, num_heads: int, num_kv_heads: int, ulysse
             f"head_chunks={num_chunks} cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged. "
             "Set ulysses_size to at least 2, or leave head_chunks out."
         )
-    most = max(share.num_q for share in head_split(num_heads, num_kv_heads, ulysses))
+    most = most_head_chunks(num_heads, num_kv_heads, ulysses)
     if num_chunks > most:
         raise ValueError(
             f"head_chunks={num_chunks} is more than the {most} query heads that the busiest of ulysses_size={ulysses} "

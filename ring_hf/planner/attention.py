@@ -9,7 +9,7 @@ Letters: c tokens of a rank, e bytes of an element, H query heads; widths are el
 
 from dataclasses import dataclass
 
-from ..geometry import head_split
+from ..geometry import chunk_heads, head_split
 from .model import Model
 
 
@@ -49,9 +49,16 @@ class Widths:
     grouped: bool
 
     @classmethod
-    def of(cls, model: Model, ulysses: int) -> "Widths":
-        """Of a rank's tokens: heads of all of its place's tokens count as all heads of its own."""
-        shares = head_split(model.heads, model.kv_heads, ulysses)
+    def of(cls, model: Model, ulysses: int, head_chunks: int = 1) -> "Widths":
+        """Of a rank's tokens: heads of all of its place's tokens count as all heads of its own.
+
+        Of the largest of so many chunks of heads.
+        """
+        shares = [
+            chunk.share
+            for share in head_split(model.heads, model.kv_heads, ulysses)
+            for chunk in chunk_heads(share, head_chunks)
+        ]
         heads = max(share.num_q for share in shares) * ulysses
         kv_heads = max(len(share.kv) for share in shares) * ulysses
         both = model.head_dim + model.v_head_dim
@@ -110,6 +117,38 @@ def exchange_bytes(widths: Widths, element: int) -> float:
     What arrived, and the tensors it came from or goes to: `parallel.ulysses` copies once on either side.
     """
     return 2 * element * (widths.query + widths.keys)
+
+
+def chunked_forward_bytes(local: Widths, one: Widths, element: int, ring: int, transport: str) -> float:
+    """Bytes of a token while `parallel.chunked_ulysses` runs forward, besides q, k and v: results, and one chunk.
+
+    Keys and values arrive, then queries, each twice while they are unpacked; then they are attended with, and the
+    result is packed and goes back.
+    """
+    held = element * local.out + max(4, element) * local.heads  # out and lse, from the first chunk on
+    arriving = element * max(2 * one.keys, one.keys + 2 * one.query)
+    attended = element * (one.keys + one.query) + forward_bytes(one, element, ring, transport)
+    back = element * (one.keys + 3 * one.out) + max(4, element) * one.heads
+    return held + max(arriving, attended, back)
+
+
+def chunked_backward_bytes(
+    local: Widths, one: Widths, element: int, ring: int, transport: str, workspace: float = 0.0
+) -> float:
+    """Bytes of a token in its backward pass, besides q, k, v, out, lse and the gradient of out.
+
+    Where chunks cut groups, and so share keys and values, the sums of their gradients are in fp32. Room for those of
+    the rank's tokens is made when the first are complete: after all computing, if all chunks share them.
+    """
+    fp32, shared = max(4, element), one.keys >= local.keys
+    is_cut = one.keys * local.heads > local.keys * one.heads
+    sums, home = fp32 * one.keys * is_cut, element * local.keys
+    given = element * (one.keys + one.query + 2 * one.out)
+    arriving = given + element * max(one.query, one.out)  # the last of them twice
+    attended = given + fp32 * one.heads + backward_bytes(one, element, ring, transport) + workspace
+    back = max(element * (3 * one.query + one.keys), element * one.query + max(fp32 + element, 3 * element) * one.keys)
+    dq = element * local.query
+    return dq + max(sums + max(arriving, attended) + home * (not shared), back + home)
 
 
 def workspace_bytes(widths: Widths, element: int, kernel: str) -> float:

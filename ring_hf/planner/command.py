@@ -135,6 +135,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     ring.add_argument("--layout", default="zigzag", choices=LAYOUTS, help="default: zigzag")
     ring.add_argument("--transport", default="auto", choices=("auto", *TRANSPORTS), help="default: auto")
     ring.add_argument("--ulysses", default="1", help="ranks that exchange heads, or auto (default: 1)")
+    ring.add_argument(
+        "--head-chunks", type=int, default=1, help="chunks in which heads are exchanged (default: 1, all at once)"
+    )
     ring.add_argument("--inner", type=int, default=1, help="ranks of an inner ring")
     ring.add_argument("--kernel", default="auto", help="whose published rate counts (default: auto, the fastest)")
 
@@ -174,6 +177,7 @@ def job_of(options: argparse.Namespace) -> Job:
         transport=options.transport,
         ulysses=0 if options.ulysses == "auto" else int(options.ulysses),
         inner=options.inner,
+        head_chunks=options.head_chunks,
         kernel=options.kernel,
         fused=options.fused,
         fp8=options.fp8,

@@ -4,7 +4,16 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..geometry import LAYOUTS, TRANSPORTS, Mask, WholeSequence, auto_ulysses, multiple, padded_length
+from ..geometry import (
+    LAYOUTS,
+    TRANSPORTS,
+    Mask,
+    WholeSequence,
+    auto_ulysses,
+    most_head_chunks,
+    multiple,
+    padded_length,
+)
 from ..geometry.cost import choose_transport
 from ..geometry.hardware import Hardware
 from .device import DEVICES, Device
@@ -32,6 +41,7 @@ class Job:
             input and the attention output, so that attention is never computed again.
         ffn_block, loss_block: tokens at a time, of all rows, in MLPs and in the head with its loss; 0: all at once.
         ulysses: ranks that exchange heads; 0 for automatic.
+        head_chunks: in how many chunks a rank's heads are exchanged and attended with; 1: all at once.
         inner: ranks of a double ring's inner ring; 1 without.
         fused: norms and MLP activations that keep only their inputs (Liger, torch.compile).
         fp8: linear layers in fp8.
@@ -57,6 +67,7 @@ class Job:
     transport: str = "auto"
     ulysses: int = 1
     inner: int = 1
+    head_chunks: int = 1
     kernel: str = "auto"
     fused: bool = False
     fp8: bool = False
@@ -85,6 +96,13 @@ class Job:
             raise ValueError(
                 f"--ulysses {self.ulysses}: {self.model.name} has {self.model.heads} query heads, and every rank "
                 "needs one. Choose a smaller split; the ring takes the rest."
+            )
+        most = most_head_chunks(self.model.heads, self.model.kv_heads, self.ulysses)
+        if not 1 <= self.head_chunks <= most:
+            raise ValueError(
+                f"--head-chunks {self.head_chunks}: with --ulysses {self.ulysses}, the busiest rank exchanges "
+                f"{most if self.ulysses > 1 else 'no'} query heads of {self.model.name}. Choose at most {most}"
+                + ("." if self.ulysses > 1 else ", or a --ulysses of at least 2.")
             )
         if self.inner != 1 and (not 1 < self.inner < self.ring or self.ring % self.inner):
             raise ValueError(

@@ -10,7 +10,8 @@ Letters: c tokens of a rank, h hidden size, e = 2 bytes of bf16, L layers, N dev
 
 from dataclasses import dataclass
 
-from .attention import Widths, backward_bytes, exchange_bytes, forward_bytes, idle_bytes, workspace_bytes
+from . import attention
+from .attention import Widths
 from .device import FRAGMENTATION, RUNTIME
 from .engine import DDP, engine_of
 from .job import Job
@@ -147,11 +148,16 @@ def norm_bytes(job: Job) -> tuple[float, float]:
     return (each + E) * h, (model.norms - 1) * each * h + E * h
 
 
+def _kept_widths(job: Job) -> Widths:
+    """Of the heads of all tokens of its place that a rank attends with; in chunks it keeps its own tokens instead."""
+    return Widths.of(job.model, job.ulysses if job.head_chunks == 1 else 1)
+
+
 def attention_bytes(job: Job) -> float:
     """Bytes of a token that a layer's attention keeps: q, k, v, out, lse, and norms of q and k."""
-    model, widths = job.model, Widths.of(job.model, job.ulysses)
+    model, widths = job.model, _kept_widths(job)
     kept = E * (widths.query + widths.keys + widths.out) + 4 * widths.heads
-    if job.ulysses > 1:
+    if job.ulysses > 1 and job.head_chunks == 1:
         kept += E * model.out_width  # the output as tokens, after the exchange
     each = E if job.fused else 4 + E
     if model.qk_norm:
@@ -162,8 +168,10 @@ def attention_bytes(job: Job) -> float:
 def saved_bytes(job: Job) -> float:
     """Bytes of a token that a layer saves so that attention is not computed again: `memory.saving` keeps the results
     of attention, and of the exchanges of heads before and after it."""
-    widths = Widths.of(job.model, job.ulysses)
-    exchanged = E * (widths.query + widths.keys + widths.out) + 4 * widths.heads if job.ulysses > 1 else 0.0
+    widths = _kept_widths(job)
+    exchanged = 0.0
+    if job.ulysses > 1 and job.head_chunks == 1:  # chunks are exchanged inside the one operator that is saved
+        exchanged = E * (widths.query + widths.keys + widths.out) + 4 * widths.heads
     return E * widths.out + 4 * widths.heads + exchanged
 
 
@@ -208,18 +216,24 @@ def _kept(job: Job) -> list[Item]:
 
 def _attention(job: Job) -> list[Item]:
     c, model = job.tokens, job.model
-    widths = Widths.of(model, job.ulysses)
+    widths, one = _kept_widths(job), Widths.of(model, job.ulysses, job.head_chunks)
     saves_all = job.checkpoint == "none"
     first, _ = norm_bytes(job)
     kinds = {job.chosen(window)[0] for window in model.window_counts}
-    forward = max(forward_bytes(widths, E, job.ring, kind) for kind in kinds)
-    backward = max(backward_bytes(widths, E, job.ring, kind) for kind in kinds)
     kernel = next(iter(job.device_facts.kernels)) if job.kernel == "auto" else job.kernel
-    workspace = workspace_bytes(widths, E, kernel)
-    exchange = exchange_bytes(widths, E) if job.ulysses > 1 else 0.0
+    workspace = attention.workspace_bytes(one, E, kernel)
+    if job.head_chunks > 1:
+        forward = max(attention.chunked_forward_bytes(widths, one, E, job.ring, kind) for kind in kinds)
+        backward = max(attention.chunked_backward_bytes(widths, one, E, job.ring, kind, workspace) for kind in kinds)
+        workspace = exchange = 0.0  # counted there
+    else:
+        forward = max(attention.forward_bytes(widths, E, job.ring, kind) for kind in kinds)
+        backward = max(attention.backward_bytes(widths, E, job.ring, kind) for kind in kinds)
+        exchange = attention.exchange_bytes(widths, E) if job.ulysses > 1 else 0.0
     qkv = E * (widths.query + widths.keys)
     already = 0.0 if saves_all else 1.0
-    idle = max(idle_bytes(widths, E, job.ring, kind, c) for kind in kinds)
+    in_fp32, of_chunk = ("", "; one chunk of heads") if job.head_chunks > 1 else (" in fp32", "")
+    idle = max(attention.idle_bytes(one, E, job.ring, kind, c) for kind in kinds)
     moment = "attention forward"
     items = [Item("idle exchange buffers", idle, moment) for moment in ("attention forward", "MLP backward", "loss")]
     if job.checkpoint == "save-attention":
@@ -228,7 +242,7 @@ def _attention(job: Job) -> list[Item]:
         items += [
             Item("norm before attention", already * first * c, moment),
             Item("q, k, v", already * qkv * c, moment),
-            Item("output in fp32 and K/V blocks", forward * c, moment),
+            Item(f"output{in_fp32} and K/V blocks{of_chunk}", forward * c, moment),
             Item("exchange of heads, beyond that", max(0.0, exchange - forward) * c, moment),
         ]
     moment = "attention backward"
@@ -237,7 +251,7 @@ def _attention(job: Job) -> list[Item]:
         Item("norm before attention", already * first * c, moment),
         Item(_KEPT, already * attention_bytes(job) * c, moment),
         Item("gradients of out and residual", E * (widths.out + model.hidden) * c, moment),
-        Item("fp32 dq, dK/dV and K/V blocks", backward * c, moment),
+        Item(f"fp32 dq, dK/dV and K/V blocks{of_chunk}", backward * c, moment),
         Item("kernel workspace", workspace * c, moment),
         Item("exchange of heads, beyond that", max(0.0, exchange - backward - workspace) * c, moment),
     ]

@@ -16,7 +16,7 @@ Letters: c tokens of a rank, e bytes of an element, H and K heads, D and E head 
 
 from dataclasses import dataclass
 
-from ..geometry import head_split
+from ..geometry import chunk_heads, head_split
 from .job import Job
 
 MASKS = {"causal": 0.5, "full": 1.0}
@@ -43,7 +43,8 @@ def thresholds(job: Job) -> tuple[Threshold, ...]:
     """For a job's heads and kernel rates: inside a node, across nodes, and across nodes with a double ring."""
     hardware, ulysses = job.hardware, job.ulysses
     share = max(head_split(job.model.heads, job.model.kv_heads, ulysses), key=lambda share: share.num_q)
-    grouping = len(share.kv) / share.num_q
+    chunks = [chunk.share for chunk in chunk_heads(share, job.head_chunks)]
+    grouping = max(len(chunk.kv) / chunk.num_q for chunk in chunks)
     inner = job.inner if job.inner > 1 else max(1, job.per_node // ulysses)
     links = (
         ("in a node", hardware.node_bandwidth, 1),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..geometry import most_head_chunks
 from .engine import engine_of
 from .job import Job
 from .memory import Memory, memory_of
@@ -20,6 +21,7 @@ class Split:
     ring: int
     inner: int
     transport: str
+    head_chunks: int
     seconds: float
     exposed: float
 
@@ -118,15 +120,16 @@ def splits(job: Job) -> Iterator[Split]:
     windows = any(job.model.windows)
     for ulysses in (n for n in range(1, min(job.cp, job.model.heads) + 1) if job.cp % n == 0):
         ring = job.cp // ulysses
+        chunks = min(job.head_chunks, most_head_chunks(job.model.heads, job.model.kv_heads, ulysses))
         ways = [("ring", 1)]
         if ring > 1:
             ways += [("allgather", 1)] + [("direct", 1)] * windows
             inner = max(1, job.per_node // ulysses)
             ways += [("double_ring", inner)] if 1 < inner < ring and ring % inner == 0 else []
         for transport, inner in ways:
-            cut = job.but(ulysses=ulysses, inner=inner, transport=transport)
+            cut = job.but(ulysses=ulysses, inner=inner, transport=transport, head_chunks=chunks)
             compute, exposed, _ = attention_seconds(cut)
-            found.append(Split(ulysses, ring, inner, transport, compute + exposed, exposed))
+            found.append(Split(ulysses, ring, inner, transport, chunks, compute + exposed, exposed))
     yield from sorted(found, key=lambda split: split.seconds)
 
 
@@ -176,6 +179,9 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from _states_on_host(job)
     if works_on(EIGHT_BIT, job.is_deepspeed, False) and job.optimizer == DEFAULT and "optimizer" not in job.offload:
         yield "8-bit optimizer states", f"--optimizer {EIGHT_BIT}", {"optimizer": EIGHT_BIT}
+    most = most_head_chunks(job.model.heads, job.model.kv_heads, job.ulysses)
+    if job.head_chunks < most:
+        yield "heads exchanged in chunks", f"--head-chunks {most}", {"head_chunks": most}
     if not job.ffn_block:
         yield "MLPs block by block", "--ffn-block 4096", {"ffn_block": 4096}
     if not job.loss_block:

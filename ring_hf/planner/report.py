@@ -51,6 +51,7 @@ def _heading(plan: Plan) -> str:
     windows = {window: count for window, count in model.window_counts.items() if window}
     near = "".join(f", {count} layers with a window of {window:,}" for window, count in windows.items())
     ways = f"ring {job.ring} x ulysses {job.ulysses}" + (f", inner ring {job.inner}" if job.inner > 1 else "")
+    ways += f", heads in {job.head_chunks} chunks" if job.head_chunks > 1 else ""
     groups = f" x {job.dp} data parallel" if job.dp > 1 else ""
     padded = f" (padded to {job.padded:,})" if job.padded != job.length else ""
     rows = f", {job.rows} rows" if job.rows > 1 else ""
@@ -159,7 +160,7 @@ def _splits(plan: Plan) -> str:
     if job.cp == 1:
         return ""
     compute, exposed, _ = attention_seconds(job)
-    own = Split(job.ulysses, job.ring, job.inner, job.transport, compute + exposed, exposed)
+    own = Split(job.ulysses, job.ring, job.inner, job.transport, job.head_chunks, compute + exposed, exposed)
     fastest = {job.ulysses: own}
     for split in plan.splits:
         if split.ulysses not in fastest or split.seconds < fastest[split.ulysses].seconds:
@@ -177,8 +178,9 @@ def _splits(plan: Plan) -> str:
 
 def _options(split: Split, job: Job) -> str:
     """What to add to the job's command for this split."""
-    changed = [name for name in ("ulysses", "transport", "inner") if getattr(split, name) != getattr(job, name)]
-    return " ".join(f"--{name} {getattr(split, name)}" for name in changed)
+    names = ("ulysses", "transport", "inner", "head_chunks")
+    changed = [name for name in names if getattr(split, name) != getattr(job, name)]
+    return " ".join(f"--{name.replace('_', '-')} {getattr(split, name)}" for name in changed)
 
 
 def _advice(plan: Plan) -> str:

@@ -11,9 +11,11 @@ Letters: s sequence length, c tokens of a rank, P weights that a token meets, N 
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from ..geometry import Mask, WholeSequence
-from ..geometry.cost import Cost, Problem, amount, pass_cost
+from ..geometry.cost import Cost, Problem, amount, chunked_cost
+from ..geometry.hardware import Hardware, Shape
 from .device import HOST_MEMORY_BANDWIDTH
 from .job import Job
 from .memory import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
@@ -67,18 +69,18 @@ def _problem(sequence: WholeSequence, window: int | None, rows: int) -> Problem:
 
 @functools.lru_cache(maxsize=1024)
 def _passes(
-    sequence: WholeSequence, window: int | None, rows: int, shape: object, hardware: object, transport: str, inner: int
+    sequence: WholeSequence, window: int | None, rows: int, shape: Shape, hardware: Hardware, *how: Any
 ) -> tuple[Cost, Cost]:
-    problem = _problem(sequence, window, rows)
-    forward, backward = (pass_cost(problem, shape, hardware, transport, inner, back) for back in (False, True))  # type: ignore[arg-type]
-    return forward, backward
+    transport, inner, head_chunks = how
+    settings = _problem(sequence, window, rows), shape, hardware, transport, inner
+    return chunked_cost(*settings, False, head_chunks), chunked_cost(*settings, True, head_chunks)
 
 
 def attention_passes(job: Job, window: int | None) -> tuple[Cost, Cost]:
     """Forward and backward of one layer that sees so far."""
     transport, inner = job.chosen(window)
     facts = job.model.shape(E, job.rows), job.hardware
-    return _passes(job.sequence(), window, job.rows, *facts, transport, inner)
+    return _passes(job.sequence(), window, job.rows, *facts, transport, inner, job.head_chunks)
 
 
 def attention_seconds(job: Job) -> tuple[float, float, float]:

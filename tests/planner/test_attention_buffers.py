@@ -1,5 +1,6 @@
 """What the planner says the ring holds, against what the schedule really allocates, byte by byte."""
 
+import threading
 from unittest import mock
 
 import pytest
@@ -9,11 +10,23 @@ from ring_hf.geometry import Mask, WholeSequence, make_plan
 from ring_hf.kernels import choose
 from ring_hf.parallel import buffers, transport
 from ring_hf.parallel.buffers import Pool
+from ring_hf.parallel.call import Call, encode
+from ring_hf.parallel.chunked_ulysses import chunked_backward, chunked_forward
 from ring_hf.parallel.groups import group_of
+from ring_hf.parallel.lanes import lane_of
 from ring_hf.parallel.schedule import ring_backward, ring_forward
 from ring_hf.parallel.transport import Ring
 from ring_hf.planner import attention as formulas
-from ring_hf.planner.attention import Held, Widths, backward_bytes, forward_bytes, idle_bytes
+from ring_hf.planner.attention import (
+    Held,
+    Widths,
+    backward_bytes,
+    chunked_backward_bytes,
+    chunked_forward_bytes,
+    forward_bytes,
+    idle_bytes,
+)
+from ring_hf.planner.config import parse
 from tests.planner.live import Live, uncounted
 from tests.threads import threads_as_ranks
 
@@ -84,6 +97,55 @@ def test_no_more_lies_idle_than_the_planner_says(name, ring, inner, layout):
     said = idle_bytes(WIDTHS, 2, ring, name, TOKENS)
     print(f"{name} of {ring}: {idle:,} of {said:,.0f} bytes idle")
     assert 0 < idle <= said < idle_bytes(WIDTHS, 2, ring, name, 10**6) == buffers.IDLE_BYTES
+
+
+CHUNKED_HEADS = {"groups": (16, 8), "one group a rank": (16, 2), "no groups": (8, 8)}
+
+
+def held_in_chunks(heads, kv_heads, ring, count, element):
+    """Most bytes that a rank of `ring` x Ulysses 2 holds forward and backward, besides inputs and gradient of out."""
+
+    def one(rank, group):
+        sequence = WholeSequence("zigzag", 2 * ring * TOKENS, 2 * ring, ulysses=2)
+        shapes = [(1, TOKENS, number, DIM) for number in (heads, kv_heads, kv_heads)]
+        q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
+        call = encode(Call(sequence, Mask(), DIM**-0.5, None, group, "cpu", "ring", 1, True, count))
+        with Live(q, k, v) as forward:
+            out, lse = chunked_forward(q, k, v, None, call)
+        dout = torch.ones_like(out)
+        with Live(q, k, v, out, lse, dout) as backward:
+            chunked_backward(dout, q, k, v, None, out, lse, call)
+        return forward.peak, backward.peak
+
+    pools: dict[int, Pool] = {}
+
+    def pool_of(device):  # threads are ranks here: each has its own
+        return pools.setdefault(threading.get_ident(), Pool(device, lane_of(device)))
+
+    stand_in = mock.patch.object(transport, "pool_of", pool_of)
+    with threads_as_ranks() as run, stand_in, mock.patch.object(buffers, "IDLE_BYTES", 0):
+        peaks = run(2 * ring, one)
+    return [max(direction) for direction in zip(*peaks, strict=True)]
+
+
+@pytest.mark.parametrize("element", DTYPES, ids=["bf16", "fp32"])
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("ring", [1, 2, 3])
+@pytest.mark.parametrize("name", CHUNKED_HEADS)
+def test_chunks_of_heads_hold_what_the_planner_says_and_no_more(name, ring, count, element):
+    heads, kv_heads = CHUNKED_HEADS[name]
+    count = min(count, heads // 2)
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": DIM, "hidden_size": 64}
+    sizes |= {"model_type": "llama", "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64}
+    model = parse(sizes, "", "")
+    widths = Widths.of(model, 1), Widths.of(model, 2, count)
+    said = [fn(*widths, element, ring, "ring") * TOKENS for fn in (chunked_forward_bytes, chunked_backward_bytes)]
+    for direction, found, most in zip(
+        ("forward", "backward"), held_in_chunks(heads, kv_heads, ring, count, element), said, strict=True
+    ):
+        print(f"{name}, ring {ring}, {count} chunks, {direction}: {found:,} of {most:,.0f} ({found / most:.3f})")
+        assert found <= most, f"{direction} holds {found - most:,.0f} bytes more than the planner says"
+        assert found >= 0.75 * most
 
 
 def test_a_ring_holds_exactly_this():

@@ -184,6 +184,14 @@ REFUSED = [
     ("--model Qwen3-8B --cp 3", "--cp 3 does not divide --devices 8"),
     ("--model Qwen3-8B --cp -8", "--cp -8 does not divide --devices 8"),
     ("--model Qwen3-8B --ulysses 3", "--ulysses 3 does not divide --cp 8"),
+    (
+        "--model Qwen3-8B --head-chunks 2",
+        "busiest rank exchanges no query heads of Qwen/Qwen3-8B. Choose at most 1, or a --ulysses of at least 2.",
+    ),
+    (
+        "--model Qwen3-8B --ulysses 8 --head-chunks 5",
+        "the busiest rank exchanges 4 query heads of Qwen/Qwen3-8B. Choose at most 4.",
+    ),
     ("--model Qwen3-8B --ulysses two", "--ulysses 'two' is no number of ranks"),
     ("--model Qwen2.5-0.5B --devices 16 --ulysses 16", "--ulysses 16: Qwen/Qwen2.5-0.5B has 14 query heads"),
     ("--model Qwen3-8B --inner 3", "--inner 3 does not cut a ring of 8"),

@@ -113,9 +113,10 @@ def test_layers_hold_after_the_forward_what_their_checkpointing_keeps(checkpoint
     assert found == pytest.approx(said, rel=0.01)
 
 
-def test_saved_exchanges_of_heads_are_counted():
+@pytest.mark.parametrize("head_chunks", [1, 2])
+def test_saved_exchanges_of_heads_are_counted(head_chunks):
     model = parse({**SMALL, "model_type": "llama"}, "", "")
-    job = Job(model, 4 * TOKENS, devices=4, ulysses=2, checkpoint="save-attention")
+    job = Job(model, 4 * TOKENS, devices=4, ulysses=2, checkpoint="save-attention", head_chunks=head_chunks)
 
     def one(rank, group):
         shapes = [(1, heads, TOKENS, model.head_dim) for heads in (model.heads, model.kv_heads, model.kv_heads)]
@@ -127,7 +128,8 @@ def test_saved_exchanges_of_heads_are_counted():
             return lambda: tensor
 
         with Save(Shelf(keep)):
-            ring_attention(q, k, v, sequence=job.sequence(), group=group, transport="ring")
+            settings = {"head_chunks": head_chunks, "return_lse": head_chunks == 1}
+            ring_attention(q, k, v, sequence=job.sequence(), group=group, transport="ring", **settings)
         return sum(kept)
 
     with threads_as_ranks() as run:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, multiple, needed, sent_tokens
-from ring_hf.geometry.cost import Problem, choose_transport, pass_cost
+from ring_hf.geometry.cost import Problem, choose_transport, chunked_cost, pass_cost
 from ring_hf.geometry.hardware import HARDWARE, Hardware, Shape, hardware_of
 from ring_hf.geometry.matrices import need_matrix, total_work, work_matrix
 from ring_hf.parallel import attention, ring_attention
@@ -250,3 +250,21 @@ def test_all_ranks_of_a_job_find_the_same_hardware():
     assert hardware_of("cpu", 2) == replace(HARDWARE["cpu"], ranks_per_node=2)
     assert hardware_of("cuda", 8) == HARDWARE["h100"] == hardware_of("xpu", 8)
     assert hardware_of("cuda", 0).ranks_per_node == 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_chunks_of_heads_exchange_twice_as_much_backward_and_compute_the_same(backward):
+    shape = Shape(32, 8, 128, 128)
+    for ulysses, ring in ((8, 1), (2, 4)):
+        problem = Problem.of(WholeSequence("zigzag", 2**16, 8, ulysses=ulysses), Mask())
+        whole = pass_cost(problem, shape, IDEAL, "ring", 1, backward)
+        assert chunked_cost(problem, shape, IDEAL, "ring", 1, backward, 1) == whole
+        for chunks in (2, 4, 8, 16):
+            if chunks > 32 // ulysses:
+                continue
+            found = chunked_cost(problem, shape, IDEAL, "ring", 1, backward, chunks)
+            assert found.compute == pytest.approx(whole.compute)
+            assert found.exchanged == pytest.approx((1 + backward) * whole.exchanged)
+            # Whole groups go round the ring once; each chunk of one that is cut takes its keys and values along.
+            rounds = max(1, chunks // (8 // ulysses))
+            assert sum(found.sent) == pytest.approx(rounds * sum(whole.sent)) and (ring > 1) == (sum(found.sent) > 0)
