@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..geometry.cost import duration
+from ..geometry.cost import amount, duration
 from .facts import Facts, Way
 from .machine import numbers
 
 _EXPOSED = 0.1  # share of a step's attention that may wait for keys and values before that is worth a word
 _FASTER = 0.95  # another algorithm must be predicted at most this long against the ring
+_FULL = 0.9  # of a device's memory, that weights and what trains them may take
 _LONG = 8192  # tokens from which the eager reference kernel is no choice
 
 
@@ -159,6 +160,25 @@ def _division(facts: Facts) -> Advice | None:
     )
 
 
+def _weights(facts: Facts) -> Advice | None:
+    """Whole weights on every rank do not fit."""
+    fitting = [one for one in facts.engines if one.missing is None and one.held < _FULL * facts.devices.memory]
+    whole = next((one for one in facts.engines if one.name == "DDP"), None)
+    if facts.devices.kind != "cuda" or whole is None or whole in fitting:
+        return None
+    reason = (
+        f"DDP holds {amount(whole.held)} of weights, gradients and AdamW on a rank, of {amount(facts.devices.memory)}"
+    )
+    if not fitting:
+        return Advice("take more ranks, adapters, or ring-hf plan --fit for states in host memory", reason)
+    best = min(fitting, key=lambda one: one.held)
+    file = "zero3_8gpu.yaml" if best.name.startswith("DeepSpeed") else "fsdp2_8gpu.yaml"
+    return Advice(
+        f"start with configs/accelerate/{file}",
+        f"{reason}; {best.name} holds {amount(best.held)} (activations come on top)",
+    )
+
+
 def _exposed(facts: Facts) -> Advice | None:
     overlap, question = facts.overlap, facts.question
     if overlap is None or overlap.best.exposed <= _EXPOSED:
@@ -240,6 +260,7 @@ RULES: tuple[Rule, ...] = (
     _variables,
     _threads,
     _contiguous,
+    _weights,
     _exposed,
     _algorithm,
     _padding,

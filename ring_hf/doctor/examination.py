@@ -10,6 +10,7 @@ from ..hf.names import BACKENDS, ULYSSES
 from ..kernels import candidates
 from ..planner import read_keys
 from . import machine
+from .engines import find_engines
 from .facts import Devices, Facts, Layers, Links, Question
 from .measurement import measure
 from .overlap import predict
@@ -54,6 +55,7 @@ def diagnose(question: Question, seconds: float = 120.0, repeats: int = 5) -> Fa
         links=Links(started, "nccl" if found.kind == "cuda" else "gloo"),
         environment=environment,
     )
+    facts = replace(facts, engines=find_engines(question, keys, found, facts.packages))
     measured = _measured(facts, _job(facts, seconds, repeats), started)
     return measured and replace(measured, overlap=predict(measured))
 

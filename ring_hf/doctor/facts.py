@@ -78,6 +78,15 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class EngineFact:
+    """An engine: bytes of weights, gradients and optimizer states on a rank, and why it cannot run here, if so."""
+
+    name: str
+    held: int
+    missing: str | None
+
+
+@dataclass(frozen=True)
 class Speed:
     """Causal attention of one layer over so many tokens on one device: FLOPs and seconds of each pass."""
 
@@ -169,4 +178,5 @@ class Facts:
     links: Links
     speeds: tuple[Speed, ...] = ()
     overlap: Overlap | None = None
+    engines: tuple[EngineFact, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ def render(facts: Facts, advice: Sequence[Advice]) -> str:
     ranks = f"{question.ranks} ranks" if question.ranks > 1 else "1 rank"
     title = f"{question.model}, {question.sequence:,} tokens on {ranks}, {question.layout}, {question.dtype}"
     parts = [title, *_versions(facts), *_devices(facts), *_kernels(facts)]
-    parts += [*_links(facts), *_speed(facts), *_overlap(facts), *_advice(advice)]
+    parts += [*_engines(facts), *_links(facts), *_speed(facts), *_overlap(facts), *_advice(advice)]
     return "\n".join(line.rstrip() for line in parts)
 
 
@@ -75,6 +75,16 @@ def _kernels(facts: Facts) -> list[str]:
         even = min(auto_ulysses(one.num_heads, one.num_kv_heads, ranks, ranks) for one in facts.layers)
         lines.append(f"  heads divide evenly among {even} of {ranks} ranks (Ulysses)")
     return lines
+
+
+def _engines(facts: Facts) -> list[str]:
+    if not facts.engines:
+        return []
+    rows = [
+        [one.name, amount(one.held), f"no: {one.missing}" if one.missing else "runs here"] for one in facts.engines
+    ]
+    words = f"weights, gradients and fp32 AdamW of {facts.question.model} on a rank of {facts.question.ranks}"
+    return [_head("engines", words), *_columns(rows)]
 
 
 def _links(facts: Facts) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from ring_hf.cli import main
 from ring_hf.doctor import Facts, Question, advise, machine, ranks, render
 from ring_hf.doctor.advice import RULES
-from ring_hf.doctor.facts import Devices, Layers, Links, Overlap, Package, Speed, Way
+from ring_hf.doctor.facts import Devices, EngineFact, Layers, Links, Overlap, Package, Speed, Way
 from ring_hf.doctor.overlap import machine_of, predict, rates
 from ring_hf.kernels import KERNELS
 from tests.harness import ROOT
@@ -60,7 +60,26 @@ def predicted(facts):
 
 SLOW_LINKS = Links(8, "nccl", ((1, 2e-5), (2**28, 2**28 / 2e9)))
 # What a rule is given, whether it refuses, what it says to do and why.
+ENGINES = (EngineFact("DDP", 150 * 10**9, None), EngineFact("FSDP2", 19 * 10**9, None))
 CASES = {
+    "weights-do-not-fit": (
+        replace(NODE, engines=ENGINES),
+        False,
+        "start with configs/accelerate/fsdp2_8gpu.yaml",
+        "DDP holds 150 GB of weights, gradients and AdamW on a rank, of 80 GB; FSDP2 holds 19 GB",
+    ),
+    "weights-fit-nowhere": (
+        replace(NODE, engines=(ENGINES[0], replace(ENGINES[1], held=10**11))),
+        False,
+        "take more ranks, adapters, or ring-hf plan --fit",
+        "DDP holds 150 GB",
+    ),
+    "weights-without-fsdp": (
+        replace(NODE, engines=(*ENGINES[:1], EngineFact("DeepSpeed ZeRO-3", 19 * 10**9, None))),
+        False,
+        "start with configs/accelerate/zero3_8gpu.yaml",
+        "DeepSpeed ZeRO-3 holds 19 GB",
+    ),
     "torch-too-old": (replace(NODE, **package("torch", "2.5.1")), True, "pip install 'torch>=2.6'", "torch 2.5.1"),
     "transformers-too-new": (
         replace(NODE, **package("transformers", "6.0.0")),
@@ -259,6 +278,7 @@ def test_doctor_measures_two_processes_and_writes_what_it_found(tmp_path, capsys
     folder, output = tmp_path / "model", tmp_path / "new" / "doctor.json"
     folder.mkdir()
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sizes["intermediate_size"] = 128
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **sizes}))
     words = ["doctor", "--model", str(folder), "--seq", "1K", "--repeats", "2", "--timeout", "250"]
     words += ["--json", str(output)]
@@ -278,6 +298,12 @@ def test_doctor_measures_two_processes_and_writes_what_it_found(tmp_path, capsys
     assert (links["processes"], links["backend"], links["error"]) == (2, "gloo", None)
     assert [size for size, _ in links["times"]] == [1, 2**16, 2**20, 2**24]
     assert all(0 < seconds < 60 for _, seconds in links["times"]) and len(facts["speeds"]) == 1
+    assert {one["name"]: one["missing"] for one in facts["engines"]} == {
+        "DDP": None,
+        "FSDP2": "Accelerate has no FSDP on CPUs",
+        **{f"DeepSpeed ZeRO-{stage}": None for stage in (1, 2, 3)},
+    }
+    assert f"engines     weights, gradients and fp32 AdamW of {folder} on a rank of 2" in said
     assert facts["overlap"]["measured"] and facts["overlap"]["tokens"] == 512
     assert isinstance(found["advice"], list)
 
