@@ -1,0 +1,96 @@
+"""The most memory that a rank takes under each engine, against DDP: `python -m tests.engines.memory FOLDER`.
+
+One launch for each engine and set of memory options, of a model whose states are far larger than what a process takes
+without it. What is compared is the most that the first rank holds above what it held before the model was made.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+from ring_hf import memory
+from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
+from ring_hf.tools.tables import markdown
+from tests.engines.cases import engine_arguments, family_of, state_of
+from tests.engines.conftest import ENVIRONMENTS
+from tests.harness import accelerate_launch
+from tests.trainer.cases import Case
+from tests.trainer.train_script import arguments, curves
+
+LENGTH, STEPS = 2048, 3
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "saved attention, blocks": {"attention": "save", "ffn_block": 256, "loss_block": 256},
+}
+ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+
+
+def measure(engine: str, options: str, folder: Path) -> dict[str, Any]:
+    """Bytes and seconds of a few steps in this process."""
+    torch.set_num_threads(1)
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
+    with engine_arguments(engine) as more:
+        before = _most_held()
+        torch.manual_seed(0)
+        shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "vocab_size": 16384}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": LENGTH}
+        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation="ring_zigzag"))
+        if OPTIONS[options]:
+            memory.apply(model, **OPTIONS[options])
+        run = Case(f"{engine} {options}", "zigzag", world_size, steps=STEPS, batch=2)
+        args = arguments(replace(run, name=run.name), folder, **more)
+        args.parallelism_config = ContextParallelConfig(context_parallel_size=world_size)
+        rows = [{"input_ids": torch.randint(16384, (LENGTH,)).tolist()} for _ in range(run.batch * STEPS)]
+        rows = [{**row, "labels": row["input_ids"]} for row in rows]
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=ContextParallelCollator(model))
+        began = time.perf_counter()
+        trainer.train()
+        seconds = (time.perf_counter() - began) / STEPS
+        held, parameters = _most_held() - before, sum(p.numel() for p in LlamaForCausalLM(model.config).parameters())
+        return {"held": held, "seconds": seconds, "parameters": parameters, **curves(trainer), **state_of(trainer)}
+
+
+def _most_held() -> int:
+    """Bytes that this process has held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Launch every engine, and print the table; or, in a launched process, write what it measured."""
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        engine, options = sys.argv[2:4]
+        result = measure(engine, options, folder)
+        if torch.distributed.get_rank() == 0:
+            (folder / f"{engine} {options}.json").write_text(json.dumps(result))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    for options in OPTIONS:
+        for engine in ENGINES:
+            path = folder / f"{engine} {options}.json"
+            if not path.exists():
+                command = ["-m", "tests.engines.memory", str(folder), engine, options]
+                accelerate_launch(command, 2, ENVIRONMENTS[family_of(engine)], timeout=900)
+            results[engine, options] = json.loads(path.read_text())
+    rows = [["engine", "memory options", "MB of a rank", "of DDP", "worst loss beside DDP"]]
+    for (engine, options), result in results.items():
+        whole, plain = results["DDP", options], results["DDP", "none"]
+        worst = max(abs(a - b) for a, b in zip(result["loss"], plain["loss"], strict=True))
+        share = f"{result['held'] / whole['held']:.2f}"
+        rows.append([engine, options, f"{result['held'] / 1e6:,.0f}", share, f"{worst:.1e}"])
+    parameters = statistics.median(result["parameters"] for result in results.values())
+    print(f"{parameters / 1e6:.0f}M parameters, 2 processes, {LENGTH:,} tokens, {STEPS} steps\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
