@@ -32,6 +32,8 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ring_hf.hf.trainer.engines import engine_of
+from tests.engines.families import BY_DEFAULT, WITH_OPTIONS, WITHOUT_OPTIONS
+from tests.hf.architectures import tiny
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case, attention_of
 
 # 96 tokens a rank and micro-batch are computed in five blocks.
@@ -166,40 +168,47 @@ ALL_CASES = [
 ]
 _HSDP = {"dp_replicate_size": 2}
 ALL_CASES += [replace(case, engine="HSDP", settings=_HSDP) for case in _runs("FSDP2", 4)]
+ALL_CASES += [
+    EngineCase(engine, Case(f"dp1xcp2-{name}", "zigzag", 2, model=name, steps=3), levers=levers)
+    for engine in ("FSDP2", "ZeRO-3")
+    for levers, names in (("all", WITH_OPTIONS), ("", WITHOUT_OPTIONS))
+    for name in names
+]
 # What runs by default: every engine, every lever, and what differs most from its neighbours.
-_SAMPLE = {
-    *(
-        "FSDP1-dp1xcp2-hole",
-        "FSDP2-dp1xcp2-hole",
-        "FSDP2-dp1xcp2-bf16",
-        "FSDP2-dp1xcp2-lora-bf16",
-        "FSDP2-dp1xcp2-tied",
-    ),
-    *("FSDP2-dp1xcp2-lora-all", "FSDP2-dp1xcp2-hole-saved", "FSDP2-dp1xcp2-hole-all", "FSDP2-dp1xcp2-tied-all"),
-    *("FSDP2-dp1xcp2-broken", "FSDP2-dp2xcp2", "FSDP2-dp2xcp2-hole-all", "HSDP-dp2xcp2-hole", "ZeRO-1-dp1xcp2"),
-    *(
-        "ZeRO-1-dp1xcp2-bf16",
-        "ZeRO-2-dp1xcp2",
-        "ZeRO-3-dp1xcp2-hole",
-        "ZeRO-3-dp1xcp2-bf16",
-        "ZeRO-3-dp1xcp2-lora-bf16",
-    ),
-    *("ZeRO-3-dp1xcp2-lora-all", "ZeRO-3-dp1xcp2-hole-saved", "ZeRO-3-dp1xcp2-hole-all", "ZeRO-3-dp1xcp2-tied-all"),
-    *(
-        "ZeRO-3-dp1xcp2-broken",
-        "ZeRO-3-dp1xcp2-hole-all-host",
-        "FSDP2-dp1xcp2-hole-all-host",
-        "FSDP2-dp1xcp2-hole-each-batch",
-        "FSDP2-dp1xcp2-moe-all",
-        "ZeRO-3-dp1xcp2-moe-all",
-        "FSDP2 at loading-dp1xcp2-hole-all",
-        "FSDP2 at loading-dp1xcp2-lora-bf16",
-        "FSDP2-dp1xcp2-lora-4bit-all",
-        "ZeRO-3-dp1xcp2-lora-4bit-all",
-        "ZeRO-2-dp1xcp2-hole-all-host",
-    ),
-}
-CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLE]
+_SAMPLE = """
+    FSDP1-dp1xcp2-hole
+    FSDP2-dp1xcp2-bf16
+    FSDP2-dp1xcp2-broken
+    FSDP2-dp1xcp2-hole
+    FSDP2-dp1xcp2-hole-all
+    FSDP2-dp1xcp2-hole-all-host
+    FSDP2-dp1xcp2-hole-each-batch
+    FSDP2-dp1xcp2-hole-saved
+    FSDP2-dp1xcp2-lora-4bit-all
+    FSDP2-dp1xcp2-lora-bf16
+    FSDP2-dp1xcp2-moe-all
+    FSDP2-dp1xcp2-tied-all
+    FSDP2-dp2xcp2-hole-all
+    FSDP2 at loading-dp1xcp2-hole-all
+    HSDP-dp2xcp2-hole
+    ZeRO-1-dp1xcp2
+    ZeRO-1-dp1xcp2-bf16
+    ZeRO-2-dp1xcp2
+    ZeRO-2-dp1xcp2-hole-all-host
+    ZeRO-3-dp1xcp2-bf16
+    ZeRO-3-dp1xcp2-broken
+    ZeRO-3-dp1xcp2-hole
+    ZeRO-3-dp1xcp2-hole-all
+    ZeRO-3-dp1xcp2-hole-all-host
+    ZeRO-3-dp1xcp2-hole-saved
+    ZeRO-3-dp1xcp2-lora-4bit-all
+    ZeRO-3-dp1xcp2-lora-bf16
+    ZeRO-3-dp1xcp2-moe-all
+    ZeRO-3-dp1xcp2-tied-all
+"""
+_SAMPLED = {line.strip() for line in _SAMPLE.strip().splitlines()}
+_SAMPLED |= {f"{engine}-dp1xcp2-{name}-all" for engine, name in BY_DEFAULT.items()}
+CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPLED]
 
 
 def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = None) -> torch.nn.Module:
@@ -220,8 +229,10 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
     model: Any
     if case.run.model == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4, output_router_logits=True))
-    else:
+    elif case.run.model == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        model = tiny(case.run.model, attention_of(case.run.layout))
     loading: dict[str, Any] = {}
     if case.engine == AT_LOADING:
         loading["distributed_config"] = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.harness import accelerate_launch
+from tests.harness import accelerate_launch, launch_forked
 from tests.trainer.conftest import shared_folder
 
 # DeepSpeed takes its device from `use_cpu`, FSDP version 1 from Accelerate's own variable.
@@ -36,7 +36,8 @@ class EngineLaunches:
             if not folder.exists():
                 folder.mkdir()
                 command = ["tests/engines/train_script.py", str(folder), family]
-                accelerate_launch(command, world_size, ENVIRONMENTS.get(family), timeout=560)
+                start = accelerate_launch if world_size == 2 else launch_forked
+                start(command, world_size, ENVIRONMENTS.get(family), timeout=560)
             return json.loads((folder / "results.json").read_text())
 
 

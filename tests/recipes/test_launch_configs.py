@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, run_command
+from tests.harness import ROOT, launch_forked, run_command
 from tests.recipes.test_configs import LAUNCHES
 
 SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -48,20 +48,24 @@ def start(tmp_path_factory):
     (folder / "run.yaml").write_text(json.dumps(RUN))
 
     def start(launcher, name, *more, env=None):
-        output = ["--data", str(folder / "corpus.jsonl"), "--output_dir", str(folder / name)]
-        run_command([*launcher, "recipes/finetune.py", str(folder / "run.yaml"), *output, *more], env)
+        words = ["recipes/finetune.py", str(folder / "run.yaml"), "--data", str(folder / "corpus.jsonl")]
+        words += ["--output_dir", str(folder / name), *more]
+        if launcher:
+            run_command([*launcher, *words], env)
+        else:
+            launch_forked(words)
         log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
         steps = [row for row in log if "loss" in row]
         return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], folder / name / "model.safetensors"
 
-    start([sys.executable], "init", "--model_config", json.dumps(SHAPE), "--tokenizer", "bytes", "--max_steps", "1")
+    start([], "init", "--model_config", json.dumps(SHAPE), "--tokenizer", "bytes", "--max_steps", "1")
     return start, folder
 
 
 @pytest.fixture(scope="module")
 def one(start):
     begin, folder = start
-    return begin([sys.executable], "one", "--model", str(folder / "init"))
+    return begin([], "one", "--model", str(folder / "init"))
 
 
 @pytest.mark.parametrize("name", CASES if os.environ.get("RING_HF_ALL_CASES") else SAMPLE)
