@@ -232,7 +232,8 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
     elif case.run.model == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
-        model = tiny(case.run.model, attention_of(case.run.layout))
+        # In one process: not every family has sinks or soft-capping with sdpa.
+        model = tiny(case.run.model, "eager" if case.run.layout is None else attention_of(case.run.layout)).float()
     loading: dict[str, Any] = {}
     if case.engine == AT_LOADING:
         loading["distributed_config"] = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))
