@@ -1,8 +1,8 @@
 """Training under `accelerate launch` with an unmodified Trainer follows one process that holds whole sequences, step
 by step.
 
-20 steps at a learning rate at which one process agrees with itself under other rounding (checked first). Each world
-size is launched once and runs all of its cases; every test reads one of them.
+20 steps (8 without RING_HF_ALL_CASES) at a learning rate at which one process agrees with itself under other rounding
+(checked first). Each world size is launched once and runs all of its cases; every test reads one of them.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def names(cases):
 
 def test_the_cases_cover_what_is_claimed():
     exact = [case for _, case in EXACT]
-    assert len(exact) == len({case.name for case in exact}) >= 50 and STEPS >= 20
+    assert len(exact) == len({case.name for case in exact}) >= 50 and STEPS in (8, 20)
     for cp, dp in ((2, 1), (4, 1), (2, 2)):
         here = [case for case in exact if (case.cp, case.dp) == (cp, dp)]
         for layout in ("contiguous", "zigzag", "striped"):
