@@ -58,7 +58,7 @@ def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ran
     prefixes = tuple(tuple(min(prefix, b - a) for a, b in itertools.pairwise(row)) for row in bounds) if prefix else ()
     sequence = WholeSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)
     inner = 2 if transport == "double_ring" else 1
-    return fuzz.Case(sequence, rule, 2, *HEADS[heads], None, False, "auto", transport, inner, True)
+    return fuzz.Case(sequence, rule, 2, *HEADS[heads], None, False, "auto", transport, inner, True, 1)
 
 
 @pytest.mark.parametrize("adapter, layout, mask", MATRIX)
