@@ -83,7 +83,7 @@ def _engines(facts: Facts) -> list[str]:
     rows = [
         [one.name, amount(one.held), f"no: {one.missing}" if one.missing else "runs here"] for one in facts.engines
     ]
-    words = f"weights, gradients and fp32 AdamW of {facts.question.model} on a rank of {facts.question.ranks}"
+    words = f"weights, gradients and fp32 AdamW on a rank of {facts.question.ranks}"
     return [_head("engines", words), *_columns(rows)]
 
 

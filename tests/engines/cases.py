@@ -335,9 +335,9 @@ def state_of(trainer: Any) -> dict[str, Any]:
 
 
 def _is_on_host(state: Any) -> bool:
-    """Whether an engine offloads parameters, as it says itself."""
+    """Whether an engine offloads the optimizer, as it says itself."""
     if state.distributed_type == DistributedType.DEEPSPEED:
-        return "offload_param" in state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        return "offload_optimizer" in state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     return isinstance(getattr(getattr(state, "fsdp_plugin", None), "cpu_offload", None), CPUOffloadPolicy)
 
 

@@ -70,6 +70,8 @@ def test_the_engine_that_was_asked_for_really_ran(engine_launches, case):
     kinds = [parameter]
     if case.engine == AT_LOADING and case.run.lora:  # adapters that come later are whole on every rank
         kind, kinds = "PeftModelForCausalLM", ["DTensor", "Parameter"]
+    if case.quantized and case.engine.startswith("ZeRO"):
+        kinds = ["Parameter", "Params4bit"]
     assert (run["distributed_type"], run["class"], run["parameters"]) == (distributed_type, kind, kinds)
     assert run["on host"] == case.on_host
     assert run["engine"] == ("FSDP2" if case.engine == "HSDP" else case.engine)
