@@ -100,13 +100,15 @@ def test_sharding_the_same_weights_twice_is_refused():
     assert "FSDP2 was asked for as well" in message
 
 
-def test_dtensors_that_nobody_here_has_made_are_refused(monkeypatch):
+def test_dtensors_that_nobody_here_has_made_are_refused():
     model = llama("ring_zigzag")
-    weight = model.lm_head.weight
     assert weights_error(context("DDP"), model) is None
-    weight.device_mesh = "a mesh"
-    assert "Parameters of the model are DTensors on a mesh, and DDP" in weights_error(context("DDP"), model)
+    model.lm_head.weight.device_mesh = SimpleNamespace(mesh_dim_names=("dp_replicate", "dp_shard_cp"))
+    assert "and DDP did not shard them so" in weights_error(context("DDP"), model)
     assert weights_error(context("FSDP2"), model) is None
+    for names in (("tp",), ("dp_shard_cp", "tp"), None):
+        model.lm_head.weight.device_mesh = SimpleNamespace(mesh_dim_names=names)
+        assert "and FSDP2 did not shard them so" in weights_error(context("FSDP2"), model)
 
 
 @pytest.mark.parametrize("kind", ["MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])

@@ -23,14 +23,23 @@ class PacksWhenEvaluated(nn.Linear):
         return super().forward(x)
 
 
+class WritesWhenEvaluated(nn.Linear):
+    def forward(self, x):
+        if not self.training:
+            with torch.no_grad():
+                self.weight.mul_(2)
+        return super().forward(x)
+
+
 class Marked(PacksWhenEvaluated):
     def __init__(self, size):
         super().__init__(size, size)
         self.weight.quant_state = "4 bits"
 
 
-def test_a_module_that_changes_its_weights_when_it_is_tried_is_refused():
-    model = nn.Sequential(PacksWhenEvaluated(4, 4))
+@pytest.mark.parametrize("kind", [PacksWhenEvaluated, WritesWhenEvaluated])
+def test_a_module_that_changes_its_weights_when_it_is_tried_is_refused(kind):
+    model = nn.Sequential(kind(4, 4))
     message = r"A module changed 0\.weight when it was tried in evaluation mode"
     with pytest.raises(ValueError, match=message), probe.undisturbed(model):
         model(torch.ones(1, 4))

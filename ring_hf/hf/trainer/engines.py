@@ -283,12 +283,14 @@ def _is_sharded_at_loading(model: Any) -> bool:
 def weights_error(context: ProcessContext, model: Any) -> str | None:
     """Return why the way in which somebody else sharded the weights of a model cannot be trained with, or None."""
     if not _is_sharded_at_loading(model):
-        mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
-        if mesh is None or ENGINES[context.engine].cuts_over_mesh:
+        meshes = (p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+        of_the_config = ENGINES[context.engine].cuts_over_mesh
+        mesh = next((m for m in meshes if not (of_the_config and _is_of_weights(m))), None)
+        if mesh is None:
             return None
         return (
-            f"Parameters of the model are DTensors on {mesh}, and {context.engine} did not shard them: gradients of "
-            "ranks that share a sequence would not be added up. Leave the sharding of weights to FSDP2 "
+            f"Parameters of the model are DTensors on {mesh}, and {context.engine} did not shard them so: gradients "
+            "of ranks that share a sequence would not be added up. Leave the sharding of weights to FSDP2 "
             "(`accelerate launch --use_fsdp --fsdp_version 2`), to DeepSpeed, or to "
             "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))."
         )
@@ -320,6 +322,11 @@ def weights_error(context: ProcessContext, model: Any) -> str | None:
             "model before it is sharded, or leave distributed_config out and have Accelerate's FSDP2 shard it."
         )
     return None
+
+
+def _is_of_weights(mesh: Any) -> bool:
+    """Return whether a mesh is one over which Accelerate's FSDP2 cuts weights with the config."""
+    return bool(mesh.mesh_dim_names) and set(mesh.mesh_dim_names) <= {"dp_replicate", "dp_shard", "cp", "dp_shard_cp"}
 
 
 def _uneven_tied_weight(model: Any, num_shards: int) -> str | None:
