@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from transformers import set_seed
 
 import ring_hf  # noqa: F401 (registers the backends, as a user's script does)
@@ -49,7 +50,13 @@ class Rank:
         if child == 0:
             self._run_in_child(case)
         deadline = time.monotonic() + case.timeout + 2 * GRACE
+        show_workers = deadline - 2 * GRACE - 4
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > show_workers:  # a loader waits for its workers: where are they?
+                for worker in psutil.Process(child).children(recursive=True):
+                    worker.send_signal(signal.SIGUSR1)
+                    time.sleep(0.5)  # or their lines mix
+                show_workers = float("inf")
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 ended = os.waitpid(child, 0)
@@ -66,7 +73,9 @@ class Rank:
         stack = self.path(case, "stack")
         lines = stack.read_text().splitlines() if stack.exists() else []
         if lines and "Timeout" in lines[0]:
-            return f"Hang: still in {_innermost(lines)} after {case.timeout} s"
+            workers = self.path(case, "workers").read_text()
+            shown = f", its workers:\n{workers}" if workers else ""
+            return f"Hang: still in {_innermost(lines)} after {case.timeout} s{shown}"
         return f"Killed: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
     def _run_in_child(self, case: Case) -> None:
@@ -75,6 +84,8 @@ class Rank:
         os.dup2(log, 2)
         if self.count > 1:
             self._meet(case)
+        workers = self.path(case, "workers").open("w")
+        faulthandler.register(signal.SIGUSR1, file=workers)  # inherited by workers of a data loader
         stack = self.path(case, "stack").open("w")
         faulthandler.dump_traceback_later(case.timeout, exit=True, file=stack)
         own = self.folder / f"{case.name}.rank{self.index}"
