@@ -9,17 +9,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .doctor import command as command_doctor
-from .planner import command as command_plan
-from .tools import command_bench, command_show, command_simulate
-from .tools.options import Formatter
+from .doctor import doctor_command
+from .planner import plan_command
+from .simulate import bench_command, show_command, simulate_command
+from .simulate.cli_options import Formatter
 
 COMMANDS: dict[str, ModuleType] = {
-    "doctor": command_doctor,
-    "plan": command_plan,
-    "show": command_show,
-    "simulate": command_simulate,
-    "bench": command_bench,
+    "doctor": doctor_command,
+    "plan": plan_command,
+    "show": show_command,
+    "simulate": simulate_command,
+    "bench": bench_command,
 }
 _DESCRIPTION = """Exact context parallelism for Hugging Face models: what a machine can do, what a run needs, pictures,
 simulations.

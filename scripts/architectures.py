@@ -1,5 +1,5 @@
 """Writes what the tests prove of architectures to where it is read: the table in the README, and the names of classes
-that need no trial step in `ring_hf/hf/runtime/proven.py`.
+that need no trial step in `ring_hf/hf/runtime/proven_classes.py`.
 
 python scripts/architectures.py
 """

@@ -72,7 +72,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     import ring_hf
-    from ring_hf.hf.trainer import guard, hooks
+    from ring_hf.hf.trainer import model_guard, trainer_hooks
 
     steps: list[float] = []
 
@@ -84,7 +84,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
             steps[-1] += time.perf_counter()
 
     set_seed(0)
-    messages, trials = Stopwatch(guard, "exchange"), Stopwatch(hooks, "run_trial")
+    messages, trials = Stopwatch(model_guard, "exchange"), Stopwatch(trainer_hooks, "run_trial")
     model = LlamaForCausalLM(model_config(job, "ring_zigzag"))
     rows = [{"input_ids": tokens, "labels": tokens} for tokens in sequences(job)]
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +100,8 @@ def train(job: dict[str, Any]) -> dict[str, float]:
         )
         collator = ring_hf.ContextParallelCollator(model)
         Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()  # type: ignore[arg-type]
-    setattr(guard, "exchange", messages._function)  # noqa: B010
-    setattr(hooks, "run_trial", trials._function)  # noqa: B010
+    setattr(model_guard, "exchange", messages._function)  # noqa: B010
+    setattr(trainer_hooks, "run_trial", trials._function)  # noqa: B010
     in_steps = messages.seconds[-len(steps) + 1 :]
     return {
         "step": statistics.median(steps[1:]),

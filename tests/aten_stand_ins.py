@@ -18,7 +18,7 @@ import torch
 from torch._meta_registrations import alloc_with_matching_layout
 
 from ring_hf.geometry import Tile
-from ring_hf.kernels import cuda_cudnn, cuda_efficient, cuda_flash, flash_calls, reference
+from ring_hf.kernels import cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen, reference
 from tests.flash_stand_ins import CALLS, stand_in
 
 ADAPTERS = ("cuda_efficient", "cuda_cudnn")
@@ -103,7 +103,7 @@ def _check_cudnn(q, k, v, is_causal) -> None:
     assert q.shape[1] % k.shape[1] == 0
     dims = q.shape[3], v.shape[3]
     assert dims[0] % 8 == dims[1] % 8 == 0 and (max(dims) <= 128 or dims == (192, 128))
-    assert q.shape[2] >= flash_calls.LARGE and (q.shape[2] == k.shape[2] or not is_causal)
+    assert q.shape[2] >= flash_varlen.LARGE and (q.shape[2] == k.shape[2] or not is_causal)
     assert q.shape[2] % cuda_cudnn.UNIT == k.shape[2] % cuda_cudnn.UNIT == 0
     for x in (q, k, v):
         assert torch.empty_like(x).stride() == x.stride(), "gradients would have other strides than the graph's"

@@ -26,7 +26,7 @@ from ring_hf.kernels import (
     flash_attn_2,
     flash_attn_3,
     flash_attn_4,
-    flash_calls,
+    flash_varlen,
     hub,
 )
 from tests.flash_stand_ins_maths import (
@@ -303,16 +303,16 @@ def stand_in(adapter: str, large: int = 12, capability: tuple[int, int] = (9, 0)
     """
     # No Blackwell, no FlashAttention-4 of the first betas: their backward has no windows on Hopper.
     capability = (10, 0) if adapter == "4-beta4" else capability
-    flash_calls._grouped.cache_clear()
+    flash_varlen._grouped.cache_clear()
     with contextlib.ExitStack() as patches:
 
         def patch(module, name, value):
             patches.enter_context(mock.patch.object(module, name, value))
 
-        patch(flash_calls, "DEVICE", "cpu")
-        patch(flash_calls, "DTYPES", (torch.float64,))
-        patch(flash_calls, "LARGE", large)
-        patch(flash_calls, "capability", lambda device: capability)
+        patch(flash_varlen, "DEVICE", "cpu")
+        patch(flash_varlen, "DTYPES", (torch.float64,))
+        patch(flash_varlen, "LARGE", large)
+        patch(flash_varlen, "capability", lambda device: capability)
         patch(cuda_cudnn, "_cudnn", lambda: None)  # builds for CUDA have it, and it would come first
         if adapter == "aten":
             patch(cuda_flash, "_forward", aten_forward)
@@ -322,4 +322,4 @@ def stand_in(adapter: str, large: int = 12, capability: tuple[int, int] = (9, 0)
         else:
             patches.enter_context(installed(adapter))
             yield adapter if "/" in adapter else f"flash_attn_{adapter[0]}"
-    flash_calls._grouped.cache_clear()
+    flash_varlen._grouped.cache_clear()

@@ -31,7 +31,9 @@ from ring_hf.parallel import buffers
 ROOT = Path(__file__).resolve().parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
 # In the server, which runs no code of torch: a process that has cannot be forked safely.
-_FORKS.set_forkserver_preload(["tests.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.config"])
+_FORKS.set_forkserver_preload(
+    ["tests.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.parallelism_config"]
+)
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Replays what `tests/streams.py` recorded of all ranks, in any order that its streams and events allow.
+"""Replays what `tests/cuda_streams.py` recorded of all ranks, in any order that its streams and events allow.
 
 An exchange starts when its stream gets to it and ends when its other ends have started; pairs are matched by order
 alone, as NCCL does, which has no tags. A schedule is a function that chooses among the nodes that may run next.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.streams import Machine, Node
+from tests.cuda_streams import Machine, Node
 
 
 class Replay:

@@ -11,18 +11,18 @@ __all__ = ["Advice", "Facts", "Question", "advise", "diagnose", "render"]
 
 if TYPE_CHECKING:
     from .advice import Advice, advise
-    from .examination import diagnose
+    from .diagnosis import diagnose
+    from .diagnosis_report import render
     from .facts import Facts, Question
-    from .report import render
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
         {
             "advice": ("Advice", "advise"),
-            "examination": ("diagnose",),
+            "diagnosis": ("diagnose",),
             "facts": ("Facts", "Question"),
             "machine": (),
-            "ranks": (),
-            "report": ("render",),
+            "rank_launch": (),
+            "diagnosis_report": ("render",),
         },
     )

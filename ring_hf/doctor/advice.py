@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..geometry.cost import amount, duration
+from ..costmodel.pass_cost import amount, duration
 from .facts import Facts, Way
 from .machine import numbers
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..parallel import local_attention, probe
+from ..parallel import bandwidth, local_attention
 from .facts import Speed
-from .ranks import ATTENDING, MEETING, Job
+from .rank_launch import ATTENDING, MEETING, Job
 
 BACKWARD = 2.5  # five matrix products instead of two
 _PATIENCE = {"cpu": 1.0, "cuda": 2.0}  # seconds that one run of forward and backward may be expected to take
@@ -33,10 +33,10 @@ def measure(
     if size == 1:
         return speeds(job, device, say), []
     say(MEETING)
-    with probe.joined(rank, size, device, store, job.seconds):
-        links = probe.measure_links(device, job.messages, job.repeats, say)
+    with bandwidth.joined(rank, size, device, store, job.seconds):
+        links = bandwidth.measure_links(device, job.messages, job.repeats, say)
         found = speeds(job, device, say)
-        return [_slowest(probe.gather([speed])) for speed in found], links
+        return [_slowest(bandwidth.gather([speed])) for speed in found], links
 
 
 def speeds(job: Job, device: torch.device, say: Callable[[str], None]) -> list[Speed]:
@@ -46,7 +46,7 @@ def speeds(job: Job, device: torch.device, say: Callable[[str], None]) -> list[S
         if found:
             tokens = _affordable(found[-1], tokens, _PATIENCE[device.type])
             # The ranks do the same, or they would wait for each other for ever.
-            tokens = min(probe.gather([tokens]))
+            tokens = min(bandwidth.gather([tokens]))
         if not found or tokens > found[-1].tokens:
             say(f"{ATTENDING} over {tokens:,} tokens")
             found.append(_speed(job, tokens, device))

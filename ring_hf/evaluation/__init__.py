@@ -2,7 +2,7 @@
 plot."""
 
 from .perplexity import LengthResult, evaluation_windows, perplexity_by_length, position_buckets
-from .report import format_positions, format_table, plot_perplexity
+from .perplexity_report import format_positions, format_table, plot_perplexity
 
 __all__ = [
     "LengthResult",

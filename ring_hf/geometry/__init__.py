@@ -5,6 +5,7 @@ Start at `WholeSequence` (a batch as all ranks see it) and `make_plan` (one rank
 
 from .balance import balanced_owners
 from .band import Piece, area, split, trim
+from .dependencies import farthest, needed, rank_work, visible
 from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split, most_head_chunks
 from .layout import (
     LAYOUTS,
@@ -18,7 +19,6 @@ from .layout import (
     unshard_index,
 )
 from .plan import TRANSPORTS, Move, Plan, Slice, Step, make_plan, sent_tokens
-from .reach import farthest, needed, rank_work, visible
 from .sequence import Mask, Regions, WholeSequence
 from .tiles import Tile, tiles
 

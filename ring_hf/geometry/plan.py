@@ -13,8 +13,8 @@ A *transport* is data too: the blocks of a rank's steps, and for those that hand
 import functools
 from dataclasses import dataclass
 
+from .dependencies import farthest, needed
 from .layout import Segment, slice_segments
-from .reach import farthest, needed
 from .sequence import Mask, WholeSequence
 from .tiles import Tile, tiles
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .attention.registration import register_backends
     from .collate.collator import ContextParallelCollator
     from .trainer.callback import ContextParallelCallback
-    from .trainer.config import ContextParallelConfig
-    from .trainer.guard import guard_model
+    from .trainer.model_guard import guard_model
+    from .trainer.parallelism_config import ContextParallelConfig
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
@@ -30,7 +30,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
             "attention.registration": ("register_backends",),
             "collate.collator": ("ContextParallelCollator",),
             "trainer.callback": ("ContextParallelCallback",),
-            "trainer.config": ("ContextParallelConfig",),
-            "trainer.guard": ("guard_model",),
+            "trainer.parallelism_config": ("ContextParallelConfig",),
+            "trainer.model_guard": ("guard_model",),
         },
     )

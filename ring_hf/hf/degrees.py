@@ -12,8 +12,8 @@ from typing import Any
 
 from ring_hf.geometry import TRANSPORTS, auto_ulysses, check_head_chunks
 
+from .attn_names import BACKENDS, ULYSSES, attention_name, layout_of
 from .context import ProcessContext
-from .names import BACKENDS, ULYSSES, attention_name, layout_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 
 from ..geometry import Tile
 from . import cpu, cuda_cudnn, cuda_efficient, cuda_flash, flash_attn_2, flash_attn_3, flash_attn_4, hub, reference
+from .indexing import Place, Tokens, Windows
 from .merge import State, Sum, accumulate_dtype, merge_
-from .places import Place, Tokens, Windows
 
 
 class Kernel(Protocol):

@@ -13,8 +13,8 @@ slice at a time, and the results merged as those of blocks are.
 import torch
 from torch.nn.functional import pad
 
+from .causal_blocks import PieceKernel
 from .merge import accumulate_dtype, merge_
-from .pieces import PieceKernel
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Results, and their copies in fp32, stay a part of the shard.

@@ -1,7 +1,7 @@
 """Attention on tiles with cuDNN's attention inside PyTorch, for the large tiles of Hopper and Blackwell.
 
 cuDNN builds a graph for every shape and knows no window. It is therefore given only tiles of at least
-`flash_calls.LARGE` queries that split into full rectangles and causal squares, which are most of the work of a ring
+`flash_varlen.LARGE` queries that split into full rectangles and causal squares, which are most of the work of a ring
 over long sequences; PyTorch's flash attention (`cuda_flash`) takes all other tiles of the same step.
 
 When it may be chosen follows what went wrong with it (threads of pytorch/pytorch unless named):
@@ -37,11 +37,11 @@ import os
 import torch
 
 from ..geometry import Tile, split
-from . import cuda_flash, flash_calls
-from .both import Both
-from .flash_calls import dotted
+from . import cuda_flash, flash_varlen
+from .causal_blocks import PieceKernel, padded
+from .flash_varlen import dotted
 from .merge import accumulate_dtype
-from .pieces import PieceKernel, padded
+from .routed import Both
 
 UNIT = 128  # tokens
 _DEVICES = ((9, 0), (10, 0), (10, 3))
@@ -58,7 +58,7 @@ def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None
         return reason
     if (active := cuda_flash.activated()) is not None:
         return f"{active} was activated in PyTorch, which kernel='cuda_flash' runs"
-    if (found := flash_calls.capability(q.device)) not in _DEVICES:
+    if (found := flash_varlen.capability(q.device)) not in _DEVICES:
         return f"compute capability {dotted(found or ())} is not one of {', '.join(map(dotted, _DEVICES))}"
     dims = tuple(-(-x.shape[-1] // 8) * 8 for x in (q, v))
     if max(dims) > _WIDEST and dims != _LATENT:
@@ -96,10 +96,10 @@ def _cudnn() -> int | None:
 
 def takes(tile: Tile) -> bool:
     """Whether a tile splits into nothing but large full rectangles and causal squares of whole units."""
-    return tile.num_q >= flash_calls.LARGE and all(
+    return tile.num_q >= flash_varlen.LARGE and all(
         (piece.kind == "full" or (piece.kind == "causal" and piece.num_q == piece.num_k))
         and piece.count == 1
-        and piece.num_q >= flash_calls.LARGE
+        and piece.num_q >= flash_varlen.LARGE
         and piece.num_q % UNIT == piece.num_k % UNIT == 0
         for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi)
     )

@@ -27,10 +27,10 @@ Letters: B batch, H query heads, K key/value heads, G query heads of each, C que
 import torch
 from torch.nn.functional import pad
 
-from . import flash_calls
-from .flash_calls import dotted
+from . import flash_varlen
+from .causal_blocks import PieceKernel, padded
+from .flash_varlen import dotted
 from .merge import accumulate_dtype
-from .pieces import PieceKernel, padded
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST, _NEWEST = (5, 0), (12, 1)
@@ -42,7 +42,7 @@ _backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.defa
 
 def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
-    if q.device.type != flash_calls.DEVICE:
+    if q.device.type != flash_varlen.DEVICE:
         return f"the tensors are on {q.device.type}"
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
@@ -50,7 +50,7 @@ def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None
         return f"it has no soft-capping (softcap={softcap})"
     if torch.version.hip:
         return "the device is driven by ROCm, whose kernels differ"
-    if (found := flash_calls.capability(q.device)) is None:
+    if (found := flash_varlen.capability(q.device)) is None:
         return "PyTorch finds no CUDA device"
     if not _OLDEST <= found <= _NEWEST:
         return f"compute capability {dotted(found)} is not between {dotted(_OLDEST)} and {dotted(_NEWEST)}"

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 import torch.nn.attention
 
-from . import flash_calls
-from .flash_calls import FlashKernel, KernelCall, dotted
+from . import flash_varlen
+from .flash_varlen import FlashKernel, KernelCall, dotted
 
 logger = logging.getLogger("ring_hf")
 
@@ -58,13 +58,13 @@ _FOUR_RESULTS = 19  # from this beta of 4.0.0 on
 
 def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
-    if (reason := flash_calls.unfit(q, v)) is not None:
+    if (reason := flash_varlen.unfit(q, v)) is not None:
         return reason
     if softcap is not None:
         return f"it has no soft-capping (softcap={softcap})"
     if not _is_built():
         return "this build of PyTorch has no flash attention for CUDA"
-    width, found = max(q.shape[-1], v.shape[-1]), flash_calls.capability(q.device)
+    width, found = max(q.shape[-1], v.shape[-1]), flash_varlen.capability(q.device)
     assert found is not None
     if (name := activated()) is not None:
         return _unfit_for(name, width, found)
@@ -91,7 +91,7 @@ def _unfit_for(name: str, width: int, found: tuple[int, int]) -> str | None:
     if found[0] not in limits.majors:
         majors = " and ".join(f"{major}.x" for major in limits.majors)
         return f"{name} was activated in PyTorch but is for compute capability {majors}, not {dotted(found)}; {undo}"
-    if width > (widest := limits.widest.get(found[0], flash_calls.WIDEST)):
+    if width > (widest := limits.widest.get(found[0], flash_varlen.WIDEST)):
         return f"{name} was activated in PyTorch but takes head dims up to {widest} here, not {width}; {undo}"
     if torch.are_deterministic_algorithms_enabled() and width > limits.deterministic:
         return f"{name} was activated in PyTorch but is not deterministic for head dim {width}; {undo}"

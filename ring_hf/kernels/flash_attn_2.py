@@ -3,13 +3,13 @@
 Dense and packed calls have functions of their own. `window_size=(left, right)` became two arguments with 2.7, when
 backward also stopped returning the gradients that it writes into dq, dk, dv, and the functions became custom
 operators; 2.7.3 brought Blackwell. 2.6.0 and 2.6.1 take a softcap that their backward ignores. The host code gets
-tiles with more queries than keys wrong (`flash_calls.cut_rows`).
+tiles with more queries than keys wrong (`flash_varlen.cut_rows`).
 """
 
 import functools
 import importlib.metadata
 
-from . import flash_calls, flash_packages
+from . import flash_packages, flash_varlen
 from .flash_packages import Form, Package, Read, Wanted, numbers
 
 _ALWAYS = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
@@ -65,7 +65,7 @@ def form_of(version: str) -> Form | None:
 def limits(package: Package, wanted: Wanted) -> str | None:
     """What the package cannot do, or None."""
     if package.version < (2, 7, 3) and wanted.capability > (9, 0):
-        return f"is not for compute capability {flash_calls.dotted(wanted.capability)}; 2.7.3 and later are"
+        return f"is not for compute capability {flash_varlen.dotted(wanted.capability)}; 2.7.3 and later are"
     return None
 
 

@@ -15,7 +15,7 @@ import importlib.util
 
 import torch
 
-from . import flash_calls, flash_packages
+from . import flash_packages, flash_varlen
 from .flash_packages import Form, Package, Read, Wanted, numbers
 
 _FILE = "hopper/flash_attn_interface.py"
@@ -60,7 +60,7 @@ def installed() -> Package | str:
 def limits(package: Package, wanted: Wanted) -> str | None:
     """What the package cannot do, or None."""
     if wanted.capability[0] != 9:
-        return f"is for compute capability 9.x, not {flash_calls.dotted(wanted.capability)}"
+        return f"is for compute capability 9.x, not {flash_varlen.dotted(wanted.capability)}"
     if wanted.widest > 192 and torch.are_deterministic_algorithms_enabled():
         return f"has no deterministic backward for head dim {wanted.widest}, above 192"
     return None
@@ -68,7 +68,7 @@ def limits(package: Package, wanted: Wanted) -> str | None:
 
 def widths(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int]:
     """The head dims that q, k and v, out are padded to."""
-    head_dim, value_dim = (flash_calls.eights(x.shape[-1]) for x in (q, v))
+    head_dim, value_dim = (flash_varlen.eights(x.shape[-1]) for x in (q, v))
     latent = 128 < head_dim <= 192 and 96 < value_dim <= 128
     return (head_dim, value_dim) if latent else (max(head_dim, value_dim),) * 2
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-from . import flash_calls, flash_packages
+from . import flash_packages, flash_varlen
 from .flash_packages import Form, Package, Read, Wanted
 
 # Tags -> line of forward, line of backward.
@@ -80,7 +80,7 @@ def beta(version: str) -> tuple[int, ...]:
 
 def limits(package: Package, wanted: Wanted) -> str | None:
     """What the package cannot do, or None."""
-    major, (number, *_), device = wanted.capability[0], package.version, flash_calls.dotted(wanted.capability)
+    major, (number, *_), device = wanted.capability[0], package.version, flash_varlen.dotted(wanted.capability)
     if major not in _SINCE:
         return f"has no backward for compute capability {device}, only for 9.x to 12.x"
     if number < _SINCE[major]:
@@ -101,7 +101,7 @@ def limits(package: Package, wanted: Wanted) -> str | None:
 
 def _widths(head_dim: int, value_dim: int, major: int) -> tuple[int, int] | None:
     """The smallest head dims that it has, each at least as given."""
-    head_dim, value_dim = flash_calls.eights(head_dim), flash_calls.eights(value_dim)
+    head_dim, value_dim = flash_varlen.eights(head_dim), flash_varlen.eights(value_dim)
     most = 256 if major == 9 else 128
     if head_dim <= most and value_dim <= most:
         return head_dim, value_dim
@@ -112,7 +112,7 @@ def _widths(head_dim: int, value_dim: int, major: int) -> tuple[int, int] | None
 
 def widths(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int]:
     """The head dims that q, k and v, out are padded to."""
-    capability = flash_calls.capability(q.device)
+    capability = flash_varlen.capability(q.device)
     assert capability is not None
     found = _widths(q.shape[-1], v.shape[-1], capability[0])
     assert found is not None

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from . import flash_calls
-from .flash_calls import Documents, FlashKernel, KernelCall, Widths
-from .places import Windows
+from . import flash_varlen
+from .flash_varlen import Documents, FlashKernel, KernelCall, Widths
+from .indexing import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def kernel(
     name: str,
     find: Find,
     limits: Limits,
-    widths: Widths = flash_calls.one_width,
+    widths: Widths = flash_varlen.one_width,
     cuts_rows: bool = False,
 ) -> FlashKernel:
     """The kernel of the package that `find()` gives, if not the reason why there is none.
@@ -159,9 +159,9 @@ def _unfit(find: Find, limits: Limits, q: torch.Tensor, v: torch.Tensor, softcap
     found = find()
     if isinstance(found, str):
         return found
-    if (reason := flash_calls.unfit(q, v)) is not None:
+    if (reason := flash_varlen.unfit(q, v)) is not None:
         return reason
-    capability = flash_calls.capability(q.device)
+    capability = flash_varlen.capability(q.device)
     assert capability is not None
     reason = limits(found, Wanted(capability, q.shape[-1], v.shape[-1], softcap))
     return f"{found.name} {reason}" if reason else None

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import flash_attn_2, flash_attn_3, flash_attn_4, flash_calls, flash_packages
-from .flash_calls import FlashKernel, Widths
+from . import flash_attn_2, flash_attn_3, flash_attn_4, flash_packages, flash_varlen
 from .flash_packages import Form, Limits, Package, Read
+from .flash_varlen import FlashKernel, Widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ _TWO, _THREE, _VLLM, _FOUR = (
 _RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 REPOSITORIES: dict[str, Repository] = {
     "kernels-community/flash-attn2": Repository(
-        4 if _RECENT else 3, "flash_attn_interface", _TWO, flash_attn_2.limits, flash_calls.one_width, "2.8.3"
+        4 if _RECENT else 3, "flash_attn_interface", _TWO, flash_attn_2.limits, flash_varlen.one_width, "2.8.3"
     ),
     "kernels-community/flash-attn3": Repository(
         1, "flash_attn_interface", _THREE, flash_attn_3.limits, flash_attn_3.widths, "3.0.0"
@@ -103,7 +103,7 @@ def _unfit(
     softcap: float | None,
 ) -> str | None:
     """Nothing is downloaded for tensors that it cannot serve."""
-    return flash_calls.unfit(q, v) or unfit(q, v, softcap)
+    return flash_varlen.unfit(q, v) or unfit(q, v, softcap)
 
 
 KERNELS: dict[str, FlashKernel] = {name: _kernel(name, repository) for name, repository in REPOSITORIES.items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .places import Place, Tokens
+from .indexing import Place, Tokens
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

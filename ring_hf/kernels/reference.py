@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..geometry import Piece, Tile, trim
+from .indexing import Windows
 from .merge import accumulate_dtype
-from .places import Windows
 
 NAME = "reference"
 _ROWS = 1024

@@ -5,7 +5,7 @@ recomputed, moves what is saved to host memory, computes feed-forward layers ove
 over blocks of tokens. Only PyTorch is imported here: what Transformers must bring is asked of the model itself.
 """
 
-from .apply import Applied, applied_to, apply
-from .config import MemoryConfig
+from .install import Applied, applied_to, apply
+from .options import MemoryConfig
 
 __all__ = ["Applied", "MemoryConfig", "applied_to", "apply"]

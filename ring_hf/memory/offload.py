@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .saving import refuse_change_in_place, resident
+from .selective_checkpoint import refuse_change_in_place, resident
 
 SMALLEST = 2**20  # bytes: what is smaller stays; moving it costs more than it gives back
 IN_FLIGHT = 2  # layers whose copies out may be under way; the device memory of older ones is given back first

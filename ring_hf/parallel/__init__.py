@@ -3,9 +3,9 @@
 Start at `ring_attention`; `agree` is how ranks refuse together.
 """
 
-from .agreement import agree, gather_numbers, num_processes
-from .attention import check_tensors, local_attention, ring_attention
+from .consensus import agree, gather_numbers, num_processes
 from .functional import context_attention
+from .group_warm_up import warm_up
 from .groups import (
     all_gather,
     all_reduce,
@@ -16,8 +16,8 @@ from .groups import (
     rank_in,
     register_group,
 )
+from .sharded_attention import check_tensors, local_attention, ring_attention
 from .sharding import cut, join, shard, unshard
-from .warm_up import warm_up
 
 __all__ = [
     "agree",

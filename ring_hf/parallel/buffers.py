@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .lanes import Lane, Marks, lane_of
+from .streams import Lane, Marks, lane_of
 
 PASSES = 64
 IDLE_BYTES = 512 * 2**20

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..geometry import HeadChunk, HeadShare, chunk_heads, head_split
 from ..kernels import accumulate_dtype, choose
-from .call import Call, decode
+from .attention_op import prepare
 from .groups import group_of
-from .op import prepare
+from .op_arguments import Call, decode
 from .schedule import ring_backward, ring_forward, sinks_gradient
 from .ulysses import exchange_heads, exchange_tokens
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..geometry import Mask, Plan, WholeSequence, head_split, make_plan
 from ..kernels import choose
-from .resident import Residents
 from .schedule import ring_backward, ring_forward, sinks_gradient
 from .sharding import cut, join
+from .single_device import Residents
 
 
 @dataclass(frozen=True)

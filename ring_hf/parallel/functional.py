@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..geometry import WholeSequence
-from .attention import ring_attention
 from .groups import group_of, register_group
+from .sharded_attention import ring_attention
 from .sharding import Boundaries, documents_of
 
 

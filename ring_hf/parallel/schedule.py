@@ -16,15 +16,21 @@ import torch
 
 from ..geometry import Plan, split
 from ..kernels import Kernel, State, Sum, accumulate_dtype
-from . import direct, gather, relay, resident
+from . import all_gather, direct_fetch, single_device
+from . import ring as ring_transport
 from .transport import Ring
 
-TRANSPORTS: dict[str, ModuleType] = {"ring": relay, "double_ring": relay, "allgather": gather, "direct": direct}
-TRANSPORTS["resident"] = resident  # of a plan whose every block is in this process (`emulation`)
+TRANSPORTS: dict[str, ModuleType] = {
+    "ring": ring_transport,
+    "double_ring": ring_transport,
+    "allgather": all_gather,
+    "direct": direct_fetch,
+}
+TRANSPORTS["resident"] = single_device  # of a plan whose every block is in this process (`emulation`)
 
 
 def _transport(plan: Plan) -> ModuleType:
-    return TRANSPORTS[plan.transport] if plan.num_ranks > 1 else relay
+    return TRANSPORTS[plan.transport] if plan.num_ranks > 1 else ring_transport
 
 
 def ring_forward(

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup, Work
 
 from .buffers import Buffer, pool_of
 from .groups import own_group
-from .lanes import Lane, lane_of
+from .streams import Lane, lane_of
 
 KEYS_AND_VALUES, GRADIENTS = 1, 2
 # Renamed in torch 2.13, where the old names warn.

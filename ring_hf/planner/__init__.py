@@ -4,9 +4,9 @@ Pure formulas on the sizes of a model and the published rates of devices; no tor
 `plan`; `published` holds the predictions against what others have published.
 """
 
-from .config import read_keys, read_model
-from .job import Job
 from .model import Model
-from .plan import Plan, longest, plan
+from .model_config import read_keys, read_model
+from .training_job import Job
+from .training_plan import Plan, longest, plan
 
 __all__ = ["Job", "Model", "Plan", "longest", "plan", "read_keys", "read_model"]

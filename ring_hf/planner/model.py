@@ -6,7 +6,7 @@ Letters: h hidden size, H and K query and key/value heads, D and E head dims of 
 from collections import Counter
 from dataclasses import dataclass
 
-from ..geometry.hardware import Shape
+from ..costmodel.devices import Shape
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tools.tables import markdown
-from .config import read_model
-from .job import Job
-from .memory import memory_of
-from .plan import longest
-from .report import prose
-from .times import times_of
+from ..simulate.layout_tables import markdown
+from .memory_estimate import memory_of
+from .model_config import read_model
+from .plan_report import prose
+from .step_times import times_of
+from .training_job import Job
+from .training_plan import longest
 
 TOLERANCE = 0.15
 

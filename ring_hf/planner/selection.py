@@ -9,14 +9,14 @@ on. If none fits, the number of devices is doubled.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..tools.tables import markdown
-from .config import read_model
-from .device import GIB, HOST_MEMORY
-from .job import Job
-from .memory import Memory, memory_of
+from ..simulate.layout_tables import markdown
+from .gpus import GIB, HOST_MEMORY
+from .memory_estimate import Memory, memory_of
+from .model_config import read_model
 from .optimizers import DEFAULT, EIGHT_BIT
-from .report import prose, tokens
-from .times import times_of
+from .plan_report import prose, tokens
+from .step_times import times_of
+from .training_job import Job
 
 MOST_DEVICES = 1024
 COLUMNS = (

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ring_hf.geometry import Mask, WholeSequence
 from ring_hf.kernels import accumulate_dtype, choose
 from ring_hf.parallel.emulation import Emulation
-from ring_hf.parallel.resident import Residents
+from ring_hf.parallel.single_device import Residents
 from ring_hf.planner.model import Model
 
 from .timing import BACKWARD, Clock

@@ -23,7 +23,7 @@ from ring_hf.geometry import Mask, WholeSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel import local_attention
 from ring_hf.parallel.emulation import Emulation
-from ring_hf.parallel.resident import Residents
+from ring_hf.parallel.single_device import Residents
 
 BACKWARD = 2.5
 RINGS = (("zigzag", "ring"), ("contiguous", "ring"), ("striped", "ring"), ("zigzag", "allgather"))

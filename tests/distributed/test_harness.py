@@ -31,7 +31,7 @@ def test_new_workers_have_imported_everything():
     """The server leaves out what it cannot import, and then every worker would take seconds."""
     workers = _Workers(1)
     try:
-        assert workers.run(has_imported, ("ring_hf.hf.trainer.config",), 120) == [True]
+        assert workers.run(has_imported, ("ring_hf.hf.trainer.parallelism_config",), 120) == [True]
     finally:
         workers.stop()
 

@@ -9,15 +9,15 @@ import torch
 
 import ring_hf.kernels.merge
 from ring_hf.geometry import Move, Plan
-from ring_hf.kernels import pieces
-from ring_hf.parallel import attention, chunked_ulysses, direct, relay, transport
-from ring_hf.parallel import gather as gather_transport
+from ring_hf.kernels import causal_blocks
+from ring_hf.parallel import all_gather as gather_transport
+from ring_hf.parallel import chunked_ulysses, direct_fetch, ring, sharded_attention, transport
 from tests.distributed.cases import Case, errors
 from tests.harness import run_distributed
 
 
 def _stale_block(patch):
-    original = relay.Blocks.wait
+    original = ring.Blocks.wait
 
     def wait(self, step):
         before = self._held[step].flat.clone() if step in self._held else None
@@ -25,11 +25,11 @@ def _stale_block(patch):
         if before is not None and step + 1 in self._held:
             self._held[step + 1].flat.copy_(before)
 
-    patch.setattr(relay.Blocks, "wait", wait)
+    patch.setattr(ring.Blocks, "wait", wait)
 
 
 def _gradients_stay_abroad(patch):
-    original = relay.Gradients.home
+    original = ring.Gradients.home
 
     def home(self):
         for exchange in self._coming[len(self._plan.steps)]:
@@ -37,7 +37,7 @@ def _gradients_stay_abroad(patch):
             exchange.receive.flat.zero_()
         return original(self)
 
-    patch.setattr(relay.Gradients, "home", home)
+    patch.setattr(ring.Gradients, "home", home)
 
 
 def _last_gradient_hop_goes_to_a_neighbour(patch):
@@ -53,14 +53,14 @@ def _last_gradient_hop_goes_to_a_neighbour(patch):
 
 
 def _arriving_gradients_dropped(patch):
-    original = relay.Gradients.send
+    original = ring.Gradients.send
 
     def send(self, step):
         for exchange in self._coming.pop(step, ()):
             exchange.wait()
         original(self, step)
 
-    patch.setattr(relay.Gradients, "send", send)
+    patch.setattr(ring.Gradients, "send", send)
 
 
 def _outer_block_is_the_last_of_the_turn(patch):
@@ -76,8 +76,8 @@ def _outer_block_is_the_last_of_the_turn(patch):
 
 
 def _fetched_gradients_land_at_the_start(patch):
-    original = direct.Sum.add_tokens
-    patch.setattr(direct.Sum, "add_tokens", lambda self, start, grad: original(self, 0, grad))
+    original = direct_fetch.Sum.add_tokens
+    patch.setattr(direct_fetch.Sum, "add_tokens", lambda self, start, grad: original(self, 0, grad))
 
 
 def _gathered_in_rank_order(patch):
@@ -85,8 +85,8 @@ def _gathered_in_rank_order(patch):
 
 
 def _heads_of_a_neighbour(patch):
-    original = attention.to_tokens
-    patch.setattr(attention, "to_tokens", lambda x, shares, group: original(x.flip(1), shares, group))
+    original = sharded_attention.to_tokens
+    patch.setattr(sharded_attention, "to_tokens", lambda x, shares, group: original(x.flip(1), shares, group))
 
 
 def _keys_of_the_chunk_before(patch):
@@ -136,7 +136,7 @@ def _sum_of_softmaxes(patch):
 
 
 def _own_statistics_in_backward(patch):
-    original = pieces.PieceKernel.backward
+    original = causal_blocks.PieceKernel.backward
 
     def backward(self, dout, q, k, v, out, lse, tiles, scale, softcap):
         out, lse = out.clone(), lse.clone()
@@ -145,14 +145,14 @@ def _own_statistics_in_backward(patch):
             queries.of(lse).copy_(own_lse)
         yield from original(self, dout, q, k, v, out, lse, tiles, scale)
 
-    patch.setattr(pieces.PieceKernel, "backward", backward)
+    patch.setattr(causal_blocks.PieceKernel, "backward", backward)
 
 
 def _anticausal_not_flipped(patch):
     patch.setattr(
-        pieces,
+        causal_blocks,
         "take",
-        lambda x, piece, place, take=pieces.take: (
+        lambda x, piece, place, take=causal_blocks.take: (
             take(x, piece, place).flip(2) if piece.kind == "anticausal" else take(x, piece, place)
         ),
     )

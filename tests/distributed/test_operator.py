@@ -20,7 +20,7 @@ from ring_hf.parallel import (
     shard,
     unshard,
 )
-from ring_hf.parallel.call import Call, decode, encode
+from ring_hf.parallel.op_arguments import Call, decode, encode
 from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
 from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import assert_close, run_distributed

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ring_hf.parallel import buffers, context_attention, transport, warm_up
 from ring_hf.parallel.buffers import Pool
-from ring_hf.parallel.lanes import Lane
+from ring_hf.parallel.streams import Lane
 from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import rms_ratio, run_distributed
 

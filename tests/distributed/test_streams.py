@@ -1,5 +1,6 @@
-"""Exchanges on streams, proven on a model of CUDA's (`tests/streams.py`): exact under every schedule, nothing read
-before it is written or written while it is read, exchanges beside compute, no deadlock beside other collectives; and
+"""Exchanges on streams, proven on a model of CUDA's (`tests/cuda_streams.py`): exact under every schedule, nothing
+read before it is written or written while it is read, exchanges beside compute,
+ no deadlock beside other collectives; and
 each wait, mark and hold is needed."""
 
 import contextlib
@@ -14,9 +15,9 @@ import torch
 
 from ring_hf.geometry import make_plan
 from ring_hf.kernels import reference
-from ring_hf.parallel import buffers, lanes, transport
+from ring_hf.parallel import buffers, streams, transport
 from ring_hf.parallel.schedule import ring_backward, ring_forward
-from tests import streams
+from tests import cuda_streams
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.distributed.cases import Case, problem, shards
 from tests.replay import Replay, policies
@@ -43,7 +44,7 @@ def _kernel(layer: int) -> SimpleNamespace:
         steps = iter(range(100))
 
         def call(*args):
-            machine, step = streams.machine(), next(steps)
+            machine, step = cuda_streams.machine(), next(steps)
             results = function(*args)
             while True:
                 machine.label = f"compute {name} {layer} {step}"
@@ -70,29 +71,29 @@ def attention(rank: int, case: Case, collectives: bool = False) -> list[tuple[to
     are gathered during this one, gradients are reduced while the layer before is differentiated.
     """
     nested = case.transport == "double_ring"
-    weights, everyone, coming = torch.ones(6, dtype=torch.float64), streams.Group(case.num_ranks, "sharded"), []
+    weights, everyone, coming = torch.ones(6, dtype=torch.float64), cuda_streams.Group(case.num_ranks, "sharded"), []
 
     def beside() -> None:
         if collectives:
             while coming:
                 coming.pop().wait()
-            coming.append(streams.collective("all_reduce")(weights, weights, everyone))
+            coming.append(cuda_streams.collective("all_reduce")(weights, weights, everyone))
 
     kept, results = [], []
     for layer in range(LAYERS):
         q, k, v, dout = shards(case, rank, *_inputs(case, layer))
-        ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"), 1, nested)
+        ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"), 1, nested)
         plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
         kernel, maths = _kernel(layer), (q.shape[-1] ** -0.5, None)
         beside()
-        streams.machine().part = f"forward {layer} "
+        cuda_streams.machine().part = f"forward {layer} "
         out, lse = ring_forward(q, k, v, plan, ring, kernel, *maths, None, case.overlap)
         kept.append((dout, q, k, v, out, lse, plan, ring, kernel, *maths, case.overlap))
         del q, k, v, dout, out, lse
     for layer in reversed(range(LAYERS)):
         saved = kept.pop()
         beside()
-        streams.machine().part = f"backward {layer} "
+        cuda_streams.machine().part = f"backward {layer} "
         grads = ring_backward(*saved)
         results.insert(0, (saved[4], saved[5], *grads))
     beside()
@@ -103,7 +104,7 @@ def _record(case: Case, collectives: bool = False, **settings):
     """Recordings of all ranks and their results; the inputs are made before."""
     for layer in range(LAYERS):
         _inputs(case, layer)
-    return streams.record(case.num_ranks, lambda rank: attention(rank, case, collectives), **settings)
+    return cuda_streams.record(case.num_ranks, lambda rank: attention(rank, case, collectives), **settings)
 
 
 @functools.cache
@@ -125,7 +126,7 @@ def worst(case: Case, results: list[list[tuple[torch.Tensor, ...]]]) -> float:
     return apart
 
 
-def check(case: Case, collectives: bool = False) -> list[streams.Machine]:
+def check(case: Case, collectives: bool = False) -> list[cuda_streams.Machine]:
     machines, _ = _record(case, collectives)
     gc.collect()
     for machine in machines:
@@ -139,7 +140,7 @@ sound = functools.cache(check)  # recordings of sound code are made once
 @pytest.mark.parametrize("name", CASES)
 def test_every_access_is_ordered_by_streams_and_events(name):
     machines = sound(CASES[name])
-    assert streams.races(machines) == []
+    assert cuda_streams.races(machines) == []
     assert all(len(machine.nodes) > 100 for machine in machines)
 
 
@@ -152,11 +153,11 @@ def test_any_schedule_is_exact_and_none_deadlocks(name):
             assert worst(CASES[name], results) <= 1e-12, (policy, serial)
 
 
-def _nodes(machine: streams.Machine, label: str) -> list[streams.Node]:
+def _nodes(machine: cuda_streams.Machine, label: str) -> list[cuda_streams.Node]:
     return [node for node in machine.nodes if node.label == label]
 
 
-def _lost_overlap(name: str, machines: list[streams.Machine] | None = None) -> list[str]:
+def _lost_overlap(name: str, machines: list[cuda_streams.Machine] | None = None) -> list[str]:
     """What waits though it need not, in the second layer, when buffers have been used before.
 
     Exchange n brings the block of step n and is posted before the compute of step n - 1.
@@ -207,18 +208,18 @@ def test_collectives_in_another_order_on_one_rank_deadlock_in_the_model():
     case = CASES["ring"]
 
     def program(rank):
-        weights, everyone = torch.ones(4), streams.Group(case.num_ranks, "sharded")
-        ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"))
+        weights, everyone = torch.ones(4), cuda_streams.Group(case.num_ranks, "sharded")
+        ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
         send, receive = (ring.take(((2,),), torch.float32, compute=True) for _ in range(2))
         ring.touched(send)
         posts = [
-            lambda: streams.collective("all_reduce")(weights, weights, everyone),
+            lambda: cuda_streams.collective("all_reduce")(weights, weights, everyone),
             lambda: ring.post(send, (rank + 1) % ring.size, receive, (rank - 1) % ring.size, 1),
         ]
         for post in reversed(posts) if rank == 0 else posts:
             post()
 
-    machines, _ = streams.record(case.num_ranks, program, hold=True)
+    machines, _ = cuda_streams.record(case.num_ranks, program, hold=True)
     with pytest.raises(TimeoutError, match=r"deadlock at .*rank 0: exchange"):
         Replay(machines, serial=True).run(policies(0)["at random"])
 
@@ -239,7 +240,7 @@ class Stop(Exception):
 def stopped(rank: int, case: Case) -> None:
     """A forward pass whose kernel fails in step 1: what is under way is dropped, then memory is asked for again."""
     q, k, v, _ = shards(case, rank, *_inputs(case, 0))
-    ring = transport.Ring(streams.Group(case.num_ranks), torch.device("cpu"))
+    ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
     plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
 
     def forward(*args):
@@ -255,8 +256,8 @@ def stopped(rank: int, case: Case) -> None:
 
 def races_of_a_failure(case: Case) -> list[str]:
     _inputs(case, 0)
-    machines, _ = streams.record(case.num_ranks, lambda rank: stopped(rank, case), torch_holds=True)
-    return streams.races(machines)
+    machines, _ = cuda_streams.record(case.num_ranks, lambda rank: stopped(rank, case), torch_holds=True)
+    return cuda_streams.races(machines)
 
 
 @pytest.mark.parametrize("name", ["ring", "double ring", "direct", "allgather"])
@@ -266,12 +267,12 @@ def test_a_pass_that_fails_frees_nothing_that_is_in_use(name):
 
 def _finish_on_side_only(self, works, patience=None):
     with self._cuda.stream(self._side):
-        lanes.Lane.finish(self, works)
+        streams.Lane.finish(self, works)
         return self.mark()
 
 
 def _finish_on_compute_only(self, works, patience=None):
-    return lanes.Lane.finish(self, works)
+    return streams.Lane.finish(self, works)
 
 
 @contextlib.contextmanager
@@ -297,7 +298,7 @@ def _give_without_marks(self, buffer, original=buffers.Pool.give):
 
 def _fresh_without_marks(self, *args):
     with mock.patch.object(self._lane, "mark", lambda: ()):
-        return streams.TAKE(self, *args)
+        return cuda_streams.TAKE(self, *args)
 
 
 def _free_when_posted(self, send, *args, original=transport.Ring.post, **more):
@@ -308,12 +309,12 @@ def _free_when_posted(self, send, *args, original=transport.Ring.post, **more):
 
 def _one_group(self, *args, original=transport.Ring.__init__):
     original(self, *args)
-    groups = streams.machine().groups
-    groups["between inner rings"] = groups.setdefault("ring", streams.Stream(streams.machine(), "ring"))
+    groups = cuda_streams.machine().groups
+    groups["between inner rings"] = groups.setdefault("ring", cuda_streams.Stream(cuda_streams.machine(), "ring"))
 
 
 def _races(name: str) -> list[str]:
-    return streams.races(check(CASES[name]))
+    return cuda_streams.races(check(CASES[name]))
 
 
 def _races_of_a_failure(name: str) -> list[str]:
@@ -322,17 +323,17 @@ def _races_of_a_failure(name: str) -> list[str]:
 
 # fault -> (what is broken, by what, the case that shows it, how)
 FAULTS = {
-    "compute does not wait for a block": (lanes.StreamLane, "finish", _finish_on_side_only, "ring", _races),
+    "compute does not wait for a block": (streams.StreamLane, "finish", _finish_on_side_only, "ring", _races),
     "the next hop does not wait for a block": (
-        lanes.StreamLane,
+        streams.StreamLane,
         "finish",
         _finish_on_compute_only,
         "double ring of six",
         _races,
     ),
-    "exchanges wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "ring", _races),
-    "copies to be fetched wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "direct", _races),
-    "gathers wait for no mark": (lanes.StreamLane, "side", _side_without_marks, "allgather", _races),
+    "exchanges wait for no mark": (streams.StreamLane, "side", _side_without_marks, "ring", _races),
+    "copies to be fetched wait for no mark": (streams.StreamLane, "side", _side_without_marks, "direct", _races),
+    "gathers wait for no mark": (streams.StreamLane, "side", _side_without_marks, "allgather", _races),
     "compute leaves no mark": (transport.Ring, "touched", lambda self, buffer: None, "ring", _races),
     "compute leaves no mark on what it fetched": (
         transport.Ring,
@@ -343,12 +344,12 @@ FAULTS = {
     ),
     "buffers come back without marks": (buffers.Pool, "give", _give_without_marks, "ring", _races),
     "buffers are used again before they have left": (transport.Ring, "post", _free_when_posted, "ring", _races),
-    "compute takes buffers without waiting": (lanes.StreamLane, "wait", lambda self, marks: None, "ring", _races),
+    "compute takes buffers without waiting": (streams.StreamLane, "wait", lambda self, marks: None, "ring", _races),
     "fresh memory without a mark": (buffers.Pool, "take", _fresh_without_marks, "ring", _races),
     "exchanges do not hold what they send": (transport.Exchange, "__init__", _hold_nothing, "ring", _races),
-    "no record_stream": (lanes.StreamLane, "share", lambda self, x: None, "direct", _races_of_a_failure),
-    "posted on the compute stream": (lanes.StreamLane, "side", _side_is_current, "ring", _lost_overlap),
-    "fetched on the compute stream": (lanes.StreamLane, "side", _side_is_current, "direct", _lost_overlap),
+    "no record_stream": (streams.StreamLane, "share", lambda self, x: None, "direct", _races_of_a_failure),
+    "posted on the compute stream": (streams.StreamLane, "side", _side_is_current, "ring", _lost_overlap),
+    "fetched on the compute stream": (streams.StreamLane, "side", _side_is_current, "direct", _lost_overlap),
     "one group for near and far": (transport.Ring, "__init__", _one_group, "double ring of six", _lost_overlap),
 }
 
@@ -363,7 +364,7 @@ def test_each_wait_mark_and_hold_is_needed(fault):
 
 
 def test_a_missing_wait_also_shows_in_numbers():
-    with mock.patch.object(lanes.StreamLane, "finish", _finish_on_side_only):
+    with mock.patch.object(streams.StreamLane, "finish", _finish_on_side_only):
         machines, results = _record(CASES["ring"], hold=True)
     Replay(machines).run(policies(0)["exchanges late"])
     assert worst(CASES["ring"], results) > 1e-3
@@ -371,9 +372,9 @@ def test_a_missing_wait_also_shows_in_numbers():
 
 def test_patience_ends_on_the_device_too():
     cuda = mock.MagicMock()
-    lane = lanes.StreamLane(torch.device("cpu"), cuda)
+    lane = streams.StreamLane(torch.device("cpu"), cuda)
     lane.finish([], timedelta(seconds=60))  # a mock's event has happened
     cuda.Event.return_value.query.return_value = False
     with pytest.raises(RuntimeError, match="timed out on the device"):
         lane.finish([], timedelta(0))
-    assert isinstance(lanes.lane_of(torch.device("cpu")), lanes.Lane)
+    assert isinstance(streams.lane_of(torch.device("cpu")), streams.Lane)

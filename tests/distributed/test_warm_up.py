@@ -178,7 +178,7 @@ def test_ranks_in_different_numbers_of_groups_find_each_other():
 def one_is_missing(rank: int, world_size: int) -> list[str]:
     """What the others are told when rank 1 does not come, fails in the ring, or fails where heads are exchanged."""
     said, patience = [], timedelta(seconds=1.5)
-    module = importlib.import_module("ring_hf.parallel.warm_up")
+    module = importlib.import_module("ring_hf.parallel.group_warm_up")
     for where, ulysses_size in (("store", 1), ("ring", 1), ("heads", world_size)):
         forget_group(dist.group.WORLD)
         failing = {

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from ring_hf.tools.tables import markdown
+from ring_hf.simulate.layout_tables import markdown
 from tests.engines.cases import engine_arguments, family_of, state_of
 from tests.engines.conftest import ENVIRONMENTS
 from tests.harness import accelerate_launch

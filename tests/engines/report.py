@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ring_hf.tools.tables import markdown
+from ring_hf.simulate.layout_tables import markdown
 from tests.engines.cases import CASES, family_of
 from tests.engines.conftest import EngineLaunches
 from tests.engines.jobs import EVALUATIONS, HALF, RESUMES

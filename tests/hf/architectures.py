@@ -4,7 +4,7 @@
 `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED` maps a family
 to a key of `REASONS` and what its configuration must say; the test asserts the message. Every family of Transformers
 must be in one of them, or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into the
-README and `exact_classes()` into `ring_hf/hf/runtime/proven.py`.
+README and `exact_classes()` into `ring_hf/hf/runtime/proven_classes.py`.
 """
 
 from typing import Any

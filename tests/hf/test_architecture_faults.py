@@ -5,7 +5,7 @@ import pytest
 
 from ring_hf.hf.attention import backend
 from ring_hf.hf.checks import moe_aux_loss
-from ring_hf.hf.trainer import counters, guard
+from ring_hf.hf.trainer import counters, model_guard
 from tests.harness import run_distributed
 from tests.hf.architectures import ROUTER_LOSS
 from tests.hf.family_comparison import Difference, Results, compare
@@ -23,7 +23,7 @@ FAULTS = {
     "places in the shard": (backend, "_by_place", lambda module, query, batch: query, "llama4_text", {}, (0, 1)),
     "full attention in all chunks": (backend, "_chunk", lambda module: None, "llama4_text", {}, (0,)),
     "a window told to nobody": (backend, "_window", lambda module: None, "qwen2_moe", {}, (0,)),
-    "targets of a shard counted alone": (guard, "_needs_count", lambda kwargs: False, "gemma4", {}, (0, 1)),
+    "targets of a shard counted alone": (model_guard, "_needs_count", lambda kwargs: False, "gemma4", {}, (0, 1)),
     "first labels not counted": (counters, "_correct_num_items", lambda trainer: None, "gpt2", {}, (0, 1)),
 }
 # gpt-oss is compared with itself only: Transformers lets its packed documents see each other.

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ring_hf.hf.checks.argument_rules import first_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
-from ring_hf.hf.runtime import proven
+from ring_hf.hf.runtime import proven_classes
 from scripts.architectures import PROVEN, with_names, with_table
 from tests.harness import ROOT, run_distributed
 from tests.hf.architectures import (
@@ -45,19 +45,19 @@ def test_exact_families_equal_one_process():
 
 
 def test_proven_classes_are_those_that_are_compared():
-    assert exact_classes() == proven.PROVEN_CLASSES, "run: python scripts/architectures.py"
+    assert exact_classes() == proven_classes.PROVEN_CLASSES, "run: python scripts/architectures.py"
     text = PROVEN.read_text()
     assert with_names(text) == text, "run: python scripts/architectures.py"
 
 
 def unproven(rank: int, world_size: int) -> Results:
     """`compare` of a class that is taken from the proven ones."""
-    kept = proven.PROVEN_CLASSES
-    proven.PROVEN_CLASSES = kept - {"LlamaForCausalLM"}
+    kept = proven_classes.PROVEN_CLASSES
+    proven_classes.PROVEN_CLASSES = kept - {"LlamaForCausalLM"}
     try:
         return compare(rank, world_size, ["llama", "mistral"], {})
     finally:
-        proven.PROVEN_CLASSES = kept
+        proven_classes.PROVEN_CLASSES = kept
 
 
 def test_comparison_notices_a_trial_step():

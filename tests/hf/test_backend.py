@@ -9,7 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ring_hf.geometry import LAYOUTS
-from ring_hf.hf.names import BACKENDS
+from ring_hf.hf.attn_names import BACKENDS
 from tests.harness import assert_close
 from tests.hf.architectures import tiny
 from tests.hf.models import llama, mistral

@@ -16,7 +16,8 @@ MUST_NOT_LOAD = {
     "ring_hf.geometry": "torch",
     "ring_hf.planner": "torch",
     "ring_hf.doctor": "torch",
-    "ring_hf.tools": "torch",
+    "ring_hf.costmodel": "torch",
+    "ring_hf.simulate": "torch",
     "ring_hf.cli": "torch",
     "ring_hf.memory": "transformers",
     "ring_hf.evaluation": "transformers",
@@ -74,7 +75,7 @@ CHECK_MODEL = """
 import copy, importlib, inspect, pickle, sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils, masking_utils
-from ring_hf.hf.names import BACKENDS
+from ring_hf.hf.attn_names import BACKENDS
 
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
 models = []

@@ -16,7 +16,7 @@ from ring_hf.hf.checks.argument_rules import ARGUMENT_RULES, first_error
 from ring_hf.hf.checks.batch_rules import find_batch_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.hf.trainer.engines import ENGINES
-from ring_hf.hf.trainer.guard import base_model
+from ring_hf.hf.trainer.model_guard import base_model
 from tests.harness import run_distributed
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
 from tests.hf.models import context_of, llama, rank_of, rows

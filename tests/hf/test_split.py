@@ -7,8 +7,8 @@ import pytest
 from transformers import LlamaConfig
 
 from ring_hf.geometry import LAYOUTS
+from ring_hf.hf.attn_names import BACKENDS
 from ring_hf.hf.degrees import resolve, split_error
-from ring_hf.hf.names import BACKENDS
 from tests.hf.models import SIZES, context_of
 
 # name: (attention, heads, settings of the context, (layout, ring, ulysses, inner ring, transport))

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM, Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.runtime.preserve import preserved
-from ring_hf.hf.runtime.proven import find_unproven, find_unproven_path
+from ring_hf.hf.runtime.preserved_state import preserved
+from ring_hf.hf.runtime.proven_classes import find_unproven, find_unproven_path
 from tests.harness import run_distributed
 from tests.hf.faults import arguments
 from tests.hf.models import llama, rows

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from ring_hf.kernels import FAMILIES, KERNELS, candidates, choose, cuda_cudnn, cuda_flash, flash_calls
+from ring_hf.kernels import FAMILIES, KERNELS, candidates, choose, cuda_cudnn, cuda_flash, flash_varlen
 
 CUDA = ("cuda_cudnn", "cuda_flash", "cuda_efficient")
 HALF = torch.bfloat16
@@ -20,8 +20,8 @@ def device(monkeypatch):
     """A Hopper with cuDNN 9.20 and PyTorch 2.13; what a test sets on it lasts as long as the test."""
 
     def change(capability=(9, 0), activated=None, cudnn=92000, pytorch=(2, 13), flash_attn_4=None):
-        monkeypatch.setattr(flash_calls, "DEVICE", "cpu")
-        monkeypatch.setattr(flash_calls, "capability", lambda device: capability)
+        monkeypatch.setattr(flash_varlen, "DEVICE", "cpu")
+        monkeypatch.setattr(flash_varlen, "capability", lambda device: capability)
         monkeypatch.setattr(cuda_flash, "_is_built", lambda: True)
         monkeypatch.setattr(cuda_flash, "activated", lambda: activated)
         monkeypatch.setattr(cuda_cudnn, "_cudnn", lambda: cudnn)
@@ -145,7 +145,7 @@ def test_every_kernel_asks_for_cuda_without_rocm_and_soft_capping(kernel, device
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ValueError, match="the device is driven by ROCm, whose kernels differ"):
         choose(kernel, *tensors)
-    monkeypatch.setattr(flash_calls, "DEVICE", "cuda")
+    monkeypatch.setattr(flash_varlen, "DEVICE", "cuda")
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         choose(kernel, *tensors)
 

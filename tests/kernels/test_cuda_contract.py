@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Tile
-from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, cuda_flash, flash_calls
+from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
 from scripts import fuzz
 from tests import aten_stand_ins
@@ -133,7 +133,7 @@ def test_a_step_is_dealt_to_both_kernels_by_its_mask():
         assert (CALLS["cudnn"], CALLS["dense"]) == (0, 1)
 
 
-LARGE = flash_calls.LARGE
+LARGE = flash_varlen.LARGE
 TAKEN = {
     "full": (Tile(0, 1, 0, LARGE, 0, 2 * LARGE, None, None), True),
     "causal square": (Tile(0, 1, 0, LARGE, 0, LARGE, None, 0), True),
@@ -232,7 +232,7 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(adapter, dtype, 
     monkeypatch.setattr(Tokens, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
     (num_heads, num_kv), (dim, v_dim) = HEADS[heads]
     kernel = KERNELS[adapter]
-    flash_calls._grouped.cache_clear()
+    flash_varlen._grouped.cache_clear()
     with FakeTensorMode():
         q, k, v, dout, out = (
             torch.empty(2, 2048, number, width, dtype=dtype, device="cuda").transpose(1, 2)
@@ -247,4 +247,4 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(adapter, dtype, 
                 assert grad.shape == place.of(x).shape and grad.device.type == "cuda"
                 summed = adapter == "cuda_efficient" and num_heads > num_kv and x is not q
                 assert grad.dtype == (torch.float32 if summed else dtype)
-    flash_calls._grouped.cache_clear()
+    flash_varlen._grouped.cache_clear()

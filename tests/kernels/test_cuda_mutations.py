@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from ring_hf.geometry import Piece
-from ring_hf.kernels import KERNELS, both, cuda_cudnn, cuda_efficient, pieces
+from ring_hf.kernels import KERNELS, causal_blocks, cuda_cudnn, cuda_efficient, routed
 from scripts import fuzz
 from tests.aten_stand_ins import aten_stand_in
 from tests.kernels.test_flash_contract import problem, replace, worst_band
@@ -106,7 +106,7 @@ def _first_kernel_alone(self, tiles):
     return [(self.first, list(tiles))]
 
 
-pieces_split = pieces.split
+pieces_split = causal_blocks.split
 # fault -> (adapter, how to break it, what shows it: the mask of a ring, of GQA heads unless it says so, or "bands")
 FAULTS = {
     "lse-base-2": ("cuda_efficient", _wrapped("_forward", _base_2), "causal"),
@@ -128,11 +128,11 @@ FAULTS = {
     "heads-of-gradients-not-summed": ("cuda_efficient", _wrapped("_backward", _one_group), "causal"),
     "heads-not-alike": ("cuda_efficient", _set(cuda_efficient, "_alike", lambda q, k, v: (q, k, v)), "causal"),
     "not-aligned": ("cuda_efficient", _field(prepare=lambda *tensors: tensors), "causal-mla"),
-    "causal-bottom-right": ("cuda_efficient", _set(pieces, "split", _bottom_right), "bands"),
-    "causal-bottom-right-cudnn": ("cuda_cudnn", _set(pieces, "split", _bottom_right), "bands"),
-    "window-ignored": ("cuda_efficient", _set(pieces, "split", _windows_are_causal), "window"),
+    "causal-bottom-right": ("cuda_efficient", _set(causal_blocks, "split", _bottom_right), "bands"),
+    "causal-bottom-right-cudnn": ("cuda_cudnn", _set(causal_blocks, "split", _bottom_right), "bands"),
+    "window-ignored": ("cuda_efficient", _set(causal_blocks, "split", _windows_are_causal), "window"),
     "window-handed-over": ("cuda_efficient", _wrapped("_forward", _window_to_operator), "window"),
-    "small-tiles-cudnn": ("cuda_cudnn", _set(both.Both, "_dealt", _first_kernel_alone), "packed"),
+    "small-tiles-cudnn": ("cuda_cudnn", _set(routed.Both, "_dealt", _first_kernel_alone), "packed"),
     "dropout-missing": ("cuda_efficient", _wrapped("_backward", _without(9)), "causal"),
     "dropout-missing-cudnn": ("cuda_cudnn", _wrapped("_backward", _without(13)), "causal"),
     "seed-and-offset-before-lse": (
@@ -148,7 +148,7 @@ FAULTS = {
     "not-dense-cudnn": ("cuda_cudnn", _set(cuda_cudnn, "_dense", lambda x: x), "causal"),
     "tiles-twice": (
         "cuda_cudnn",
-        _set(both.Both, "_dealt", lambda self, tiles: [(self.first, list(tiles)), (self.second, list(tiles))]),
+        _set(routed.Both, "_dealt", lambda self, tiles: [(self.first, list(tiles)), (self.second, list(tiles))]),
         "full",
     ),
 }

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ring_hf.geometry import Tile
-from ring_hf.kernels import KERNELS, Tokens, cuda_flash, flash_calls
+from ring_hf.kernels import KERNELS, Tokens, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
 from tests.flash_stand_ins import CALLS, aten_backward, aten_forward, stand_in
 from tests.kernels.test_flash_contract import HEADS
@@ -20,9 +20,9 @@ SHORT = (Tile(0, 1, 0, 4, 0, 4, None, 0), Tile(0, 1, 4, 9, 4, 9, None, 0), Tile(
 @pytest.fixture
 def made(monkeypatch):
     """What index tensors are made for, with nothing kept from before."""
-    found, original = [], flash_calls._tokens
-    monkeypatch.setattr(flash_calls, "_packed_calls", flash_calls._PackedCalls(most=100))
-    monkeypatch.setattr(flash_calls, "_tokens", lambda *x: found.append(x) or original(*x))
+    found, original = [], flash_varlen._tokens
+    monkeypatch.setattr(flash_varlen, "_packed_calls", flash_varlen._PackedCalls(most=100))
+    monkeypatch.setattr(flash_varlen, "_tokens", lambda *x: found.append(x) or original(*x))
     return found
 
 
@@ -36,7 +36,7 @@ def test_many_documents_are_one_call_and_large_tiles_are_their_own():
 
 
 def test_a_short_tile_without_company_is_a_dense_call(made):
-    (call,) = flash_calls.calls([SHORT[0]], CPU)
+    (call,) = flash_varlen.calls([SHORT[0]], CPU)
     assert call.documents is None and not made
 
 
@@ -46,7 +46,7 @@ def test_a_query_or_key_appears_once_in_a_call():
         Tile(0, 2, 4, 4, 4, 4, None, None),
         Tile(0, 1, 2, 4, 8, 4, None, None),
     ]
-    found = list(flash_calls.calls(tiles, torch.device("cpu")))
+    found = list(flash_varlen.calls(tiles, torch.device("cpu")))
     assert [len(call.documents.cu_q) - 1 if call.documents else None for call in found] == [4, None]
     tokens = found[0].queries
     assert isinstance(tokens, Tokens)
@@ -55,12 +55,12 @@ def test_a_query_or_key_appears_once_in_a_call():
 
 
 def test_the_longest_documents_of_a_call_come_first(made):
-    (call,) = flash_calls.calls(SHORT, CPU)
+    (call,) = flash_varlen.calls(SHORT, CPU)
     assert call.documents.cu_q.tolist() == [0, 9, 13, 15, 17]
 
 
 def test_the_second_call_makes_no_indices(made):
-    (first,), (second,) = flash_calls.calls(SHORT, CPU), flash_calls.calls(list(SHORT), CPU)
+    (first,), (second,) = flash_varlen.calls(SHORT, CPU), flash_varlen.calls(list(SHORT), CPU)
     assert first is second and len(made) == 2  # queries and keys
     with stand_in("3-2025-09") as kernel:
         q = torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True)
@@ -74,27 +74,27 @@ def test_the_second_call_makes_no_indices(made):
 def test_indices_are_kept_within_a_bound_the_oldest_go(made):
     others = [[replace(tile, q=tile.q + n, k=tile.k + n) for tile in SHORT] for n in range(10)]
     for tiles in others:
-        list(flash_calls.calls(tiles, CPU))
-    kept = flash_calls._packed_calls
+        list(flash_varlen.calls(tiles, CPU))
+    kept = flash_varlen._packed_calls
     assert len(made) == 20 and len(kept._kept) == 2 and kept._tokens == 2 * 34
-    list(flash_calls.calls(others[-1], CPU))
+    list(flash_varlen.calls(others[-1], CPU))
     assert len(made) == 20
-    list(flash_calls.calls(others[0], CPU))
+    list(flash_varlen.calls(others[0], CPU))
     assert len(made) == 22
 
 
 def test_fake_tensors_are_neither_kept_nor_given_real_ones(made):
-    (real,) = flash_calls.calls(SHORT, CPU)
+    (real,) = flash_varlen.calls(SHORT, CPU)
     with FakeTensorMode():
-        (fake,) = flash_calls.calls(SHORT, CPU)
+        (fake,) = flash_varlen.calls(SHORT, CPU)
         assert isinstance(fake.documents.cu_q, FakeTensor) and isinstance(fake.queries.rows_T, FakeTensor)
-    (again,) = flash_calls.calls(SHORT, CPU)
+    (again,) = flash_varlen.calls(SHORT, CPU)
     assert again is real and type(again.documents.cu_q) is torch.Tensor
 
 
 def test_indices_made_in_inference_mode_serve_training(made):
     with torch.inference_mode():
-        (call,) = flash_calls.calls(SHORT, CPU)
+        (call,) = flash_varlen.calls(SHORT, CPU)
     assert not call.queries.rows_T.is_inference() and not call.documents.cu_q.is_inference()
 
 
@@ -104,7 +104,7 @@ def test_compiling_keeps_no_fake_tensor(made):
         torch.compile(
             lambda q: local_attention(q, q, q, documents=((0, 3, 8, 40),), kernel=kernel)[0] * 2, backend="aot_eager"
         )(q)
-    kept = flash_calls._packed_calls._kept.values()
+    kept = flash_varlen._packed_calls._kept.values()
     assert kept and all(type(call.queries.rows_T) is torch.Tensor for call in kept)
 
 
@@ -138,7 +138,7 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(heads, dtype, mo
     index = torch.ops.aten.index.Tensor
     monkeypatch.setattr(Tokens, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
     (num_heads, num_kv), (dim, v_dim) = HEADS[heads]
-    flash_calls._grouped.cache_clear()
+    flash_varlen._grouped.cache_clear()
     with FakeTensorMode():
         q, k, v, dout, out = (
             torch.empty(2, 40, number, width, dtype=dtype, device="cuda").transpose(1, 2)

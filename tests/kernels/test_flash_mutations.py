@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ring_hf.kernels import KERNELS, flash_calls, flash_packages, hub
+from ring_hf.kernels import KERNELS, flash_packages, flash_varlen, hub
 from tests.flash_stand_ins import kernel_named, stand_in
 from tests.kernels.test_flash_contract import fuzz, problem, threads_as_ranks, worst_band
 
@@ -21,7 +21,7 @@ def _kernels(change):
     def break_(patch):
         for kernels in (KERNELS, hub.KERNELS):
             for name, kernel in list(kernels.items()):
-                if isinstance(kernel, flash_calls.FlashKernel):
+                if isinstance(kernel, flash_varlen.FlashKernel):
                     patch.setitem(kernels, name, replace(kernel, **change(kernel)))
 
     return break_
@@ -86,15 +86,15 @@ def _of_lse(change):
     """Breaks the lse that backward is given."""
 
     def break_(patch):
-        original = flash_calls.lse_for
-        patch.setattr(flash_calls, "lse_for", lambda *arguments: change(original(*arguments)))
+        original = flash_varlen.lse_for
+        patch.setattr(flash_varlen, "lse_for", lambda *arguments: change(original(*arguments)))
 
     return break_
 
 
 def _documents_in_64_bits(patch):
-    original = flash_calls._tokens
-    patch.setattr(flash_calls, "_tokens", lambda *x: (original(*x)[0], original(*x)[1].long()))
+    original = flash_varlen._tokens
+    patch.setattr(flash_varlen, "_tokens", lambda *x: (original(*x)[0], original(*x)[1].long()))
 
 
 def _without(*names):
@@ -134,14 +134,14 @@ FAULTS = {
         "causal",
         PACKAGED,
     ),
-    "window aligned top left": (_patched(flash_calls, "window", _top_left), "chunks", BROKEN),
-    "window aligned top left, bands": (_patched(flash_calls, "window", _top_left), "bands", BROKEN),
+    "window aligned top left": (_patched(flash_varlen, "window", _top_left), "chunks", BROKEN),
+    "window aligned top left, bands": (_patched(flash_varlen, "window", _top_left), "bands", BROKEN),
     "window's sides swapped": (_forms(_windows_swapped), "causal", (NEW_2, NEW_3, PAIR_4, FOUR_4)),
     "-1 for a side without bound": (_forms(lambda form: {"unbounded": -1}), "causal", (PAIR_4, FOUR_4)),
     "None for a side without bound": (_forms(lambda form: {"unbounded": None}), "causal", PACKAGED[:4]),
     "rows not cut": (_kernels(lambda kernel: {"cuts_rows": False}), "bands", (ATEN, OLD_2, NEW_2)),
-    "head dims not padded": (_patched(flash_calls, "padded", lambda x, width: x), "causal", BROKEN),
-    "padding of values kept": (_patched(flash_calls, "given_back", lambda x, *_: x), "causal", BROKEN),
+    "head dims not padded": (_patched(flash_varlen, "padded", lambda x, width: x), "causal", BROKEN),
+    "padding of values kept": (_patched(flash_varlen, "given_back", lambda x, *_: x), "causal", BROKEN),
     "dout swapped with out": (_wrapped("differentiate", _dout_swapped_with_out), "causal", (*BROKEN, VLLM)),
     "keys swapped with values": (_wrapped("attend", _keys_swapped_with_values), "causal", BROKEN),
     "gradients not written": (_wrapped("differentiate", _not_written), "causal", (*BROKEN, VLLM)),
@@ -160,7 +160,7 @@ FAULTS = {
     "lengths swapped": (_arguments("_shared_arguments", _swapped("cu_seqlens_q", "cu_seqlens_k")), "packed", PACKAGED),
     "lengths in 64 bits": (_documents_in_64_bits, "packed", BROKEN),
     "a token twice in a call": (
-        _patched(flash_calls._Pack, "take", lambda self, tile: self.tiles.append(tile) or True),
+        _patched(flash_varlen._Pack, "take", lambda self, tile: self.tiles.append(tile) or True),
         "prefix",
         BROKEN,
     ),
@@ -192,7 +192,7 @@ def test_fault_shows(fault, adapter, monkeypatch):
     break_, shown_by, _ = FAULTS[fault]
 
     def worst(large: int) -> float:
-        monkeypatch.setattr(flash_calls, "_packed_calls", flash_calls._PackedCalls(most=1000))
+        monkeypatch.setattr(flash_varlen, "_packed_calls", flash_varlen._PackedCalls(most=1000))
         with stand_in(adapter, large) as name:
             if shown_by == "bands":
                 return worst_band(kernel_named(name), 5)

@@ -17,8 +17,8 @@ from ring_hf.kernels import (
     flash_attn_2,
     flash_attn_3,
     flash_attn_4,
-    flash_calls,
     flash_packages,
+    flash_varlen,
     hub,
     reference,
 )
@@ -209,7 +209,7 @@ LIMITS = {
 def test_what_a_version_cannot_do_is_refused_by_its_reason(name, monkeypatch):
     adapter, capability, dims, softcap, deterministic, message = LIMITS[name]
     with stand_in(adapter) as kernel:
-        monkeypatch.setattr(flash_calls, "capability", lambda device: capability)
+        monkeypatch.setattr(flash_varlen, "capability", lambda device: capability)
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
         if message is None:
             assert choose(kernel, *_half(*dims), softcap) is kernel_named(kernel)
@@ -233,7 +233,7 @@ UNFIT = {
 def test_what_no_flash_attention_serves_is_refused_and_not_downloaded(name, adapter, monkeypatch):
     attribute, value, tensors, message = UNFIT[name]
     with stand_in(adapter) as kernel, monkeypatch.context() as patch:
-        patch.setattr(flash_calls, attribute, value)
+        patch.setattr(flash_varlen, attribute, value)
         CALLS.clear()
         with pytest.raises(ValueError, match=message):
             choose(kernel, *tensors)

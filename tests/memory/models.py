@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ring_hf.memory.saving import name_of
+from ring_hf.memory.selective_checkpoint import name_of
 from tests.hf.architectures import SIZES, tiny
 
 LENGTHS = (40, 33)

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss as stock_loss
 
 from ring_hf.memory import apply
-from ring_hf.memory.deferred import DeferredLogits
-from ring_hf.memory.loss import automatic_block, summed_loss
+from ring_hf.memory.chunked_loss import automatic_block, summed_loss
+from ring_hf.memory.lazy_logits import DeferredLogits
 from tests.memory.models import CountOperators, PeakBytes, apart, batch, gradients, model_of, step
 
 BLOCKS = (1, 7, 16, 80, 1000)

@@ -166,7 +166,7 @@ def test_a_step_over_the_stand_in_is_exact_and_copies_nothing_twice(cuda):
     wanted = step(model_of("llama", num_hidden_layers=4), batch())
     model = model_of("llama", num_hidden_layers=4)
     apply(model, attention="save", offload="all", ffn_block=7, loss_block=7)
-    with mock.patch("ring_hf.memory.layers.road_of", lambda device: CudaRoad(cuda, pin=False)):
+    with mock.patch("ring_hf.memory.layer_checkpointing.road_of", lambda device: CudaRoad(cuda, pin=False)):
         found = step(model, batch())
     assert apart(found, wanted) <= 1e-10
     moved = Counter(name for name, _ in cuda.log)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from ring_hf.hf.checks.argument_rules import check_memory, first_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
-from ring_hf.memory import MemoryConfig, applied_to, apply, ffn, saving
+from ring_hf.memory import MemoryConfig, applied_to, apply, chunked_mlp, selective_checkpoint
 from tests.memory.models import apart, batch, model_of, step
 
 CONFIGS = {
@@ -186,9 +186,9 @@ def test_model_is_refused_and_left_as_it_was(name):
 
 
 def test_capacity_is_seen_by_the_probe_and_not_by_a_name():
-    found, message = ffn.find(with_capacity())
+    found, message = chunked_mlp.find(with_capacity())
     assert found == [] and "experts with a capacity" in str(message)
-    assert len(ffn.find(model_of("mixtral"))[0]) == 2
+    assert len(chunked_mlp.find(model_of("mixtral"))[0]) == 2
 
 
 def test_the_same_call_twice_changes_nothing_and_another_one_is_refused():
@@ -250,7 +250,10 @@ def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
         return q.clone()
 
     q = torch.randn(1, 2, 8, 4)
-    with mock.patch.object(saving, "SAVED", {"ring_hf_tests::attention"}), saving.Save(saving.Shelf(saving.resident)):
+    with (
+        mock.patch.object(selective_checkpoint, "SAVED", {"ring_hf_tests::attention"}),
+        selective_checkpoint.Save(selective_checkpoint.Shelf(selective_checkpoint.resident)),
+    ):
         attention(q, 0.0)
         for call in (lambda: attention(q, 0.5), lambda: attention(q, dropout_p=0.5)):
             with pytest.raises(ValueError, match=r"attention='save' with attention dropout 0\.5"):

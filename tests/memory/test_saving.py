@@ -15,7 +15,7 @@ from ring_hf.geometry import WholeSequence
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import ContextParallelBatch
 from ring_hf.memory import apply
-from ring_hf.memory.saving import SAVED, Replay, Save, Shelf, name_of, resident
+from ring_hf.memory.selective_checkpoint import SAVED, Replay, Save, Shelf, name_of, resident
 from ring_hf.parallel import cut
 from ring_hf.parallel.transport import Ring
 from tests.hf.models import rank_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ring_hf.memory import apply, deferred, probe
+from ring_hf.memory import apply, lazy_logits, token_wise
 from ring_hf.memory.sharded_weights import refuse_composite
 from tests.memory.models import apart, batch, model_of, step
 
@@ -43,7 +43,7 @@ def test_rows_shorter_than_a_block_take_the_same_way():
     """Ranks whose rows are short must post the collectives of those whose rows are long."""
     model = managed()
     apply(model, **{**BLOCKS, "loss_block": 10**6})
-    with mock.patch.object(deferred, "GradientHandover", wraps=deferred.GradientHandover) as handover:
+    with mock.patch.object(lazy_logits, "GradientHandover", wraps=lazy_logits.GradientHandover) as handover:
         step(model, batch())
     assert handover.call_count == 1
 
@@ -52,9 +52,9 @@ def test_detached_logits_are_not_computed_until_somebody_looks():
     model = managed()
     apply(model, **BLOCKS)
     output = model(**batch(), num_items_in_batch=71, use_cache=False)
-    with mock.patch.object(deferred, "_compute", wraps=deferred._compute) as compute:
+    with mock.patch.object(lazy_logits, "_compute", wraps=lazy_logits._compute) as compute:
         detached = output.logits.detach()
-        assert isinstance(detached, deferred.DeferredLogits) and compute.call_count == 0
+        assert isinstance(detached, lazy_logits.DeferredLogits) and compute.call_count == 0
         assert not detached.requires_grad and not (detached + 1).requires_grad and compute.call_count == 0
         want = model_of("llama")(**batch(), num_items_in_batch=71, use_cache=False).logits
         assert torch.allclose(detached.sum(), want.sum()) and compute.call_count == 1
@@ -95,5 +95,5 @@ def test_a_model_without_weights_is_proven_with_others():
 def test_weights_that_are_there_are_used():
     model = model_of("llama")
     own = [id(weight) for weight in model.parameters()]
-    with probe.stand_in_weights(model):
+    with token_wise.stand_in_weights(model):
         assert [id(weight) for weight in model.parameters()] == own

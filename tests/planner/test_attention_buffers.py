@@ -10,14 +10,14 @@ from ring_hf.geometry import Mask, WholeSequence, make_plan
 from ring_hf.kernels import choose
 from ring_hf.parallel import buffers, transport
 from ring_hf.parallel.buffers import Pool
-from ring_hf.parallel.call import Call, encode
 from ring_hf.parallel.chunked_ulysses import chunked_backward, chunked_forward
 from ring_hf.parallel.groups import group_of
-from ring_hf.parallel.lanes import lane_of
+from ring_hf.parallel.op_arguments import Call, encode
 from ring_hf.parallel.schedule import ring_backward, ring_forward
+from ring_hf.parallel.streams import lane_of
 from ring_hf.parallel.transport import Ring
-from ring_hf.planner import attention as formulas
-from ring_hf.planner.attention import (
+from ring_hf.planner import attention_bytes as formulas
+from ring_hf.planner.attention_buffers import (
     Held,
     Widths,
     backward_bytes,
@@ -26,7 +26,7 @@ from ring_hf.planner.attention import (
     forward_bytes,
     idle_bytes,
 )
-from ring_hf.planner.config import parse
+from ring_hf.planner.model_config import parse
 from tests.planner.live import Live, uncounted
 from tests.threads import threads_as_ranks
 

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from ring_hf.cli import main
-from ring_hf.planner import command, plan
-from ring_hf.planner.job import OFFLOADS
-from ring_hf.planner.memory import memory_of
+from ring_hf.planner import plan, plan_command
+from ring_hf.planner.memory_estimate import memory_of
 from ring_hf.planner.optimizers import OPTIMIZERS, PRECISIONS
-from ring_hf.planner.report import text_of
-from ring_hf.planner.times import attention_seconds, times_of
+from ring_hf.planner.plan_report import text_of
+from ring_hf.planner.step_times import attention_seconds, times_of
+from ring_hf.planner.training_job import OFFLOADS
 
 JOB = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--lora", "16", "--offload", "layers", "--loss-block", "2048"]
 
@@ -32,8 +32,8 @@ def test_the_report_says_what_fits_how_long_and_what_helps(capsys):
 
 def job_of(line):
     parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    return command.job_of(parser.parse_args(shlex.split(line)))
+    plan_command.add(parser.add_subparsers())
+    return plan_command.job_of(parser.parse_args(shlex.split(line)))
 
 
 LONG = "plan --model Llama-3.1-8B --seq 128K"
@@ -143,7 +143,7 @@ def test_json_holds_every_number(tmp_path, capsys):
 
 
 def examples():
-    text = command._EXAMPLES.split("models of the built-in")[0].replace("\\\n", " ")
+    text = plan_command._EXAMPLES.split("models of the built-in")[0].replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line.startswith("    ring-hf")]
 
 
@@ -161,7 +161,7 @@ def test_the_examples_of_the_help_text_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "plan.png").is_file() and (tmp_path / "price.png").is_file()
 
 
-@pytest.mark.parametrize("table", command.TABLES)
+@pytest.mark.parametrize("table", plan_command.TABLES)
 def test_tables_are_printed(table, capsys):
     assert main(["plan", "--table", table]) == 0
     said = capsys.readouterr().out
@@ -241,5 +241,5 @@ def test_the_help_text_names_every_choice(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     said = capsys.readouterr().out
-    for name in (*OFFLOADS, *OPTIMIZERS, *PRECISIONS, *command.TABLES, "Qwen3-30B-A3B", "h200"):
+    for name in (*OFFLOADS, *OPTIMIZERS, *PRECISIONS, *plan_command.TABLES, "Qwen3-30B-A3B", "h200"):
         assert name in said

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ring_hf import ContextParallelConfig
 from ring_hf.cli import main
 from ring_hf.planner import Job, read_model
-from ring_hf.planner.engine import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, engine_of
-from ring_hf.planner.memory import memory_of, trained_parameters
+from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, engine_of
+from ring_hf.planner.memory_estimate import memory_of, trained_parameters
 from ring_hf.planner.published import RUNS
 from tests.harness import run_distributed
 from tests.planner.live import Live

@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from ring_hf.hf.trainer.engines import find_engine
 from ring_hf.memory import MemoryConfig
 from ring_hf.planner import Job, plan, read_model
-from ring_hf.planner.engine import engine_of
-from ring_hf.planner.launch import FILES, gaps_of, launch_of, launch_text, run_of
-from ring_hf.planner.report import text_of
+from ring_hf.planner.engine_bytes import engine_of
+from ring_hf.planner.launch_command import FILES, gaps_of, launch_of, launch_text, run_of
+from ring_hf.planner.plan_report import text_of
 from tests.harness import ROOT
 
 QWEN = read_model("Qwen3-8B")

@@ -10,12 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ring_hf  # noqa: F401  registers the attention backends
 from ring_hf import memory
 from ring_hf.memory import MemoryConfig
-from ring_hf.memory.saving import Save, Shelf
+from ring_hf.memory.selective_checkpoint import Save, Shelf
 from ring_hf.parallel import ring_attention
 from ring_hf.planner import Job, longest, read_model
-from ring_hf.planner.config import parse
-from ring_hf.planner.device import GIB, RUNTIME
-from ring_hf.planner.memory import (
+from ring_hf.planner.gpus import GIB, RUNTIME
+from ring_hf.planner.memory_estimate import (
     Memory,
     attention_bytes,
     layer_bytes,
@@ -25,6 +24,7 @@ from ring_hf.planner.memory import (
     saved_bytes,
     trained_parameters,
 )
+from ring_hf.planner.model_config import parse
 from tests.planner.live import Live
 from tests.threads import threads_as_ranks
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hf.planner import read_model
-from ring_hf.planner.config import ARCHITECTURES, parse
-from ring_hf.planner.known import KNOWN, _short, known_name
+from ring_hf.planner.model_config import ARCHITECTURES, parse
+from ring_hf.planner.model_table import KNOWN, _short, known_name
 
 # Totals that the hub shows beside each model; 256 numbers a layer of DeepSeek V3 are a buffer of the router.
 PUBLISHED = {

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ring_hf.planner import Job, read_model
-from ring_hf.planner.memory import memory_of, optimizer_bytes
+from ring_hf.planner.memory_estimate import memory_of, optimizer_bytes
 from ring_hf.planner.optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, works_on
 from tests.harness import ROOT, run_distributed
 

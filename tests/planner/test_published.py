@@ -3,9 +3,8 @@
 import pytest
 
 from ring_hf.planner import read_model
-from ring_hf.planner.memory import memory_of
-from ring_hf.planner.published import RUNS, TOLERANCE, comparisons, published_table
-from ring_hf.planner.tables import (
+from ring_hf.planner.memory_estimate import memory_of
+from ring_hf.planner.paper_tables import (
     INTERCONNECTS,
     appendix_d_ratio,
     appendix_d_table,
@@ -13,7 +12,8 @@ from ring_hf.planner.tables import (
     ring_attention_1_table,
     ring_attention_2_table,
 )
-from ring_hf.planner.times import flops_of
+from ring_hf.planner.published import RUNS, TOLERANCE, comparisons, published_table
+from ring_hf.planner.step_times import flops_of
 
 
 def cells(text):

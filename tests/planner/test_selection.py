@@ -4,10 +4,10 @@ import pytest
 
 from ring_hf.cli import main
 from ring_hf.planner import Job, read_model
-from ring_hf.planner.device import HOST_MEMORY
-from ring_hf.planner.launch import gaps_of
-from ring_hf.planner.memory import memory_of
-from ring_hf.planner.million import compared_runs, million_table
+from ring_hf.planner.gpus import HOST_MEMORY
+from ring_hf.planner.launch_command import gaps_of
+from ring_hf.planner.memory_estimate import memory_of
+from ring_hf.planner.million_tokens import compared_runs, million_table
 from ring_hf.planner.selection import (
     OPTIONS,
     TABLE_MODELS,
@@ -19,7 +19,7 @@ from ring_hf.planner.selection import (
     selection_text,
     with_options,
 )
-from ring_hf.planner.times import times_of
+from ring_hf.planner.step_times import times_of
 from tests.harness import ROOT
 
 CASES = [(name, length, devices) for name in TABLE_MODELS for length in (2**15, 2**20) for devices in (1, 8)]

@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_hf.planner import Job, plan, read_model
-from ring_hf.planner.device import DEVICES, HOST_MEMORY_BANDWIDTH
-from ring_hf.planner.memory import trained_parameters
+from ring_hf.planner.gpus import DEVICES, HOST_MEMORY_BANDWIDTH
+from ring_hf.planner.memory_estimate import trained_parameters
 from ring_hf.planner.model import visible_pairs
-from ring_hf.planner.overlap import least_tokens, thresholds
-from ring_hf.planner.plan import splits
-from ring_hf.planner.times import (
+from ring_hf.planner.ring_thresholds import least_tokens, thresholds
+from ring_hf.planner.step_times import (
     attention_seconds,
     cost_ratio,
     flops_of,
@@ -20,6 +19,7 @@ from ring_hf.planner.times import (
     model_flops_per_token,
     times_of,
 )
+from ring_hf.planner.training_plan import splits
 
 LLAMA, QWEN, LLAMA2 = read_model("Llama-3.1-8B"), read_model("Qwen3-8B"), read_model("Llama-2-7b")
 MILLION = 2**20

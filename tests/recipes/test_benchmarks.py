@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ring_hf.cli import main
-from ring_hf.tools import command_bench
+from ring_hf.simulate import bench_command
 from scripts import bench_lengths
 from scripts.bench_lengths import FIGURES, RING, SDPA, STANDARD, exponents, plot
 from scripts.bench_longest import BAR
@@ -31,7 +31,7 @@ IN_ALL_CASES = pytest.mark.skipif("RING_HF_ALL_CASES" not in os.environ, reason=
 
 
 def test_every_benchmark_has_a_name():
-    assert {f"bench_{name}.py" for name in command_bench.BENCHMARKS} == {p.name for p in ROOT.glob("scripts/bench_*")}
+    assert {f"bench_{name}.py" for name in bench_command.BENCHMARKS} == {p.name for p in ROOT.glob("scripts/bench_*")}
 
 
 def test_growing_lengths_give_a_table_exponents_and_a_picture(tmp_path):
@@ -128,7 +128,7 @@ def test_packages_to_install_are_named_with_their_versions():
 
 
 def test_benchmarks_outside_a_checkout_are_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command_bench, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(bench_command, "SCRIPTS", tmp_path)
     assert main(["bench", "peers", "--repeats", "3"]) == 2
     assert "benchmarks are in the repository, not in the installed package. Clone it" in capsys.readouterr().err
 

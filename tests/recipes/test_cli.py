@@ -69,8 +69,8 @@ def test_every_layout_mask_and_transport_can_be_drawn(arguments, tmp_path, capsy
 
 def test_a_picture_shows_who_computes_what(tmp_path):
     from ring_hf.geometry import Mask
-    from ring_hf.tools.pictures import _owner, _visible
-    from ring_hf.tools.setting import Setting
+    from ring_hf.simulate.scenario import Setting
+    from ring_hf.simulate.schedule_drawing import _owner, _visible
     from tests.dense import dense_mask
 
     tokens = numpy.arange(64)
@@ -173,6 +173,6 @@ def test_other_failures_of_the_system_keep_their_traceback(monkeypatch):
     def failing(options):
         raise ConnectionRefusedError(111, "Connection refused")
 
-    monkeypatch.setattr("ring_hf.tools.command_show.run", failing)
+    monkeypatch.setattr("ring_hf.simulate.show_command.run", failing)
     with pytest.raises(ConnectionRefusedError):
         main(["show", "--output", "picture.png"])

@@ -12,7 +12,7 @@ from ring_hf.cli import main
 from ring_hf.doctor import Facts, Question, advise, machine, render
 from ring_hf.doctor.advice import RULES
 from ring_hf.doctor.facts import Devices, EngineFact, Layers, Links, Overlap, Package, Speed, Way
-from ring_hf.doctor.overlap import machine_of, predict, rates
+from ring_hf.doctor.overlap_estimate import machine_of, predict, rates
 from ring_hf.kernels import KERNELS
 from tests.harness import ROOT
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ring_hf.kernels import KERNELS, merge
-from ring_hf.parallel import emulation, resident
+from ring_hf.parallel import emulation, single_device
 from scripts import gpu_check
 from scripts.checks import exactness, report, timing, training
 from scripts.gpu_check import SECTIONS, main
@@ -174,7 +174,7 @@ def test_what_a_gpu_is_asked_runs_through_stand_ins_of_its_kernels(kernel):
 def broken_ring(what):
     """One mistake in what surrounds the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        make_plan, backward, block = emulation.make_plan, emulation.ring_backward, resident.Residents.block
+        make_plan, backward, block = emulation.make_plan, emulation.ring_backward, single_device.Residents.block
 
         def without_last_step(*args, **kwargs):
             plan = make_plan(*args, **kwargs)
@@ -201,10 +201,10 @@ def broken_ring(what):
         target, name, mistake = {
             "last-step-dropped": (emulation, "make_plan", without_last_step),
             "later-keys-seen": (emulation, "make_plan", with_later_keys),
-            "stale-block": (resident.Residents, "block", other_block),
+            "stale-block": (single_device.Residents, "block", other_block),
             "sum-of-softmaxes": (merge, "merge_", summed),
             "other-lse-in-backward": (emulation, "ring_backward", other_lse),
-            "gradients-not-sent": (resident.Gradients, "send", lambda self, step: None),
+            "gradients-not-sent": (single_device.Gradients, "send", lambda self, step: None),
         }[what]
         patch.setattr(target, name, mistake)
         yield

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring_hf.costmodel.devices import HARDWARE, Hardware, Shape, hardware_of
+from ring_hf.costmodel.pass_cost import Problem, choose_transport, chunked_cost, pass_cost
+from ring_hf.costmodel.work_matrices import need_matrix, total_work, work_matrix
 from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, multiple, needed, sent_tokens
-from ring_hf.geometry.cost import Problem, choose_transport, chunked_cost, pass_cost
-from ring_hf.geometry.hardware import HARDWARE, Hardware, Shape, hardware_of
-from ring_hf.geometry.matrices import need_matrix, total_work, work_matrix
-from ring_hf.parallel import attention, ring_attention
-from ring_hf.tools.setting import mixed_lengths
+from ring_hf.parallel import ring_attention, sharded_attention
+from ring_hf.simulate.scenario import mixed_lengths
 from tests.threads import threads_as_ranks
 
 MHA, GQA4, GQA8 = Shape(32, 32, 128, 128), Shape(32, 8, 128, 128), Shape(64, 8, 128, 128)
@@ -216,7 +216,7 @@ def test_the_reason_names_both_sides_with_numbers():
 
 
 def test_auto_says_why_once_for_each_kind_of_mask_and_not_for_every_batch(caplog, monkeypatch):
-    monkeypatch.setattr(attention, "_told", set())
+    monkeypatch.setattr(sharded_attention, "_told", set())
     batches = [WholeSequence("zigzag", 64, 2, ((0, end, 64),)) for end in (16, 20, 30)]
 
     def attend(rank, group):

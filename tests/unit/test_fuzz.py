@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ring_hf.kernels import merge
-from ring_hf.parallel import group_of, relay
+from ring_hf.parallel import group_of, ring
 from scripts import fuzz
 from tests.harness import ROOT, run_command
 from tests.threads import threads_as_ranks
@@ -46,7 +46,7 @@ def sum_of_softmaxes(out, lse, block_out, block_lse):
 
 FAULTS = {
     "softmaxes summed": mock.patch.object(merge, "merge_", sum_of_softmaxes),
-    "blocks read before they came": mock.patch.object(relay.Exchange, "wait", lambda self, patience=None: None),
+    "blocks read before they came": mock.patch.object(ring.Exchange, "wait", lambda self, patience=None: None),
 }
 
 

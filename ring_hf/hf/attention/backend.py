@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from ring_hf.parallel import num_processes, ring_attention
 
 from .. import context
+from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import KEY, ContextParallelBatch, RefusedBatch
-from ..names import BACKENDS, attention_name
 from . import announcements
 from .local import Maths, local_backend
 

@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from ..names import BACKENDS
+from ..attn_names import BACKENDS
 
 # Module of Transformers -> (its table, the function in `backend` that goes there).
 _TABLES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from ring_hf.memory import applied_to, probe
+from ring_hf.memory import applied_to, token_wise
 
 from ..batch_metadata import IGNORE_INDEX
 from .model_rules import text_config
@@ -42,11 +42,11 @@ def check_liger(args: Any, model: Any, applied: bool) -> str | None:
 
 
 def _try(model: Any) -> str | None:
-    tokens = probe.tokens(model)
+    tokens = token_wise.tokens(model)
     targets = tokens.new_full(tokens.shape, IGNORE_INDEX)
     targets[:, 1::4] = tokens[:, ::4]
     labels = {"labels": tokens, "shift_labels": targets, "num_items_in_batch": targets.new_tensor(_ITEMS)}
-    with probe.undisturbed(model):
+    with token_wise.undisturbed(model):
         logits = model(input_ids=tokens, use_cache=False).logits
         total = cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ring_hf.memory.loss import stock_of
-from ring_hf.memory.probe import values_above_zero
+from ring_hf.memory.chunked_loss import stock_of
+from ring_hf.memory.token_wise import values_above_zero
 
-from ..names import layout_of
+from ..attn_names import layout_of
 from .moe_aux_loss import router_error
 
 Rule = Callable[[PreTrainedModel], str | None]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX
 from ..documents import shift_left
-from ..names import BACKENDS, attention_name
 
 
 def check(shift_labels_BS: torch.Tensor, attention_mask_BS: torch.Tensor) -> str | None:

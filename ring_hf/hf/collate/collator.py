@@ -25,6 +25,7 @@ from ring_hf.geometry import WholeSequence, padded_length
 from ring_hf.parallel import cut
 
 from .. import context as process
+from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
 from ..checks import padded_targets
 from ..checks.argument_rules import check_weights
@@ -37,7 +38,6 @@ from ..documents import (
     shift_left,
     shift_right,
 )
-from ..names import BACKENDS, attention_name
 from .default_collator import PadOrPack
 from .prefix_lm import prefixes_of_documents, refuse_column, take_prefixes, targets_inside
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ring_hf.memory.deferred import DeferredLogits
+from ring_hf.memory.lazy_logits import DeferredLogits
 
 from ..context import ProcessContext
 from .pass_message import NO_FINGERPRINT, PassMessage, groups_of

@@ -22,12 +22,12 @@ from ..checks.model_rules import MODEL_RULES
 from ..checks.trainer_rules import TRAINER_RULES
 from ..degrees import resolve, split_error
 from ..refusal import refuse_together
-from ..runtime.state import runtime_state
+from ..runtime.runtime_state import runtime_state
 from . import counters, evaluation_loss
 from .engines import blocks_error, checkpoints_layers, engine_of, messages, weights_error
-from .evaluation import current_evaluator
-from .guard import base_model, guard_model
-from .hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
+from .exact_evaluation import current_evaluator
+from .model_guard import base_model, guard_model
+from .trainer_hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
 
 logger = logging.getLogger("ring_hf")
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from ..batch_metadata import KEY, ContextParallelBatch
 from ..context import ProcessContext
-from .evaluation import current_evaluator
+from .exact_evaluation import current_evaluator
 
 
 def install(trainer: Trainer, context: ProcessContext) -> None:

@@ -17,12 +17,12 @@ from ring_hf.parallel import all_reduce
 from .. import context as process
 from ..batch_metadata import KEY, ContextParallelBatch
 from ..refusal import refuse_together
-from ..runtime.preserve import preserved
-from ..runtime.state import runtime_state
-from ..runtime.trial import LOW_PRECISION, TOLERANCES
+from ..runtime.preserved_state import preserved
+from ..runtime.runtime_state import runtime_state
 from ..runtime.trial_inputs import make_inputs
-from .evaluation import Evaluator, current_evaluator
-from .guard import Guard
+from ..runtime.trial_step import LOW_PRECISION, TOLERANCES
+from .exact_evaluation import Evaluator, current_evaluator
+from .model_guard import Guard
 
 
 def install(trainer: Trainer, model: PreTrainedModel, guard: Guard) -> None:

@@ -1,0 +1,141 @@
+"""Pictures of plans: memory and time of a job, the price of length, predictions beside what was published."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ..simulate.schedule_drawing import COLOURS, save_png
+from .engine_bytes import engine_of
+from .gpus import GIB
+from .paper_tables import APPENDIX_D, APPENDIX_D_LENGTHS, appendix_d_ratio
+from .plan_report import tokens
+from .published import TOLERANCE, comparisons
+from .training_plan import Plan
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # imported here: half a second that only pictures need
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=95, layout="constrained")
+    return figure, FigureCanvasAgg(figure)
+
+
+def _write(canvas: Any, path: Path) -> None:
+    buffer = BytesIO()
+    canvas.print_png(buffer)
+    save_png(buffer, path)
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9)
+
+
+def _bars(axes: Any, names: list[str], values: list[float], colours: list[str], unit: str, total: float) -> None:
+    places = range(len(names))
+    axes.barh(places, values, color=colours, height=0.68)
+    axes.set_yticks(list(places), names)
+    axes.invert_yaxis()
+    most = max(max(values), 1e-9)
+    for place, value in zip(places, values, strict=True):
+        label = f"{value:.3g} {unit}" + (f" ({100 * value / total:.0f} %)" if total else "")
+        axes.text(value + 0.012 * most, place, label, va="center", fontsize=8.5, color="#333333")
+    axes.set_xlim(0, 1.3 * most)
+    _clean(axes)
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Left, what takes the memory of a rank; right, what takes the time of a step."""
+    figure, canvas = _figure(12.5, 5.2)
+    job, memory, times = plan.job, plan.memory, plan.times
+    figure.suptitle(
+        f"{job.model.name}, {tokens(job.length)} tokens on {job.devices} x {job.device_facts.name}, "
+        f"ring {job.ring} x ulysses {job.ulysses}, {engine_of(job).name}, checkpoint {job.checkpoint}",
+        fontsize=12,
+    )
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    items = [item for item in memory.items if not item.on_host and item.moment in ("", memory.worst)]
+    names = [item.name for item in items] + ["runtime, fragmentation"]
+    values = [item.num_bytes / GIB for item in items] + [memory.allowance / GIB]
+    colours = [COLOURS[1] if item.moment else COLOURS[0] for item in items] + ["#9AA3AE"]
+    _bars(left, names, values, colours, "GiB", 0.0)
+    verdict = "fits" if plan.fits else "does not fit"
+    left.set_title(
+        f"memory: {memory.total / GIB:.1f} of {plan.room / GIB:.1f} GiB, {verdict}", loc="left", fontsize=11
+    )
+    left.set_xlabel(f"GiB; blue: all the time, orange: {memory.worst}", fontsize=9)
+    parts = [part for part in times.parts if part.seconds > 0]
+    _bars(right, [p.name for p in parts], [p.seconds for p in parts], [COLOURS[2]] * len(parts), "s", times.step)
+    right.set_title(f"step: {times.step:,.1f} s, causal MFU {100 * times.mfu:.1f} %", loc="left", fontsize=11)
+    right.set_xlabel(f"seconds; {times.tokens_per_device:,.0f} tokens/s on each device", fontsize=9)
+    _write(canvas, path)
+
+
+def draw_appendix_d(path: Path) -> None:
+    """Heat maps of the price of length, not causal and causal."""
+    from matplotlib.colors import LogNorm
+
+    figure, canvas = _figure(12.5, 6.4)
+    figure.suptitle("FLOPs of a token, relative to a context of 4K", fontsize=12)
+    names = list(APPENDIX_D)
+    image = None
+    panels = figure.subplots(2, 1)
+    for axes, causal in zip(panels, (False, True), strict=True):
+        ratios = [[appendix_d_ratio(h, s, causal) for s in APPENDIX_D_LENGTHS] for h in APPENDIX_D.values()]
+        image = axes.imshow(ratios, cmap="viridis", norm=LogNorm(1, 5000), aspect="auto")
+        axes.set_xticks(range(len(APPENDIX_D_LENGTHS)), [tokens(s) for s in APPENDIX_D_LENGTHS], fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.tick_params(length=0)
+        axes.set_ylabel("parameters", fontsize=10)
+        title = "with a causal mask" if causal else "without a causal mask (Ring Attention, appendix D)"
+        axes.set_title(title, loc="left", fontsize=10)
+        for row, values in enumerate(ratios):
+            for column, value in enumerate(values):
+                text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+                axes.text(
+                    column,
+                    row,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color="white" if value < 250 else "black",
+                )
+    panels[1].set_xlabel("context length, tokens", fontsize=10)
+    figure.colorbar(image, ax=panels, label="times the cost at 4K", pad=0.01)
+    _write(canvas, path)
+
+
+def draw_published(path: Path) -> None:
+    """Predicted over published, run by run."""
+    found = list(comparisons())
+    figure, canvas = _figure(9.6, 0.8 + 0.17 * len(found))
+    axes = figure.subplots()
+    for place, one in enumerate(found):
+        close = abs(one.error) <= TOLERANCE
+        axes.plot([0, 100 * one.error], [place, place], color="#C9CED6", linewidth=1.4, zorder=1)
+        axes.scatter(100 * one.error, place, color=COLOURS[0] if close else COLOURS[4], s=34, zorder=2)
+        side = 1 if one.error >= 0 else -1
+        axes.annotate(
+            f"{100 * one.error:+.1f} %",
+            (100 * one.error, place),
+            (7 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=7,
+        )
+    axes.axvspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#E8EEF5", zorder=0)
+    axes.set_yticks(range(len(found)), [f"{one.run}: {one.quantity}" for one in found])
+    axes.invert_yaxis()
+    errors = [100 * one.error for one in found]
+    axes.set_xlim(min(errors) - 14, max(errors) + 14)
+    _clean(axes)
+    axes.tick_params(labelsize=7.5)
+    axes.set_xlabel("predicted over published, % (band: 15 %; the reasons for the rest are in the table)", fontsize=8)
+    axes.set_title("Predictions from published kernel rates, nothing fitted", loc="left", fontsize=11)
+    _write(canvas, path)

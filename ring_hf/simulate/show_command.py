@@ -1,0 +1,59 @@
+"""`ring-hf show`: pictures of who computes what, when, and what travels for it."""
+
+import argparse
+from pathlib import Path
+
+from ..costmodel.pass_cost import amount
+from ..geometry import LAYOUTS, TRANSPORTS
+from .cli_options import Formatter, add_problem, setting_of, shape_of
+from .schedule_drawing import draw
+
+_EXAMPLES = """examples:
+  the zigzag layout on 8 ranks; colour: who computes it, shade: in which step of the ring
+    ring-hf show --layout zigzag --cp 8 --seq 64K --output zigzag.png
+  why it is balanced and contiguous is not
+    ring-hf show --layout contiguous zigzag striped --cp 8 --seq 64K --output layouts.png
+  documents packed into one sequence: zigzag is not balanced any more
+    ring-hf show --layout zigzag balanced --cp 8 --seq 64K --num-documents 12 --transport direct --output packed.png
+  a sliding window needs its neighbours only
+    ring-hf show --layout contiguous --cp 8 --seq 64K --window 8K --transport direct --output window.png
+  documents of 8,000 and 20,000 tokens whose first 4,000 tokens see each other both ways
+    ring-hf show --layout zigzag --cp 4 --seq 28000 --documents 8000,20000 --prefix 4000 --output prefix.png
+"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command and its options."""
+    command = commands.add_parser(
+        "show",
+        help="draw who computes which part of the mask in which step, the work per rank, the bytes per step",
+        description="Draws, per layout: the mask, coloured by the place of the ring that computes it and paler with "
+        "every step; the work of every rank; what a rank sends in every step of the forward pass. One attention "
+        "layer, one batch row.",
+        epilog=_EXAMPLES,
+        formatter_class=Formatter,
+    )
+    command.add_argument(
+        "--layout", nargs="+", default=["zigzag"], choices=LAYOUTS, help="one or several, below each other"
+    )
+    command.add_argument("--transport", default="ring", choices=TRANSPORTS, help="how keys and values travel")
+    command.add_argument("--inner", type=int, default=1, help="ranks of an inner ring, for double_ring")
+    command.add_argument("--ulysses", type=int, default=1, help="ranks of a place that exchange heads")
+    command.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    add_problem(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draws and says in a line per layout what is in the picture."""
+    setting = setting_of(options, options.ulysses)
+    if options.inner != 1 and options.transport != "double_ring":
+        raise ValueError(
+            f"--inner {options.inner} with --transport {options.transport}: only a double ring has inner rings. Add "
+            "--transport double_ring, or leave --inner out."
+        )
+    facts = draw(setting, options.layout, options.output, shape_of(options), options.transport, options.inner)
+    for layout, numbers in facts.items():
+        mean, most = amount(numbers["mean_sent"]), amount(numbers["busiest_step"])
+        print(f"{layout}: busiest / mean {numbers['imbalance']:.4f}; a rank sends {mean}, in a step at most {most}")
+    print(f"picture: {options.output}")
+    return 0
