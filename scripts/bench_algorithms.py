@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.geometry import Mask, WholeSequence, rank_work
+from ring_hf.geometry import Mask, ShardedSequence, rank_work
 from scripts.teams import Variants, add_options, measure, report, table
 
 
@@ -68,7 +68,7 @@ def mixed_documents(length: int, count: int) -> tuple[int, ...]:
 
 
 def imbalance(layout: str, length: int, processes: int, documents: tuple[int, ...]) -> float:
-    sequence = WholeSequence(layout, length, processes, (documents,))
+    sequence = ShardedSequence(layout, length, processes, (documents,))
     work = [rank_work(sequence, Mask(), rank) for rank in range(processes)]
     return max(work) * processes / sum(work)
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.bench_training import model_config, sequences
-from scripts.teams import Team, report
+from scripts.teams import WorkerPool, report
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -128,7 +128,7 @@ def main() -> None:
     from scripts.bench_training import start
 
     arguments = parse_arguments()
-    team: Team = start(arguments.processes, target=worker)
+    team: WorkerPool = start(arguments.processes, target=worker)
     rows = []
     for length in tqdm(arguments.lengths, desc="checks", disable=None):
         job = {**{key: value for key, value in vars(arguments).items() if key != "output"}, "length": length}

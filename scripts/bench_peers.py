@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.contenders import CONTENDERS
-from scripts.teams import Team, Variants, add_options, alone, measure, report, table
+from scripts.teams import Variants, WorkerPool, add_options, alone, measure, report, table
 
 # What the two packages import besides PyTorch.
 _ALSO = ("einops>=0.8", "beartype", "jaxtyping", "wadler-lindig")
@@ -56,7 +56,7 @@ def install(packages: list[str], folder: Path) -> None:
 
 def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, Any]]:
     """Relative RMS of every variant at 512 tokens in fp32, dense heads and shared key/value heads."""
-    team, rows = Team(arguments.processes), []
+    team, rows = WorkerPool(arguments.processes), []
     for name, variant in variants.items():
         for kv_heads in sorted({arguments.heads, arguments.kv_heads}):
             job = {**vars(arguments), **variant, "check": True, "length": 512, "dtype": "float32"}

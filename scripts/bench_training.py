@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from scripts.teams import PAGE, Team, give_memory_back, peak_bytes, report
+from scripts.teams import PAGE, WorkerPool, give_memory_back, peak_bytes, report
 
 CHECKPOINTING = ("none", "full", "saved")
 
@@ -139,12 +139,12 @@ def sequences(job: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-def start(processes: int, measures_memory: bool = False, target: Callable[..., None] | None = None) -> Team:
+def start(processes: int, measures_memory: bool = False, target: Callable[..., None] | None = None) -> WorkerPool:
     """A team whose ranks meet at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Team(
+    return WorkerPool(
         processes, measures_memory, target or worker, lambda store: Path(f"{store}.port").write_text(str(port))
     )
 

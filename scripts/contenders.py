@@ -28,7 +28,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, dist.ProcessGroup | None, dict[str, A
 
 
 @dataclass(frozen=True)
-class Contender:
+class Baseline:
     """`attend(q, k, v, group, job)` returns out; `layout` says which tokens a process holds, None: all of them."""
 
     attend: Attend
@@ -95,14 +95,14 @@ def _ringmaster(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None
 
 
 CONTENDERS = {
-    "sdpa": Contender(_sdpa),
-    "standard": Contender(_standard),
-    "ring": Contender(_ring, lambda job: job["settings"]["layout"]),
-    "torch-ring": Contender(_torch_ring, lambda job: "zigzag"),
-    "ring-attention-pytorch": Contender(
+    "sdpa": Baseline(_sdpa),
+    "standard": Baseline(_standard),
+    "ring": Baseline(_ring, lambda job: job["settings"]["layout"]),
+    "torch-ring": Baseline(_torch_ring, lambda job: "zigzag"),
+    "ring-attention-pytorch": Baseline(
         _lucidrains,
         lambda job: "striped" if job["settings"].get("striped_ring_attn") else "contiguous",
         "ring-attention-pytorch==0.5.20",
     ),
-    "axolotl-ringmaster": Contender(_ringmaster, lambda job: "contiguous", "axolotl-ringmaster==0.2.7"),
+    "axolotl-ringmaster": Baseline(_ringmaster, lambda job: "contiguous", "axolotl-ringmaster==0.2.7"),
 }

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, rank_work
+from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, rank_work
 from ring_hf.parallel import context_attention
 from ring_hf.parallel.buffers import Buffer
 from ring_hf.parallel.transport import Ring
@@ -100,7 +100,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|")
     for name, layout, mask, documents in cases(arguments):
         ring, direct = (next(found) / 2**20 for _ in TRANSPORTS)
-        sequence = WholeSequence(layout, arguments.length, arguments.processes, documents and (documents,))
+        sequence = ShardedSequence(layout, arguments.length, arguments.processes, documents and (documents,))
         work = [rank_work(sequence, mask, rank) for rank in range(arguments.processes)]
         share = f"{direct / ring:.3f} | {max(work) * arguments.processes / sum(work):.3f}"
         print(f"| {name} | {layout} | {ring:.1f} | {direct:.1f} | {share} |")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, WholeSequence, head_split, multiple
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, head_split, multiple
 from ring_hf.parallel import ring_attention
 from ring_hf.parallel.sharding import cut, join
 from tests.dense import dense_attention, dense_mask, with_gradients
@@ -44,7 +44,7 @@ MOST_RANKS, MOST_TOKENS = 8, 48
 class Case:
     """One attention problem and one way to solve it."""
 
-    sequence: WholeSequence
+    sequence: ShardedSequence
     mask: Mask
     rows: int
     heads: tuple[int, int]
@@ -112,7 +112,7 @@ def cases(draw: Callable[..., Any]) -> Case:
         prefixes = tuple(tuple(draw(st.integers(0, b - a)) for a, b in itertools.pairwise(row)) for row in bounds)
     elif softener == "chunk":
         chunk = draw(st.integers(1, length))
-    sequence = WholeSequence(layout, length, num_ranks, documents, num_tokens, prefixes, ulysses)
+    sequence = ShardedSequence(layout, length, num_ranks, documents, num_tokens, prefixes, ulysses)
     inner = [n for n in range(2, sequence.ring_size) if sequence.ring_size % n == 0]
     fitting = [name for name in ("auto", *TRANSPORTS) if inner or name != "double_ring"]
     transport = draw(st.sampled_from(fitting + ["double_ring"] * (2 if inner else 0)))  # few rings allow it

@@ -125,7 +125,7 @@ def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: A
         results.put((check_once if job.get("check") else run_once)(job, rank, group))
 
 
-class Team:
+class WorkerPool:
     """A ring of one-thread processes and the single process it is compared with, ready to run jobs."""
 
     def __init__(
@@ -189,7 +189,7 @@ def measure(
             length above which it is left out.
         documents: cumulative boundaries of packed documents.
     """
-    timing, memory = Team(arguments.processes), Team(arguments.processes, measures_memory=True)
+    timing, memory = WorkerPool(arguments.processes), WorkerPool(arguments.processes, measures_memory=True)
     problems = list(itertools.product(arguments.dtypes, arguments.lengths))
     progress = tqdm(total=len(problems) * (arguments.repeats + 1) * len(variants), desc="attention", disable=None)
     rows = []

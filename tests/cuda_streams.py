@@ -93,7 +93,7 @@ class Event:
 
 
 class Cuda:
-    """What `StreamLane` uses of `torch.cuda`, for the rank whose program runs."""
+    """What `CudaCommStream` uses of `torch.cuda`, for the rank whose program runs."""
 
     Event = Event
 
@@ -133,7 +133,7 @@ class Machine(TorchDispatchMode):
         self._live: dict[int, tuple[int, StorageWeakRef, Stream]] = {}  # by address: token, weak reference, home
         self._tokens = 0
         self._shared: dict[int, set[Stream]] = {}  # by token: streams that record_stream named
-        self.lane = streams.StreamLane(torch.device("cpu"), Cuda(self))
+        self.lane = streams.CudaCommStream(torch.device("cpu"), Cuda(self))
         self.pool = buffers.Pool(torch.device("cpu"), self.lane)
 
     def token(self, x: torch.Tensor) -> int:
@@ -279,8 +279,8 @@ def record(
         "batch_isend_irecv": _start,
     }
     ours = {
-        "own_group": lambda group, ranks, purpose, device: Group(size, purpose),
-        "lane_of": lambda device: _machine.lane,
+        "dedicated_group": lambda group, ranks, purpose, device: Group(size, purpose),
+        "comm_stream_of": lambda device: _machine.lane,
         "pool_of": lambda device: _machine.pool,
         "_all_gather": collective("all_gather"),
         "_reduce_scatter": collective("reduce_scatter"),

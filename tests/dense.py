@@ -2,10 +2,10 @@
 
 import torch
 
-from ring_hf.geometry import Mask, WholeSequence
+from ring_hf.geometry import Mask, ShardedSequence
 
 
-def dense_mask(sequence: WholeSequence, mask: Mask, num_rows: int) -> torch.Tensor:
+def dense_mask(sequence: ShardedSequence, mask: Mask, num_rows: int) -> torch.Tensor:
     """`[num_rows, s, s]` booleans written straight from the definition, sharing nothing with the plan."""
     token = torch.arange(sequence.length)
     seen = torch.ones(num_rows, sequence.length, sequence.length, dtype=torch.bool)

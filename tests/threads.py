@@ -205,8 +205,10 @@ def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], li
 
     with (
         mock.patch.multiple(dist, **stand_ins),
-        mock.patch.multiple(transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter, own_group=_own_group),
-        mock.patch.object(ulysses, "own_group", _own_group),
+        mock.patch.multiple(
+            transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter, dedicated_group=_own_group
+        ),
+        mock.patch.object(ulysses, "dedicated_group", _own_group),
         pool,
     ):
         yield run

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from ..geometry.heads import chunk_heads, head_split
 from ..geometry.layout import layout_rule
 from ..geometry.plan import Plan, Step
-from ..geometry.sequence import Mask, WholeSequence
+from ..geometry.sequence import Mask, ShardedSequence
 from .devices import HARDWARE, Hardware, Shape
-from .timeline import Layer, fetch, relay
+from .timeline import LayerCost, fetch, relay
 from .work_matrices import Matrix, need_matrix, total_work, work_matrix
 
 
@@ -68,13 +68,13 @@ class Problem:
     far: dict[int, int] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> "Problem":
+    def of(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "Problem":
         """The exact matrices."""
         work, need = work_matrix(sequence, mask, num_rows), need_matrix(sequence, mask)
         return cls._of(sequence, work, need)
 
     @classmethod
-    def estimate(cls, sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> "Problem":
+    def estimate(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "Problem":
         """The same, but equal work and full need for stripes: milliseconds instead of tenths for 10,000 documents."""
         if not layout_rule(sequence.layout).interleaved:
             return cls.of(sequence, mask, num_rows)
@@ -84,7 +84,7 @@ class Problem:
         return cls._of(sequence, [[pairs] * size for _ in range(size)], need)
 
     @classmethod
-    def _of(cls, sequence: WholeSequence, work: Matrix, need: Matrix) -> "Problem":
+    def _of(cls, sequence: ShardedSequence, work: Matrix, need: Matrix) -> "Problem":
         size = sequence.ring_size
         stripes = layout_rule(sequence.layout).interleaved
         return cls(size, sequence.ulysses, sequence.length // size, work, need, stripes)
@@ -123,7 +123,7 @@ def pass_cost(
     problem: Problem, shape: Shape, hardware: Hardware, transport: str = "ring", inner: int = 1, backward: bool = False
 ) -> Cost:
     """The cost of one forward or backward pass; `transport` and `inner` as in `make_plan`."""
-    layer = Layer(shape, hardware, problem.ulysses, backward)
+    layer = LayerCost(shape, hardware, problem.ulysses, backward)
     exchange = layer.all_to_all(problem.tokens)
     exchanged = layer.ulysses_bytes * problem.tokens
     size, tokens = problem.num_places, problem.tokens
@@ -183,8 +183,8 @@ def chunked_cost(
     for chunk in chunk_heads(busiest, head_chunks):
         own = replace(shape, num_heads=chunk.share.num_q * u, num_kv_heads=len(chunk.share.kv) * u)
         passes.append(pass_cost(problem, own, hardware, transport, inner, backward))
-        in_ring += passes[-1].total - Layer(own, hardware, u, backward).all_to_all(tokens)
-    whole, times = Layer(shape, hardware, u, backward), 1 + backward
+        in_ring += passes[-1].total - LayerCost(own, hardware, u, backward).all_to_all(tokens)
+    whole, times = LayerCost(shape, hardware, u, backward), 1 + backward
     latency = whole.all_to_all(0)
     exchange = times * (whole.all_to_all(tokens) - latency) + head_chunks * latency
     return Cost(
@@ -218,7 +218,7 @@ _SAVES = 0.7  # fetching only what is seen must leave at most this much on the w
 
 @functools.lru_cache(maxsize=64)
 def choose_transport(
-    sequence: WholeSequence, mask: Mask, shape: Shape, inner: int = 1, hardware: Hardware = HARDWARE["cpu"]
+    sequence: ShardedSequence, mask: Mask, shape: Shape, inner: int = 1, hardware: Hardware = HARDWARE["cpu"]
 ) -> Choice:
     """The cheapest transport for a training step (forward and backward) of one layer; cached.
 

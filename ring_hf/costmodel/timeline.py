@@ -14,7 +14,7 @@ from .devices import Hardware, Shape
 from .work_matrices import Matrix
 
 
-class Layer:
+class LayerCost:
     """Seconds and bytes of the parts of a pass, for one rank's share of the heads."""
 
     def __init__(self, shape: Shape, hardware: Hardware, ulysses: int, backward: bool) -> None:
@@ -70,7 +70,7 @@ class Layer:
         return 2 * h.node_latency + (1 - outside) * num_bytes / (h.node_bandwidth * h.gather) + crossing
 
 
-class Clock:
+class LinkClock:
     """When every rank is done with the step at hand, and when every rank's links are free again."""
 
     def __init__(self, size: int) -> None:
@@ -78,7 +78,7 @@ class Clock:
         self.free = [0.0] * (2 * size)  # links inside the node, then links to other nodes
         self.due: dict[int, list[float]] = {}
 
-    def post(self, seconds: Sequence[float], way: "Way", due: int) -> None:
+    def post(self, seconds: Sequence[float], way: "Route", due: int) -> None:
         """Every place sends for so many seconds to its target, which needs it for step `due`; 0: it sends nothing."""
         now, free = self.now, self.free
         both = map(max, now, [now[target] for target in way.targets])
@@ -101,17 +101,17 @@ class Clock:
         self.now = list(map(operator.add, self.now, seconds))
 
 
-class Way:
+class Route:
     """Where every place sends: its target, whether that lies on another node, and who sends to it."""
 
-    def __init__(self, layer: Layer, targets: Sequence[int]) -> None:
+    def __init__(self, layer: LayerCost, targets: Sequence[int]) -> None:
         nodes = layer.nodes(len(targets))
         self.targets = targets
         self.crosses = [nodes[target] != here for here, target in zip(nodes, targets, strict=True)]
         self.links = [place + len(nodes) * crosses for place, crosses in enumerate(self.crosses)]
         self.sources = sorted(range(len(targets)), key=targets.__getitem__)
 
-    def seconds(self, layer: Layer, num_bytes: Sequence[float]) -> list[float]:
+    def seconds(self, layer: LayerCost, num_bytes: Sequence[float]) -> list[float]:
         """Per place the time its message takes; 0 for one without bytes."""
         return [layer.seconds(n, link) if n else 0.0 for n, link in zip(num_bytes, self.crosses, strict=True)]
 
@@ -119,16 +119,16 @@ class Way:
 Passed = tuple[float, tuple[float, ...], tuple[float, ...]]  # seconds, and per step the most and mean bytes sent
 
 
-def relay(layer: Layer, tokens: int, plan: Plan, compute: list[list[float]], backward: bool) -> Passed:
+def relay(layer: LayerCost, tokens: int, plan: Plan, compute: list[list[float]], backward: bool) -> Passed:
     """Blocks handed from rank to rank."""
     size, steps = plan.num_ranks, len(plan.steps)
-    kv, grads = Clock(size), Clock(size)
+    kv, grads = LinkClock(size), LinkClock(size)
     grads.free = kv.free
     sent = [0.0] * steps
 
-    def way(move: Move) -> tuple[Way, list[float], list[float]]:
+    def way(move: Move) -> tuple[Route, list[float], list[float]]:
         """The way with the seconds of a block of keys and values, and of one of gradients."""
-        found = Way(layer, [replace(plan, rank=place).ahead(move.outer, move.inner) for place in range(size)])
+        found = Route(layer, [replace(plan, rank=place).ahead(move.outer, move.inner) for place in range(size)])
         blocks = ([tokens * per_token] * size for per_token in (layer.kv_bytes, layer.grad_bytes))
         kv, grads = (found.seconds(layer, block) for block in blocks)
         return found, kv, grads
@@ -159,24 +159,26 @@ def relay(layer: Layer, tokens: int, plan: Plan, compute: list[list[float]], bac
     return max(grads.now), tuple(sent), tuple(sent)
 
 
-def fetch(layer: Layer, need: Matrix, sources: list[list[int]], compute: list[list[float]], backward: bool) -> Passed:
+def fetch(
+    layer: LayerCost, need: Matrix, sources: list[list[int]], compute: list[list[float]], backward: bool
+) -> Passed:
     """Every rank fetches what it sees of the next step's source; gradients go straight home."""
     size, last = len(need), len(compute) - 1
-    clock, grads = Clock(size), Clock(size)
+    clock, grads = LinkClock(size), LinkClock(size)
     grads.free = clock.free
     most, mean = [], []
     for step, seconds in enumerate(compute):
         clock.wait(step)
         sent = [0.0] * size
         if step < last:
-            way = Way(layer, [(place + step + 1) % size for place in range(size)])
+            way = Route(layer, [(place + step + 1) % size for place in range(size)])
             amounts = [need[target][place] * layer.kv_bytes for place, target in enumerate(way.targets)]
             clock.post(way.seconds(layer, amounts), way, step + 1)
             sent = [a + b for a, b in zip(sent, amounts, strict=True)]
         clock.compute(seconds)
         if backward and step:
             grads.now = clock.now
-            way = Way(layer, sources[step])
+            way = Route(layer, sources[step])
             amounts = [need[place][source] * layer.grad_bytes for place, source in enumerate(way.targets)]
             grads.post(way.seconds(layer, amounts), way, last + 1)
             sent = [a + b for a, b in zip(sent, amounts, strict=True)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..geometry.band import area
 from ..geometry.dependencies import Ranges, merged
-from ..geometry.sequence import Mask, Regions, WholeSequence
+from ..geometry.sequence import Mask, RowRegions, ShardedSequence
 
 Matrix = list[list[int]]
 
@@ -30,7 +30,7 @@ class _Chunk:
     place: int
 
 
-def work_matrix(sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> Matrix:
+def work_matrix(sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> Matrix:
     """`[place][source]`: visible pairs between the queries of `place` and the keys of `source`, over all rows."""
     size = sequence.ring_size
     work = [[0] * size for _ in range(size)]
@@ -43,12 +43,12 @@ def work_matrix(sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> Matri
     return work
 
 
-def total_work(sequence: WholeSequence, mask: Mask, num_rows: int = 1) -> int:
+def total_work(sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> int:
     """Visible pairs of the whole batch."""
     return sum(_totals(regions, mask)[-1] * rows for _, rows, regions in sequence.row_groups(mask, num_rows))
 
 
-def need_matrix(sequence: WholeSequence, mask: Mask) -> Matrix:
+def need_matrix(sequence: ShardedSequence, mask: Mask) -> Matrix:
     """`[place][source]`: tokens of `source` whose keys any query of `place` sees in any row; 0 for its own."""
     size = sequence.ring_size
     seen: list[list[tuple[int, int]]] = [[] for _ in range(size)]
@@ -67,7 +67,7 @@ def need_matrix(sequence: WholeSequence, mask: Mask) -> Matrix:
     return need
 
 
-def _chunks(sequence: WholeSequence) -> list[_Chunk] | None:
+def _chunks(sequence: ShardedSequence) -> list[_Chunk] | None:
     """All runs of consecutive tokens in global order, or None if the layout deals single tokens."""
     found = []
     for place in range(sequence.ring_size):
@@ -83,18 +83,18 @@ def _low(mask: Mask, first: int, query: int) -> int:
     return first if mask.window is None else max(first, query - mask.window + 1)
 
 
-def _high(mask: Mask, regions: Regions, region: int, query: int) -> int:
+def _high(mask: Mask, regions: RowRegions, region: int, query: int) -> int:
     """Last key that a query sees."""
     if not mask.causal:
         return regions.ends[region] - 1
     return max(query, regions.reaches[region] - 1)
 
 
-def _region(regions: Regions, token: int) -> int:
+def _region(regions: RowRegions, token: int) -> int:
     return bisect.bisect_right(regions.starts, token) - 1
 
 
-def _interval(regions: Regions, mask: Mask, chunk: _Chunk) -> tuple[int, int]:
+def _interval(regions: RowRegions, mask: Mask, chunk: _Chunk) -> tuple[int, int]:
     head, tail = _region(regions, chunk.start), _region(regions, chunk.stop - 1)
     return _low(mask, regions.firsts[head], chunk.start), _high(mask, regions, tail, chunk.stop - 1) + 1
 
@@ -121,7 +121,7 @@ def _count_striped(intervals: list[tuple[int, int]], size: int) -> list[int]:
     return list(itertools.accumulate(change[:size]))
 
 
-def _add_chunks(work: Matrix, chunks: list[_Chunk], regions: Regions, mask: Mask, rows: int) -> None:
+def _add_chunks(work: Matrix, chunks: list[_Chunk], regions: RowRegions, mask: Mask, rows: int) -> None:
     starts = [chunk.start for chunk in chunks]
     inner = _totals(regions, mask)
     for chunk in chunks:
@@ -138,14 +138,14 @@ def _add_chunks(work: Matrix, chunks: list[_Chunk], regions: Regions, mask: Mask
             region += 1
 
 
-def _inside(regions: Regions, region: int, last: int, chunk: _Chunk) -> int:
+def _inside(regions: RowRegions, region: int, last: int, chunk: _Chunk) -> int:
     """One past the last of the regions from `region` on whose documents lie wholly in the chunk."""
     if regions.firsts[region] < chunk.start or regions.ends[region] > chunk.stop:
         return region
     return last + 1 if regions.ends[last] <= chunk.stop else bisect.bisect_left(regions.firsts, regions.firsts[last])
 
 
-def _totals(regions: Regions, mask: Mask) -> list[int]:
+def _totals(regions: RowRegions, mask: Mask) -> list[int]:
     """Running sum over regions of all pairs that their queries see."""
     counts = [0]
     for start, stop, first, end, reach in zip(
@@ -167,7 +167,7 @@ def _add_part(
     row: list[int],
     chunks: list[_Chunk],
     starts: list[int],
-    regions: Regions,
+    regions: RowRegions,
     mask: Mask,
     region: int,
     first: int,
@@ -187,7 +187,7 @@ def _add_part(
         row[chunk.place] += seen * rows
 
 
-def _add_striped(work: Matrix, regions: Regions, mask: Mask, rows: int) -> None:
+def _add_striped(work: Matrix, regions: RowRegions, mask: Mask, rows: int) -> None:
     size = len(work)
     for place, row in enumerate(work):
         change = [0] * (size + 1)
@@ -218,7 +218,7 @@ def _add_striped(work: Matrix, regions: Regions, mask: Mask, rows: int) -> None:
             row[source] += seen * rows
 
 
-def _striped_intervals(regions: Regions, mask: Mask, place: int, size: int) -> list[tuple[int, int]]:
+def _striped_intervals(regions: RowRegions, mask: Mask, place: int, size: int) -> list[tuple[int, int]]:
     """What a stripe sees, without the gaps that a window shorter than the stripe leaves: as `reach.needed` has it."""
     found = []
     for region, (start, stop) in enumerate(itertools.pairwise(regions.starts)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..costmodel.pass_cost import amount, duration
-from .facts import Facts, Way
+from .facts import AlgorithmEstimate, Diagnosis
 from .machine import numbers
 
 _EXPOSED = 0.1  # share of a step's attention that may wait for keys and values before that is worth a word
@@ -22,10 +22,10 @@ class Advice:
     refuses: bool = False
 
 
-Rule = Callable[[Facts], Advice | None]
+Rule = Callable[[Diagnosis], Advice | None]
 
 
-def _versions(facts: Facts) -> Advice | None:
+def _versions(facts: Diagnosis) -> Advice | None:
     wrong = [one for one in facts.packages if one.required and not one.fits]
     if not wrong:
         return None
@@ -36,7 +36,7 @@ def _versions(facts: Facts) -> Advice | None:
     return Advice(action, f"{have}; ring_hf needs what Transformers 5 and its attention interface need", True)
 
 
-def _untested(facts: Facts) -> Advice | None:
+def _untested(facts: Diagnosis) -> Advice | None:
     newer = [
         one for one in facts.packages if one.tested and one.found and numbers(one.found)[:2] > numbers(one.tested)[:2]
     ]
@@ -47,13 +47,13 @@ def _untested(facts: Facts) -> Advice | None:
     return Advice(f"if anything fails, pip install {pins}", f"{have} is newer than what the tests ran with")
 
 
-def _model(facts: Facts) -> Advice | None:
+def _model(facts: Diagnosis) -> Advice | None:
     return (
         facts.refused and Advice("use another model, or change what the message names", facts.refused, True)
     ) or None
 
 
-def _no_kernel(facts: Facts) -> Advice | None:
+def _no_kernel(facts: Diagnosis) -> Advice | None:
     for one in facts.layers:
         if one.kernel is None:
             why = "; ".join(f"{name}: {reason}" for name, reason in one.kernels.items())
@@ -61,13 +61,13 @@ def _no_kernel(facts: Facts) -> Advice | None:
     return None
 
 
-def _links(facts: Facts) -> Advice | None:
+def _links(facts: Diagnosis) -> Advice | None:
     if facts.links.error is None:
         return None
     return Advice("repair what the measurement ran into", facts.links.error, True)
 
 
-def _unused_gpu(facts: Facts) -> Advice | None:
+def _unused_gpu(facts: Diagnosis) -> Advice | None:
     if not facts.devices.unused:
         return None
     torch = next(one for one in facts.packages if one.name == "torch")
@@ -77,7 +77,7 @@ def _unused_gpu(facts: Facts) -> Advice | None:
     )
 
 
-def _flash_attn(facts: Facts) -> Advice | None:
+def _flash_attn(facts: Diagnosis) -> Advice | None:
     if facts.devices.kind != "cuda" or not facts.layers:
         return None
     without = [one for one in facts.layers if not (one.kernel or "").startswith("flash_attn")]
@@ -90,7 +90,7 @@ def _flash_attn(facts: Facts) -> Advice | None:
     return Advice("pip install flash-attn --no-build-isolation", why)
 
 
-def _unfit_flash_attn(facts: Facts) -> Advice | None:
+def _unfit_flash_attn(facts: Diagnosis) -> Advice | None:
     """Installed, and still not used."""
     if facts.devices.kind != "cuda":
         return None
@@ -105,7 +105,7 @@ def _unfit_flash_attn(facts: Facts) -> Advice | None:
     return None
 
 
-def _reference(facts: Facts) -> Advice | None:
+def _reference(facts: Diagnosis) -> Advice | None:
     slow = [one for one in facts.layers if one.kernel == "reference"]
     if not slow or facts.question.sequence < _LONG:
         return None
@@ -117,7 +117,7 @@ def _reference(facts: Facts) -> Advice | None:
     )
 
 
-def _peers(facts: Facts) -> Advice | None:
+def _peers(facts: Diagnosis) -> Advice | None:
     if facts.devices.peers is not False:
         return None
     return Advice(
@@ -126,7 +126,7 @@ def _peers(facts: Facts) -> Advice | None:
     )
 
 
-def _variables(facts: Facts) -> Advice | None:
+def _variables(facts: Diagnosis) -> Advice | None:
     slow = {"CUDA_LAUNCH_BLOCKING": "nothing overlaps", "NCCL_P2P_DISABLE": "GPUs exchange through host memory"}
     slow |= {"NCCL_SHM_DISABLE": "GPUs of a node exchange over sockets", "NCCL_IB_DISABLE": "nodes exchange over TCP"}
     found = {name: why for name, why in slow.items() if facts.environment.get(name, "0") not in ("", "0")}
@@ -136,7 +136,7 @@ def _variables(facts: Facts) -> Advice | None:
     return Advice(f"unset {' '.join(found)}, unless it works around something", reason)
 
 
-def _threads(facts: Facts) -> Advice | None:
+def _threads(facts: Diagnosis) -> Advice | None:
     threads, ranks = facts.environment.get("OMP_NUM_THREADS", ""), min(facts.question.ranks, facts.links.processes)
     if facts.devices.kind != "cpu" or not threads.isdigit() or int(threads) * ranks <= facts.devices.cores:
         return None
@@ -146,7 +146,7 @@ def _threads(facts: Facts) -> Advice | None:
     )
 
 
-def _division(facts: Facts) -> Advice | None:
+def _division(facts: Diagnosis) -> Advice | None:
     """Launched with a number of processes that these ranks do not divide."""
     world, ranks = facts.environment.get("WORLD_SIZE", ""), facts.question.ranks
     if not world.isdigit() or int(world) % ranks == 0:
@@ -160,7 +160,7 @@ def _division(facts: Facts) -> Advice | None:
     )
 
 
-def _weights(facts: Facts) -> Advice | None:
+def _weights(facts: Diagnosis) -> Advice | None:
     """Whole weights on every rank do not fit."""
     fitting = [one for one in facts.engines if one.missing is None and one.held < _FULL * facts.devices.memory]
     whole = next((one for one in facts.engines if one.name == "DDP"), None)
@@ -179,7 +179,7 @@ def _weights(facts: Facts) -> Advice | None:
     )
 
 
-def _exposed(facts: Facts) -> Advice | None:
+def _exposed(facts: Diagnosis) -> Advice | None:
     overlap, question = facts.overlap, facts.question
     if overlap is None or overlap.best.exposed <= _EXPOSED:
         return None
@@ -195,7 +195,7 @@ def _exposed(facts: Facts) -> Advice | None:
     )
 
 
-def _other(facts: Facts) -> Way | None:
+def _other(facts: Diagnosis) -> AlgorithmEstimate | None:
     """An algorithm that is worth naming, beside what transport="auto" finds by itself."""
     overlap = facts.overlap
     if overlap is None or overlap.best is overlap.ring or overlap.best.seconds > _FASTER * overlap.ring.seconds:
@@ -210,7 +210,7 @@ _SETTINGS = {
 }
 
 
-def _algorithm(facts: Facts) -> Advice | None:
+def _algorithm(facts: Diagnosis) -> Advice | None:
     best = _other(facts)
     if best is None or facts.overlap is None:
         return None
@@ -223,7 +223,7 @@ def _algorithm(facts: Facts) -> Advice | None:
     return Advice(action, f"{why}, {best.exposed:.0%} of it exposed instead of {ring.exposed:.0%}")
 
 
-def _padding(facts: Facts) -> Advice | None:
+def _padding(facts: Diagnosis) -> Advice | None:
     overlap, question = facts.overlap, facts.question
     if overlap is None or overlap.tokens * question.ranks == question.sequence:
         return None
@@ -234,7 +234,7 @@ def _padding(facts: Facts) -> Advice | None:
     )
 
 
-def _contiguous(facts: Facts) -> Advice | None:
+def _contiguous(facts: Diagnosis) -> Advice | None:
     if facts.question.layout != "contiguous" or facts.question.ranks == 1:
         return None
     if not any(one.visible is None for one in facts.layers):
@@ -268,7 +268,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def advise(facts: Facts) -> list[Advice]:
+def advise(facts: Diagnosis) -> list[Advice]:
     """What every rule has to say, what refuses training first."""
     found = [advice for rule in RULES if (advice := rule(facts)) is not None]
     return sorted(found, key=lambda advice: not advice.refuses)

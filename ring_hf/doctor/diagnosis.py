@@ -11,10 +11,10 @@ from ..kernels import candidates
 from ..planner import read_keys
 from . import machine
 from .engine_checks import find_engines
-from .facts import Devices, Facts, Layers, Links, Question
+from .facts import AttentionGroup, Devices, Diagnosis, Links, Query
 from .measurement import measure
 from .overlap_estimate import predict
-from .rank_launch import Job, Unanswered, run_here, run_ranks, under_launcher
+from .rank_launch import Job, RankTimeout, run_here, run_ranks, under_launcher
 
 logger = logging.getLogger("ring_hf")
 _MESSAGES = (1, 2**16, 2**20, 2**24)  # bytes
@@ -23,7 +23,7 @@ _SHORT = {"cpu": 512, "cuda": 4096}  # tokens
 _PROCESSES_ON_A_CPU = 2
 
 
-def diagnose(question: Question, seconds: float = 120.0, repeats: int = 5) -> Facts | None:
+def diagnose(question: Query, seconds: float = 120.0, repeats: int = 5) -> Diagnosis | None:
     """Everything about a question; None on all ranks of a launcher but the first.
 
     Args:
@@ -44,7 +44,7 @@ def diagnose(question: Question, seconds: float = 120.0, repeats: int = 5) -> Fa
     keys, name, source = read_keys(question.model)
     model = inspect_model(name, load_config(keys, source), backend)
     layers = tuple(_layers(kind, count, question.dtype, found.kind) for kind, count in model.kinds)
-    facts = Facts(
+    facts = Diagnosis(
         question=question,
         packages=machine.packages(),
         devices=found,
@@ -68,7 +68,7 @@ def _processes(devices: Devices, ranks: int, environment: dict[str, str]) -> int
     return min(ranks or _PROCESSES_ON_A_CPU, max(_PROCESSES_ON_A_CPU, devices.cores))
 
 
-def _layers(kind: AttentionKind, count: int, dtype: str, device: str) -> Layers:
+def _layers(kind: AttentionKind, count: int, dtype: str, device: str) -> AttentionGroup:
     """The kernels for layers of a kind, asked with tensors like theirs."""
     q, v = (
         torch.empty(1, heads, 1, dim, dtype=getattr(torch, dtype), device=device)
@@ -76,10 +76,10 @@ def _layers(kind: AttentionKind, count: int, dtype: str, device: str) -> Layers:
     )
     fitting = candidates("auto", q, v, kind.softcap)
     chosen = next((name for name, reason in fitting.items() if reason is None), None)
-    return Layers(count, **vars(kind), kernel=chosen, kernels=fitting)
+    return AttentionGroup(count, **vars(kind), kernel=chosen, kernels=fitting)
 
 
-def _job(facts: Facts, seconds: float, repeats: int) -> Job:
+def _job(facts: Diagnosis, seconds: float, repeats: int) -> Job:
     kind, question = facts.devices.kind, facts.question
     heads, softcap = (1, 1, 64, 64), None
     if facts.layers:  # those that see most, the largest of them
@@ -91,13 +91,13 @@ def _job(facts: Facts, seconds: float, repeats: int) -> Job:
     return Job(kind, question.dtype, heads, softcap, lengths if facts.layers else (), messages, repeats, seconds)
 
 
-def _measured(facts: Facts, job: Job, processes: int) -> Facts | None:
+def _measured(facts: Diagnosis, job: Job, processes: int) -> Diagnosis | None:
     try:
         if under_launcher():
             answers = [run_here(measure, job)]
         else:
             answers = run_ranks(measure, processes, job)
-    except Unanswered as error:
+    except RankTimeout as error:
         return replace(facts, links=replace(facts.links, error=str(error)))
     if int(facts.environment.get("RANK", "0")):
         return None

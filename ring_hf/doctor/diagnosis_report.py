@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from ..costmodel.pass_cost import amount, duration
 from ..geometry import auto_ulysses
 from .advice import Advice
-from .facts import Facts
+from .facts import Diagnosis
 
 _WIDTH = 112
 
 
-def render(facts: Facts, advice: Sequence[Advice]) -> str:
+def render(facts: Diagnosis, advice: Sequence[Advice]) -> str:
     """The whole report."""
     question = facts.question
     ranks = f"{question.ranks} ranks" if question.ranks > 1 else "1 rank"
@@ -36,7 +36,7 @@ def _wrapped(words: str, indent: int) -> list[str]:
     return textwrap.wrap(words, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
-def _versions(facts: Facts) -> list[str]:
+def _versions(facts: Diagnosis) -> list[str]:
     rows = [["", "found", "needs", "tested", ""]]
     for one in facts.packages:
         found = one.found or ("missing" if one.required else "-")
@@ -45,7 +45,7 @@ def _versions(facts: Facts) -> list[str]:
     return [_head("versions"), *_columns(rows)]
 
 
-def _devices(facts: Facts) -> list[str]:
+def _devices(facts: Diagnosis) -> list[str]:
     devices = facts.devices
     names = ", ".join(f"{devices.names.count(name)} x {name}" for name in dict.fromkeys(devices.names))
     words = [names if devices.kind == "cuda" else f"{devices.cores} CPU cores, {devices.names[0]}"]
@@ -57,7 +57,7 @@ def _devices(facts: Facts) -> list[str]:
     return [_head("device", ", ".join(words)), *([f"  {variables}"] if variables else [])]
 
 
-def _kernels(facts: Facts) -> list[str]:
+def _kernels(facts: Diagnosis) -> list[str]:
     words = "no attention layers found" if not facts.layers else "layers as the configuration names them"
     lines = [_head("kernels", "" if facts.probed and facts.layers else words)]
     for _, group in itertools.groupby(facts.layers, lambda one: (one.kernel, tuple(one.kernels.items()))):
@@ -77,7 +77,7 @@ def _kernels(facts: Facts) -> list[str]:
     return lines
 
 
-def _engines(facts: Facts) -> list[str]:
+def _engines(facts: Diagnosis) -> list[str]:
     if not facts.engines:
         return []
     rows = [
@@ -87,7 +87,7 @@ def _engines(facts: Facts) -> list[str]:
     return [_head("engines", words), *_columns(rows)]
 
 
-def _links(facts: Facts) -> list[str]:
+def _links(facts: Diagnosis) -> list[str]:
     links = facts.links
     if links.error is not None:
         return [_head("links", f"{links.processes} processes over {links.backend}: failed"), *_wrapped(links.error, 2)]
@@ -99,7 +99,7 @@ def _links(facts: Facts) -> list[str]:
     return [_head("links", words), f"  {sizes}"]
 
 
-def _speed(facts: Facts) -> list[str]:
+def _speed(facts: Diagnosis) -> list[str]:
     if not facts.speeds:
         return []
     rows = [["tokens", "forward", "", "backward", ""]]
@@ -114,7 +114,7 @@ def _rate(flops: float) -> str:
     return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
-def _overlap(facts: Facts) -> list[str]:
+def _overlap(facts: Diagnosis) -> list[str]:
     overlap = facts.overlap
     if overlap is None:
         return []

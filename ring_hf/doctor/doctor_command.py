@@ -50,9 +50,9 @@ def run(options: argparse.Namespace) -> int:
     for name in ("ranks", "repeats", "timeout"):
         if getattr(options, name) < (0 if name == "ranks" else 1):
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
-    from . import Question, advise, diagnose, render
+    from . import Query, advise, diagnose, render
 
-    question = Question(options.model, options.seq, options.ranks, options.layout, options.dtype)
+    question = Query(options.model, options.seq, options.ranks, options.layout, options.dtype)
     facts = diagnose(question, options.timeout, options.repeats)
     if facts is None:  # another rank of a launcher prints
         return 0

@@ -7,7 +7,7 @@ from ..planner import Job
 from ..planner.engine_bytes import engine_of
 from ..planner.memory_estimate import memory_of
 from ..planner.model_config import parse
-from .facts import Devices, EngineFact, Package, Question
+from .facts import Devices, EngineFact, Package, Query
 
 STATES = ("weights", "gradients", "gradient buckets (DDP)", "optimizer states")
 # What `ring-hf plan` calls each: DDP, FSDP2, and the stages of DeepSpeed.
@@ -19,7 +19,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def find_engines(
-    question: Question, keys: Mapping[str, Any], devices: Devices, packages: tuple[Package, ...]
+    question: Query, keys: Mapping[str, Any], devices: Devices, packages: tuple[Package, ...]
 ) -> tuple[EngineFact, ...]:
     """Return every engine, why it cannot run on this machine, and bytes of a rank where the planner can count them."""
     try:

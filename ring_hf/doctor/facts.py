@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """What the user wants to do: a model at a length, shared by so many ranks."""
 
     model: str
@@ -47,7 +47,7 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Layers:
+class AttentionGroup:
     """Layers of one kind, the kernel they would get, and why not each of the others (None: it fits, too)."""
 
     count: int
@@ -118,7 +118,7 @@ class Links:
 
 
 @dataclass(frozen=True)
-class Way:
+class AlgorithmEstimate:
     """One algorithm for all attention layers of a step: seconds of both passes, and what of them is exposed."""
 
     name: str
@@ -151,30 +151,30 @@ class Overlap:
     tokens: int
     least_forward: int | None
     least_backward: int | None
-    ways: tuple[Way, ...]
+    ways: tuple[AlgorithmEstimate, ...]
     measured: bool
     links: str
 
     @property
-    def ring(self) -> Way:
+    def ring(self) -> AlgorithmEstimate:
         return self.ways[0]
 
     @property
-    def best(self) -> Way:
+    def best(self) -> AlgorithmEstimate:
         return min(self.ways, key=lambda way: way.seconds)
 
 
 @dataclass(frozen=True)
-class Facts:
+class Diagnosis:
     """Everything that was found out; `refused` is what training would say about the model."""
 
-    question: Question
+    question: Query
     packages: tuple[Package, ...]
     devices: Devices
     model_type: str
     refused: str | None
     probed: bool
-    layers: tuple[Layers, ...]
+    layers: tuple[AttentionGroup, ...]
     links: Links
     speeds: tuple[Speed, ...] = ()
     overlap: Overlap | None = None

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 from ..costmodel.devices import Hardware, Shape, hardware_of
 from ..costmodel.pass_cost import Problem, pass_cost
-from ..costmodel.timeline import Layer
-from ..geometry import Mask, WholeSequence, auto_ulysses, padded_length
-from .facts import Facts, Layers, Overlap, Question, Speed, Way
+from ..costmodel.timeline import LayerCost
+from ..geometry import Mask, ShardedSequence, auto_ulysses, padded_length
+from .facts import AlgorithmEstimate, AttentionGroup, Diagnosis, Overlap, Query, Speed
 from .measurement import BACKWARD
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CAUSAL = 0.5
 
 
-def predict(facts: Facts) -> Overlap | None:
+def predict(facts: Diagnosis) -> Overlap | None:
     """From what was measured; None if there is nothing to predict from."""
     question, layers = facts.question, facts.layers
     if not facts.speeds or not layers or question.ranks == 1:
@@ -30,7 +30,7 @@ def predict(facts: Facts) -> Overlap | None:
     for name, layout, transport, ulysses in _algorithms(question, layers, hardware):
         costs = [_cost(one, question, hardware, layout, transport, ulysses) for one in layers]
         totals = [sum(column) for column in zip(*costs, strict=True)]
-        ways.append(Way(name, *totals))
+        ways.append(AlgorithmEstimate(name, *totals))
     dense = [one for one in layers if one.visible is None]
     forward, backward = None, None
     if dense:
@@ -39,7 +39,7 @@ def predict(facts: Facts) -> Overlap | None:
     return Overlap(tokens, forward, backward, tuple(ways), bool(facts.links.times), where)
 
 
-def machine_of(facts: Facts) -> tuple[Hardware, str]:
+def machine_of(facts: Diagnosis) -> tuple[Hardware, str]:
     """This machine for the cost model, and in words where its links' figures come from."""
     local = facts.environment.get("LOCAL_WORLD_SIZE")
     devices = len(facts.devices.names) if facts.devices.kind == "cuda" else facts.question.ranks
@@ -70,13 +70,15 @@ def _least(shape: Shape, hardware: Hardware, ranks: int) -> tuple[int, int]:
     bandwidth = hardware.network_bandwidth if ranks > hardware.ranks_per_node else hardware.node_bandwidth
     found = []
     for backward in (False, True):
-        layer = Layer(shape, hardware, 1, backward)
+        layer = LayerCost(shape, hardware, 1, backward)
         sent = layer.kv_bytes + layer.grad_bytes * backward
         found.append(math.ceil(sent / bandwidth / (layer.seconds_per_pair * _CAUSAL)))
     return found[0], found[1]
 
 
-def _algorithms(question: Question, layers: tuple[Layers, ...], hardware: Hardware) -> list[tuple[str, str, str, int]]:
+def _algorithms(
+    question: Query, layers: tuple[AttentionGroup, ...], hardware: Hardware
+) -> list[tuple[str, str, str, int]]:
     """Name, layout, transport and Ulysses ranks; the ring comes first."""
     found = [(name, question.layout, name, 1) for name in ("ring", "direct", "allgather")]
     ranks = question.ranks
@@ -89,15 +91,15 @@ def _algorithms(question: Question, layers: tuple[Layers, ...], hardware: Hardwa
 
 
 def _cost(
-    layers: Layers, question: Question, hardware: Hardware, layout: str, transport: str, ulysses: int
+    layers: AttentionGroup, question: Query, hardware: Hardware, layout: str, transport: str, ulysses: int
 ) -> tuple[float, float, float, float]:
     length = padded_length(layout, question.sequence, question.ranks, ulysses)
-    sequence = WholeSequence(layout, length, question.ranks, None, None, None, ulysses)
+    sequence = ShardedSequence(layout, length, question.ranks, None, None, None, ulysses)
     problem = Problem.estimate(sequence, Mask(True, layers.window, layers.chunk))
     shape = _shape(layers, question.dtype)
     passes = [pass_cost(problem, shape, hardware, transport, 1, backward) for backward in (False, True)]
     return tuple(layers.count * n for n in (*(p.total for p in passes), *(p.exposed for p in passes)))  # type: ignore
 
 
-def _shape(layers: Layers, dtype: str) -> Shape:
+def _shape(layers: AttentionGroup, dtype: str) -> Shape:
     return Shape(layers.num_heads, layers.num_kv_heads, layers.head_dim, layers.v_head_dim, BYTES[dtype])

@@ -53,7 +53,7 @@ def hint(device: str, words: str) -> str:
 Work = Callable[[int, int, Job, str | None, Callable[[str], None]], Any]
 
 
-class Unanswered(RuntimeError):
+class RankTimeout(RuntimeError):
     """A rank failed or did not come back."""
 
 
@@ -79,7 +79,7 @@ def run_here(work: Work, job: Job) -> Any:
     try:
         return work(rank, size, job, None, words.append)
     except RuntimeError as error:
-        raise Unanswered(
+        raise RankTimeout(
             f"rank {rank} of {size} failed, {words[-1]}: {error}. {hint(job.device, words[-1])}"
         ) from error
     finally:
@@ -122,7 +122,7 @@ def _listen(pipes: list[Connection], job: Job) -> list[Any]:
         ready = wait(open_pipes, max(0.0, deadline - time.monotonic()))
         if not ready:
             seen = "; ".join(f"rank {rank} was {words[rank]}" for rank in words if rank not in results)
-            raise Unanswered(f"no answer in {job.seconds:g} s: {seen}. {CHECKS[job.device]}")
+            raise RankTimeout(f"no answer in {job.seconds:g} s: {seen}. {CHECKS[job.device]}")
         for rank, pipe in enumerate(pipes):
             if pipe not in ready:
                 continue
@@ -131,7 +131,7 @@ def _listen(pipes: list[Connection], job: Job) -> list[Any]:
             except EOFError:
                 kind, value = "failed", "the process ended"
             if kind == "failed":
-                raise Unanswered(f"rank {rank} failed, {words[rank]}: {value}. {hint(job.device, words[rank])}")
+                raise RankTimeout(f"rank {rank} failed, {words[rank]}: {value}. {hint(job.device, words[rank])}")
             if kind == "done":
                 results[rank] = value
             else:

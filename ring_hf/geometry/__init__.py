@@ -1,6 +1,6 @@
 """Which token lives where, who sees whom, and what each rank therefore computes and needs. Pure integers, no torch.
 
-Start at `WholeSequence` (a batch as all ranks see it) and `make_plan` (one rank's work, step by step).
+Start at `ShardedSequence` (a batch as all ranks see it) and `make_plan` (one rank's work, step by step).
 """
 
 from .balance import balanced_owners
@@ -19,7 +19,7 @@ from .layout import (
     unshard_index,
 )
 from .plan import TRANSPORTS, Move, Plan, Slice, Step, make_plan, sent_tokens
-from .sequence import Mask, Regions, WholeSequence
+from .sequence import Mask, RowRegions, ShardedSequence
 from .tiles import Tile, tiles
 
 __all__ = [
@@ -31,12 +31,12 @@ __all__ = [
     "Move",
     "Piece",
     "Plan",
-    "Regions",
+    "RowRegions",
     "Segment",
+    "ShardedSequence",
     "Slice",
     "Step",
     "Tile",
-    "WholeSequence",
     "area",
     "auto_ulysses",
     "balanced_owners",

@@ -7,13 +7,13 @@ simulation of 1,024 ranks can afford to ask.
 import functools
 from bisect import bisect_right
 
-from .sequence import Mask, Regions, WholeSequence
+from .sequence import Mask, RowRegions, ShardedSequence
 from .tiles import Part, cut
 
 Ranges = tuple[tuple[int, int], ...]
 
 
-def _sees(part: Part, regions: Regions, mask: Mask) -> tuple[int, int]:
+def _sees(part: Part, regions: RowRegions, mask: Mask) -> tuple[int, int]:
     """First and last global token that any query of the part may see."""
     region = part.region
     first = regions.firsts[region]
@@ -36,7 +36,7 @@ def merged(ranges: list[tuple[int, int]]) -> Ranges:
 
 
 @functools.lru_cache(maxsize=2048)
-def visible(sequence: WholeSequence, mask: Mask, rank: int) -> Ranges:
+def visible(sequence: ShardedSequence, mask: Mask, rank: int) -> Ranges:
     """Global token ranges `[first, stop)` that the queries of ring rank `rank` see, in any batch row.
 
     Exact for segments of step 1; for stripes each query sees a part of its range.
@@ -49,7 +49,7 @@ def visible(sequence: WholeSequence, mask: Mask, rank: int) -> Ranges:
     return merged(seen)
 
 
-def needed(sequence: WholeSequence, mask: Mask, rank: int, source: int) -> Ranges:
+def needed(sequence: ShardedSequence, mask: Mask, rank: int, source: int) -> Ranges:
     """Local token ranges of ring rank `source`'s shard that ring rank `rank` sees.
 
     Both sides can compute it, so that nobody has to ask.
@@ -70,7 +70,7 @@ def needed(sequence: WholeSequence, mask: Mask, rank: int, source: int) -> Range
 
 
 @functools.lru_cache(maxsize=64)
-def farthest(sequence: WholeSequence, mask: Mask, inner: int) -> tuple[int, int]:
+def farthest(sequence: ShardedSequence, mask: Mask, inner: int) -> tuple[int, int]:
     """Greatest number of places, on the outer and on the inner ring, from any rank back to a key that it sees.
 
     Of a ring of `inner` there is one per node; with `inner` equal to the ring there is no outer ring.
@@ -92,7 +92,7 @@ def farthest(sequence: WholeSequence, mask: Mask, inner: int) -> tuple[int, int]
     return far
 
 
-def rank_work(sequence: WholeSequence, mask: Mask, rank: int, num_rows: int = 1) -> int:
+def rank_work(sequence: ShardedSequence, mask: Mask, rank: int, num_rows: int = 1) -> int:
     """Visible pairs of one ring rank by closed formula, without a plan: load balance at 1,024 ranks."""
     total = 0
     for _, rows, regions in sequence.row_groups(mask, num_rows):

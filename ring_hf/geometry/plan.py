@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .dependencies import farthest, needed
 from .layout import Segment, slice_segments
-from .sequence import Mask, WholeSequence
+from .sequence import Mask, ShardedSequence
 from .tiles import Tile, tiles
 
 TRANSPORTS = ("ring", "double_ring", "allgather", "direct")
@@ -117,7 +117,7 @@ class Plan:
         return tuple(moves)
 
 
-def _relay_blocks(sequence: WholeSequence, mask: Mask, rank: int, inner: int) -> list[tuple[Slice, ...]]:
+def _relay_blocks(sequence: ShardedSequence, mask: Mask, rank: int, inner: int) -> list[tuple[Slice, ...]]:
     size = sequence.ring_size
     outer_far, inner_far = farthest(sequence, mask, inner)
     steps = [(outer, place) for outer in range(outer_far + 1) for place in range(inner)]
@@ -128,7 +128,7 @@ def _relay_blocks(sequence: WholeSequence, mask: Mask, rank: int, inner: int) ->
     return [(Slice(source, 0, sequence.length // size),) for source in sources]
 
 
-def _gathered_block(sequence: WholeSequence) -> tuple[Slice, ...]:
+def _gathered_block(sequence: ShardedSequence) -> tuple[Slice, ...]:
     found = []
     for rank in range(sequence.ring_size):
         place = 0
@@ -139,7 +139,7 @@ def _gathered_block(sequence: WholeSequence) -> tuple[Slice, ...]:
     return tuple(part for _, part in sorted(found, key=lambda item: item[0]))
 
 
-def blocks(sequence: WholeSequence, mask: Mask, rank: int, transport: str, inner: int) -> list[tuple[Slice, ...]]:
+def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inner: int) -> list[tuple[Slice, ...]]:
     """The blocks of keys that `rank` holds, step by step; the same number of steps on every rank."""
     size = sequence.ring_size
     if transport not in TRANSPORTS:
@@ -161,7 +161,7 @@ def blocks(sequence: WholeSequence, mask: Mask, rank: int, transport: str, inner
     return _relay_blocks(sequence, mask, rank, inner if transport == "double_ring" else size)
 
 
-def _keys(sequence: WholeSequence, block: tuple[Slice, ...]) -> list[Segment]:
+def _keys(sequence: ShardedSequence, block: tuple[Slice, ...]) -> list[Segment]:
     """The global tokens of a block, in its order, neighbours joined."""
     found: list[Segment] = []
     shards = {part.rank: sequence.ring_segments(part.rank) for part in block}
@@ -182,7 +182,7 @@ def _keys(sequence: WholeSequence, block: tuple[Slice, ...]) -> list[Segment]:
 # A step uses one plan per kind of layer; a plan of 10,000 documents holds megabytes.
 @functools.lru_cache(maxsize=16)
 def make_plan(
-    sequence: WholeSequence,
+    sequence: ShardedSequence,
     mask: Mask,
     rank: int,
     num_rows: int = 1,
@@ -226,7 +226,7 @@ def make_plan(
     return Plan(rank, size, transport, inner, tuple(steps), tuple(lent))
 
 
-def sent_tokens(sequence: WholeSequence, mask: Mask, transport: str, inner: int = 1) -> list[list[int]]:
+def sent_tokens(sequence: ShardedSequence, mask: Mask, transport: str, inner: int = 1) -> list[list[int]]:
     """Tokens (keys with their values, of one batch row) that each ring rank sends, by step of the forward pass.
 
     An all-gather hands on its own shard and those of the others, as a ring of R - 1 hops in one step.

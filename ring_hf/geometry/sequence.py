@@ -34,7 +34,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Regions:
+class RowRegions:
     """A row cut where what a query sees changes: region n holds tokens `starts[n]..starts[n + 1] - 1`.
 
     Its tokens belong to the document `firsts[n]..ends[n] - 1`; in a prefix, all see each other up to `reaches[n] - 1`
@@ -48,7 +48,7 @@ class Regions:
 
 
 @dataclass(frozen=True)
-class WholeSequence:
+class ShardedSequence:
     """A padded batch dealt to `num_ranks` ranks.
 
     Args:
@@ -154,7 +154,7 @@ class WholeSequence:
     def _prefix(self, row: int, document: int) -> int:
         return self.prefixes[row][document] if self.prefixes is not None else 0
 
-    def regions(self, row: int, mask: Mask) -> Regions:
+    def regions(self, row: int, mask: Mask) -> RowRegions:
         """The row cut at document boundaries, at the ends of prefixes, and into the mask's chunks.
 
         Raises:
@@ -165,7 +165,7 @@ class WholeSequence:
             if mask.chunk is not None:
                 chunks = (range(first, end, mask.chunk) for first, end in itertools.pairwise(bounds))
                 bounds = (*itertools.chain(*chunks), self.length)
-            return Regions(bounds, bounds[:-1], bounds[1:], (0,) * (len(bounds) - 1))
+            return RowRegions(bounds, bounds[:-1], bounds[1:], (0,) * (len(bounds) - 1))
         if not mask.causal or mask.chunk is not None:
             raise ValueError(
                 f"A document with a prefix under {mask}: a prefix is what a causal mask without chunks can be "
@@ -181,9 +181,9 @@ class WholeSequence:
             if reach < end:
                 cuts.append((reach, first, end, 0))
         starts, firsts, ends, reaches = zip(*cuts, strict=True)
-        return Regions((*starts, self.length), firsts, ends, reaches)
+        return RowRegions((*starts, self.length), firsts, ends, reaches)
 
-    def row_groups(self, mask: Mask, num_rows: int) -> Iterator[tuple[int, int, Regions]]:
+    def row_groups(self, mask: Mask, num_rows: int) -> Iterator[tuple[int, int, RowRegions]]:
         """Runs of neighbouring batch rows that are cut alike: `(first row, rows, regions)`."""
         if self.num_rows is None:
             yield 0, num_rows, self.regions(0, mask)

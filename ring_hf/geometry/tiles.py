@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from . import band
 from .layout import Segment
-from .sequence import Mask, Regions
+from .sequence import Mask, RowRegions
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Part:
         return self.start + self.step * (self.length - 1)
 
 
-def cut(shard: Iterable[Segment], regions: Regions) -> Iterator[Part]:
+def cut(shard: Iterable[Segment], regions: RowRegions) -> Iterator[Part]:
     """A shard cut at the starts of regions, in local order."""
     starts = regions.starts
     place = 0
@@ -75,7 +75,7 @@ def cut(shard: Iterable[Segment], regions: Regions) -> Iterator[Part]:
 def tiles(
     q_shard: Iterable[Segment],
     k_block: Iterable[Segment],
-    regions: Regions,
+    regions: RowRegions,
     mask: Mask,
     row: int = 0,
     num_rows: int = 1,

@@ -8,14 +8,14 @@ neither a `to` nor a `pin_memory` method, so data loaders, Accelerate and DDP pa
 
 from dataclasses import dataclass
 
-from ring_hf.geometry import WholeSequence
+from ring_hf.geometry import ShardedSequence
 
-KEY = "context_parallel"
+METADATA_KEY = "context_parallel"
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class ContextParallelBatch:
+class ContextParallelMetadata:
     """One sharded batch (or a whole one, `sequence.num_ranks == 1`, whose prefixes one process must know).
 
     `unpadded_length` is the row length that the inner collator produced: predictions are trimmed to it. `examples`
@@ -23,7 +23,7 @@ class ContextParallelBatch:
     `fingerprint` is a hash of the unsharded tokens and labels, equal on all ranks that share a sequence.
     """
 
-    sequence: WholeSequence
+    sequence: ShardedSequence
     group: str
     rank: int
     kernel: str
@@ -41,7 +41,7 @@ class ContextParallelBatch:
 
 
 @dataclass(frozen=True)
-class RefusedBatch:
+class InvalidBatch:
     """A batch that this rank had to refuse. It travels to the model, where all ranks learn of it before any
     exchange."""
 

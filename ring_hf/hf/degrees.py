@@ -17,7 +17,7 @@ from .context import ProcessContext
 
 
 @dataclass(frozen=True)
-class Split:
+class ResolvedDegrees:
     """What was asked for, with nothing left open (but `transport="auto"`, which is chosen per mask)."""
 
     backend: str
@@ -67,7 +67,7 @@ def check_sizes(
         )
 
 
-def resolve(model_config: Any, context: ProcessContext) -> Split:
+def resolve(model_config: Any, context: ProcessContext) -> ResolvedDegrees:
     """The split of a model's sequences over `context.size` ranks.
 
     Raises:
@@ -81,7 +81,7 @@ def resolve(model_config: Any, context: ProcessContext) -> Split:
     _check_rings(context.size, ulysses_size, inner, context.transport)
     for num_heads, num_kv_heads in _head_counts(model_config) or ((context.head_chunks * ulysses_size,) * 2,):
         check_head_chunks(context.head_chunks, num_heads, num_kv_heads, ulysses_size)
-    return Split(backend, layout, context.size, ulysses_size, inner, context.transport, context.head_chunks)
+    return ResolvedDegrees(backend, layout, context.size, ulysses_size, inner, context.transport, context.head_chunks)
 
 
 def split_error(model_config: Any, context: ProcessContext) -> str | None:

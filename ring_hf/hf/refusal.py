@@ -7,7 +7,7 @@ from ring_hf.parallel import agree, group_of
 from .context import ProcessContext
 
 
-def refuse_together(error: str | None, facts: dict[str, Any], context: ProcessContext) -> None:
+def raise_on_all_ranks(error: str | None, facts: dict[str, Any], context: ProcessContext) -> None:
     """Raise one ValueError on every rank if any rank has an error, or the ranks of a group disagree about the facts.
 
     A collective call of all processes.

@@ -14,8 +14,8 @@ import torch
 
 from ..geometry import Tile
 from . import cpu, cuda_cudnn, cuda_efficient, cuda_flash, flash_attn_2, flash_attn_3, flash_attn_4, hub, reference
-from .indexing import Place, Tokens, Windows
-from .merge import State, Sum, accumulate_dtype, merge_
+from .indexing import GatherIndex, StridedWindows, TokenIndex
+from .merge import GradAccumulator, OutLseAccumulator, accumulate_dtype, merge_
 
 
 class Kernel(Protocol):
@@ -24,7 +24,7 @@ class Kernel(Protocol):
     @property
     def NAME(self) -> str: ...
 
-    def unfit(self, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+    def why_unsupported(self, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
         """Why this kernel cannot serve such tensors, or None."""
 
     def forward(
@@ -35,7 +35,7 @@ class Kernel(Protocol):
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, out, lse)`."""
 
     def backward(
@@ -49,7 +49,7 @@ class Kernel(Protocol):
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, TokenIndex, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, keys, dq, dk, dv)`, from the global `out` and `lse`."""
 
 
@@ -104,7 +104,7 @@ def candidates(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     """The kernels that `name` stands for in order of preference, each with the reason why it does not fit, or None."""
     check_name(name)
     names = FAMILIES.get(name, (name,)) if name != "auto" else tuple(KERNELS)
-    return {one: _kernel(one).unfit(q, v, softcap) for one in names}
+    return {one: _kernel(one).why_unsupported(q, v, softcap) for one in names}
 
 
 def _kernel(name: str) -> Kernel:
@@ -123,12 +123,12 @@ def _tell(fitting: str, reasons: dict[str, str | None]) -> None:
 __all__ = [
     "FAMILIES",
     "KERNELS",
+    "GatherIndex",
+    "GradAccumulator",
     "Kernel",
-    "Place",
-    "State",
-    "Sum",
-    "Tokens",
-    "Windows",
+    "OutLseAccumulator",
+    "StridedWindows",
+    "TokenIndex",
     "accumulate_dtype",
     "candidates",
     "check_name",

@@ -15,13 +15,13 @@ import torch
 from torch.nn.functional import pad
 
 from ..geometry import Piece, Tile, split
-from .indexing import Windows
+from .indexing import StridedWindows
 
 Unfit = Callable[[torch.Tensor, torch.Tensor, float | None], str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class PieceKernel:
+class CausalBlockKernel:
     """A kernel made of an operator for pieces and its backward, without soft-capping.
 
     `attend(q, k, v, causal, scale)` returns `(out, lse)`, `differentiate(dout, q, k, v, out, lse, causal, scale)`
@@ -30,7 +30,7 @@ class PieceKernel:
     """
 
     NAME: str
-    unfit: Unfit
+    why_unsupported: Unfit
     attend: Callable[..., tuple[torch.Tensor, ...]]
     differentiate: Callable[..., tuple[torch.Tensor, ...]]
     prepare: Callable[..., tuple[torch.Tensor, ...]]
@@ -44,7 +44,7 @@ class PieceKernel:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Windows, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[StridedWindows, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, out, lse)` piece by piece."""
         assert softcap is None
         value_dim = v_BKSE.shape[-1]
@@ -68,7 +68,7 @@ class PieceKernel:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Windows, Windows, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[StridedWindows, StridedWindows, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, keys, dq, dk, dv)` piece by piece, from the global `out` and `lse`."""
         assert softcap is None
         dims = q_BHCD.shape[-1], k_BKSD.shape[-1], v_BKSE.shape[-1]
@@ -90,17 +90,17 @@ def padded(x: torch.Tensor, unit: int) -> torch.Tensor:
     return x if x.shape[-1] % unit == 0 else pad(x, (0, -x.shape[-1] % unit))
 
 
-def _pieces(tiles: Iterable[Tile], most_rows: int | None) -> Iterator[tuple[Piece, Windows, Windows]]:
+def _pieces(tiles: Iterable[Tile], most_rows: int | None) -> Iterator[tuple[Piece, StridedWindows, StridedWindows]]:
     """The pieces of all tiles, with the places of their queries and keys."""
     for tile in tiles:
         for piece in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
             rows = most_rows if most_rows and piece.kind == "full" else piece.num_q
             for first in range(0, piece.num_q, rows):
                 bounded = replace(piece, q=piece.q + first, num_q=min(rows, piece.num_q - first))
-                yield bounded, Windows.queries(tile, bounded), Windows.keys(tile, bounded)
+                yield bounded, StridedWindows.queries(tile, bounded), StridedWindows.keys(tile, bounded)
 
 
-def take(x: torch.Tensor, piece: Piece, place: Windows) -> torch.Tensor:
+def take(x: torch.Tensor, piece: Piece, place: StridedWindows) -> torch.Tensor:
     """The tokens of `x [B, H, S, ...]` at a place, windows folded into the batch, flipped if anticausal."""
     cut = place.of(x)
     if piece.count > 1:

@@ -13,7 +13,7 @@ slice at a time, and the results merged as those of blocks are.
 import torch
 from torch.nn.functional import pad
 
-from .causal_blocks import PieceKernel
+from .causal_blocks import CausalBlockKernel
 from .merge import accumulate_dtype, merge_
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     if q.device.type != "cpu":
         return f"the tensors are on {q.device.type}"
@@ -90,4 +90,4 @@ def _one_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors)
 
 
-KERNEL = PieceKernel("cpu", unfit, _attend, _differentiate, _one_head_dim, _ROWS)
+KERNEL = CausalBlockKernel("cpu", why_unsupported, _attend, _differentiate, _one_head_dim, _ROWS)

@@ -38,10 +38,10 @@ import torch
 
 from ..geometry import Tile, split
 from . import cuda_flash, flash_varlen
-from .causal_blocks import PieceKernel, padded
+from .causal_blocks import CausalBlockKernel, padded
 from .flash_varlen import dotted
 from .merge import accumulate_dtype
-from .routed import Both
+from .routed import RoutedKernel
 
 UNIT = 128  # tokens
 _DEVICES = ((9, 0), (10, 0), (10, 3))
@@ -52,9 +52,9 @@ _forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
-    if (reason := cuda_flash.unfit(q, v, softcap)) is not None:
+    if (reason := cuda_flash.why_unsupported(q, v, softcap)) is not None:
         return reason
     if (active := cuda_flash.activated()) is not None:
         return f"{active} was activated in PyTorch, which kernel='cuda_flash' runs"
@@ -141,5 +141,5 @@ def _prepare(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(padded(x, 8) for x in tensors)
 
 
-PIECES = PieceKernel("cudnn", unfit, _attend, _differentiate, _prepare)
-KERNEL = Both("cuda_cudnn", unfit, takes, PIECES, cuda_flash.KERNEL)
+PIECES = CausalBlockKernel("cudnn", why_unsupported, _attend, _differentiate, _prepare)
+KERNEL = RoutedKernel("cuda_cudnn", why_unsupported, takes, PIECES, cuda_flash.KERNEL)

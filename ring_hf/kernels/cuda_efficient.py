@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import pad
 
 from . import flash_varlen
-from .causal_blocks import PieceKernel, padded
+from .causal_blocks import CausalBlockKernel, padded
 from .flash_varlen import dotted
 from .merge import accumulate_dtype
 
@@ -40,7 +40,7 @@ _forward = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     if q.device.type != flash_varlen.DEVICE:
         return f"the tensors are on {q.device.type}"
@@ -135,4 +135,4 @@ def _prepare(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x if loadable(x) else x.contiguous() for x in wide)
 
 
-KERNEL = PieceKernel("cuda_efficient", unfit, _attend, _differentiate, _prepare)
+KERNEL = CausalBlockKernel("cuda_efficient", why_unsupported, _attend, _differentiate, _prepare)

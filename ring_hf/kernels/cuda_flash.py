@@ -32,7 +32,7 @@ import torch
 import torch.nn.attention
 
 from . import flash_varlen
-from .flash_varlen import FlashKernel, KernelCall, dotted
+from .flash_varlen import FlashKernel, FlashLaunch, dotted
 
 logger = logging.getLogger("ring_hf")
 
@@ -56,9 +56,9 @@ LIMITS = {"FA3": Limits((9,), {}, 192), "FA4": Limits((9, 10), {10: 128}, 256)}
 _FOUR_RESULTS = 19  # from this beta of 4.0.0 on
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
-    if (reason := flash_varlen.unfit(q, v)) is not None:
+    if (reason := flash_varlen.why_unsupported(q, v)) is not None:
         return reason
     if softcap is not None:
         return f"it has no soft-capping (softcap={softcap})"
@@ -117,7 +117,7 @@ def _tell(name: str) -> None:
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: KernelCall, scale: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: FlashLaunch, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, *_ = _forward(q, k, v, *_lengths(call, q, k), 0.0, False, False, scale=scale, **_window(call))
     return out, lse
@@ -130,7 +130,7 @@ def _differentiate(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: KernelCall,
+    call: FlashLaunch,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,15 +140,15 @@ def _differentiate(
     return _backward(dout, q, k, v, out, lse, *_lengths(call, q, k), *no_dropout, scale=scale, **_window(call))
 
 
-def _lengths(call: KernelCall, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
+def _lengths(call: FlashLaunch, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
     documents = call.documents
     if documents is None:
         return None, None, q.shape[1], k.shape[1]
     return documents.cu_q, documents.cu_k, documents.max_q, documents.max_k
 
 
-def _window(call: KernelCall) -> dict[str, int | None]:
+def _window(call: FlashLaunch) -> dict[str, int | None]:
     return {"window_size_left": call.left, "window_size_right": call.right}
 
 
-KERNEL = FlashKernel("cuda_flash", unfit, _attend, _differentiate)
+KERNEL = FlashKernel("cuda_flash", why_unsupported, _attend, _differentiate)

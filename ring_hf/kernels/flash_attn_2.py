@@ -10,27 +10,27 @@ import functools
 import importlib.metadata
 
 from . import flash_packages, flash_varlen
-from .flash_packages import Form, Package, Read, Wanted, numbers
+from .flash_packages import ApiVariant, Package, Provenance, Requirements, numbers
 
 _ALWAYS = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
 _form = functools.partial(
-    Form,
+    ApiVariant,
     forward=("_flash_attn_forward", "_flash_attn_varlen_forward"),
     backward=("_flash_attn_backward", "_flash_attn_varlen_backward"),
     forward_always=_ALWAYS | {"return_softmax": False},
     backward_always=_ALWAYS,
 )
 # From this version on; the last until `_UNREAD`.
-FORMS: dict[tuple[int, ...], Form] = {
-    (2, 6, 2): _form(windows=("window_size",), lse_at=5, read=(Read("v2.6.2, v2.6.3", (48, 70, 118, 168)),)),
+FORMS: dict[tuple[int, ...], ApiVariant] = {
+    (2, 6, 2): _form(windows=("window_size",), lse_at=5, read=(Provenance("v2.6.2, v2.6.3", (48, 70, 118, 168)),)),
     (2, 7, 0): _form(
         windows=("window_size_left", "window_size_right"),
         read=(
-            Read("v2.7.0 to v2.7.0.post2", (77, 143, 236, 328)),
-            Read("v2.7.1 to v2.7.2.post1", (82, 148, 241, 333)),
-            Read("v2.7.3 to v2.7.4.post1", (82, 148, 243, 335)),
-            Read("v2.8.0 to v2.8.3.post1", (77, 143, 238, 330)),
-            Read("0251105a (2.8.4)", (85, 154, 253, 348)),
+            Provenance("v2.7.0 to v2.7.0.post2", (77, 143, 236, 328)),
+            Provenance("v2.7.1 to v2.7.2.post1", (82, 148, 241, 333)),
+            Provenance("v2.7.3 to v2.7.4.post1", (82, 148, 243, 335)),
+            Provenance("v2.8.0 to v2.8.3.post1", (77, 143, 238, 330)),
+            Provenance("0251105a (2.8.4)", (85, 154, 253, 348)),
         ),
     ),
 }
@@ -56,13 +56,13 @@ def installed() -> Package | str:
     return flash_packages.fitting(f"flash-attn {version}", numbers(version), module, (form,), _INSTEAD)
 
 
-def form_of(version: str) -> Form | None:
+def form_of(version: str) -> ApiVariant | None:
     """The form of a version such as "2.7.4.post1", None if it is not known."""
     found = [form for since, form in FORMS.items() if since <= numbers(version) < _UNREAD]
     return found[-1] if found else None
 
 
-def limits(package: Package, wanted: Wanted) -> str | None:
+def limits(package: Package, wanted: Requirements) -> str | None:
     """What the package cannot do, or None."""
     if package.version < (2, 7, 3) and wanted.capability > (9, 0):
         return f"is not for compute capability {flash_varlen.dotted(wanted.capability)}; 2.7.3 and later are"

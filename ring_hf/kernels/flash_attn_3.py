@@ -16,7 +16,7 @@ import importlib.util
 import torch
 
 from . import flash_packages, flash_varlen
-from .flash_packages import Form, Package, Read, Wanted, numbers
+from .flash_packages import ApiVariant, Package, Provenance, Requirements, numbers
 
 _FILE = "hopper/flash_attn_interface.py"
 _UNUSED = (
@@ -24,17 +24,17 @@ _UNUSED = (
     *("leftpad_k", "rotary_cos", "rotary_sin", "seqlens_rotary", "q_descale", "k_descale", "v_descale"),
 )
 _form = functools.partial(
-    Form,
+    ApiVariant,
     forward=("_flash_attn_forward", "_flash_attn_forward"),
     backward=("_flash_attn_backward", "_flash_attn_backward"),
 )
 WITH_DEFAULTS = _form(
     windows=("window_size_left", "window_size_right"),
-    read=(Read("0251105a (2025-09 and later)", (60, 259), file=_FILE),),
+    read=(Provenance("0251105a (2025-09 and later)", (60, 259), file=_FILE),),
 )
 WITHOUT_DEFAULTS = _form(
     windows=("window_size",),
-    read=(Read("v2.8.0 to v2.8.3.post1", (20, 104), file=_FILE),),
+    read=(Provenance("v2.8.0 to v2.8.3.post1", (20, 104), file=_FILE),),
     forward_always=dict.fromkeys(_UNUSED) | {"causal": False},
     backward_always={"sequed_q": None, "sequed_k": None, "causal": False},
 )
@@ -57,7 +57,7 @@ def installed() -> Package | str:
     return flash_packages.fitting(name, numbers(name.rpartition(" ")[2]), module, FORMS, _INSTEAD)
 
 
-def limits(package: Package, wanted: Wanted) -> str | None:
+def limits(package: Package, wanted: Requirements) -> str | None:
     """What the package cannot do, or None."""
     if wanted.capability[0] != 9:
         return f"is for compute capability 9.x, not {flash_varlen.dotted(wanted.capability)}"

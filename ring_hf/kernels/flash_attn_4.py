@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 
 from . import flash_packages, flash_varlen
-from .flash_packages import Form, Package, Read, Wanted
+from .flash_packages import ApiVariant, Package, Provenance, Requirements
 
 # Tags -> line of forward, line of backward.
 _LINES: Mapping[str, tuple[int, int]] = {
@@ -41,12 +41,12 @@ _LINES: Mapping[str, tuple[int, int]] = {
     "beta25": (515, 1721),
     "beta26, beta27": (521, 1807),
 }
-FORM = Form(
+FORM = ApiVariant(
     forward=("_flash_attn_fwd", "_flash_attn_fwd"),
     backward=("_flash_attn_bwd", "_flash_attn_bwd"),
     windows=("window_size_left", "window_size_right"),
     read=tuple(
-        Read(f"fa4-v4.0.0.{tags}", lines, file="flash_attn/cute/interface.py") for tags, lines in _LINES.items()
+        Provenance(f"fa4-v4.0.0.{tags}", lines, file="flash_attn/cute/interface.py") for tags, lines in _LINES.items()
     ),
     unbounded=None,
     lse="lse",
@@ -78,7 +78,7 @@ def beta(version: str) -> tuple[int, ...]:
     return (int(found[1]) if found else 999 if flash_packages.numbers(version) >= (4, 0, 0) else 0,)
 
 
-def limits(package: Package, wanted: Wanted) -> str | None:
+def limits(package: Package, wanted: Requirements) -> str | None:
     """What the package cannot do, or None."""
     major, (number, *_), device = wanted.capability[0], package.version, flash_varlen.dotted(wanted.capability)
     if major not in _SINCE:

@@ -1,9 +1,9 @@
-"""Kernels from packages of FlashAttention: how a version spells its calls is a `Form`, a row of data.
+"""Kernels from packages of FlashAttention: how a version spells its calls is a `ApiVariant`, a row of data.
 
 The low-level functions are called, which return lse and take the global `out` and `lse` in backward; the public ones
 do neither. Every argument goes by keyword, and before anything is called the signatures found are compared with what
 will be passed. Packages are imported when they are first asked for. Where each form was read stands beside it
-(`Read`), and in one list in tests/kernels/README.md.
+(`Provenance`), and in one list in tests/kernels/README.md.
 """
 
 import importlib
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from . import flash_varlen
-from .flash_varlen import Documents, FlashKernel, KernelCall, Widths
-from .indexing import Windows
+from .flash_varlen import Documents, FlashKernel, FlashLaunch, Widths
+from .indexing import StridedWindows
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class Provenance:
     """Where a form was read: tags of a repository, a file, and the line of each function in the order of the form."""
 
     tags: str
@@ -33,13 +33,13 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ApiVariant:
     """How the calls of some versions are spelled."""
 
     forward: tuple[str, str]  # the functions for dense and for packed calls
     backward: tuple[str, str]
     windows: tuple[str, ...]  # the argument that holds both bounds, or those that hold one each
-    read: tuple[Read, ...]
+    read: tuple[Provenance, ...]
     unbounded: int | None = -1  # a window's side without bound
     lse_at: int = 1  # its place among the results of forward
     lse: str = "softmax_lse"  # its name among the arguments of backward
@@ -59,12 +59,12 @@ class Package:
 
     name: str
     version: tuple[int, ...]
-    form: Form
+    form: ApiVariant
     functions: ModuleType
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Requirements:
     """What a package is asked for."""
 
     capability: tuple[int, int]
@@ -79,7 +79,7 @@ class Wanted:
 
 
 Find = Callable[[], Package | str]
-Limits = Callable[[Package, Wanted], str | None]
+Limits = Callable[[Package, Requirements], str | None]
 
 
 def kernel(
@@ -94,7 +94,12 @@ def kernel(
     `limits(package, wanted)` is what this package cannot do, or None.
     """
     return FlashKernel(
-        name, partial(_unfit, find, limits), partial(_attend, find), partial(_differentiate, find), widths, cuts_rows
+        name,
+        partial(_why_unsupported, find, limits),
+        partial(_attend, find),
+        partial(_differentiate, find),
+        widths,
+        cuts_rows,
     )
 
 
@@ -108,7 +113,7 @@ def imported(name: str, module: str) -> ModuleType | str:
 
 
 def fitting(
-    name: str, version: tuple[int, ...], functions: ModuleType, forms: tuple[Form, ...], instead: str
+    name: str, version: tuple[int, ...], functions: ModuleType, forms: tuple[ApiVariant, ...], instead: str
 ) -> Package | str:
     """The package with the first of the forms that its functions have, or what the nearest lacks and what to do."""
     found = [(compare(functions, form), form) for form in forms]
@@ -118,12 +123,14 @@ def fitting(
     return Package(name, version, form, functions)
 
 
-def compare(functions: ModuleType, form: Form) -> list[str]:
+def compare(functions: ModuleType, form: ApiVariant) -> list[str]:
     """What the functions of a module lack of the arguments that are passed here, or want beside them."""
     found = []
     passed: dict[str, set[str]] = {}
     for packed in (False, True):
-        call = KernelCall(Windows(0, 1, 0, 1), Windows(0, 1, 0, 1), None, None, _NO_DOCUMENTS if packed else None)
+        call = FlashLaunch(
+            StridedWindows(0, 1, 0, 1), StridedWindows(0, 1, 0, 1), None, None, _NO_DOCUMENTS if packed else None
+        )
         passed[form.forward[packed]] = {"q", "k", "v", *_forward_arguments(form, call, 1.0, None)}
         passed[form.backward[packed]] = {
             *("dout", "q", "k", "v", "out", form.lse, "dq", "dk", "dv"),
@@ -154,16 +161,18 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else (0, 0, 0)
 
 
-def _unfit(find: Find, limits: Limits, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def _why_unsupported(
+    find: Find, limits: Limits, q: torch.Tensor, v: torch.Tensor, softcap: float | None
+) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     found = find()
     if isinstance(found, str):
         return found
-    if (reason := flash_varlen.unfit(q, v)) is not None:
+    if (reason := flash_varlen.why_unsupported(q, v)) is not None:
         return reason
     capability = flash_varlen.capability(q.device)
     assert capability is not None
-    reason = limits(found, Wanted(capability, q.shape[-1], v.shape[-1], softcap))
+    reason = limits(found, Requirements(capability, q.shape[-1], v.shape[-1], softcap))
     return f"{found.name} {reason}" if reason else None
 
 
@@ -178,7 +187,7 @@ def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    call: KernelCall,
+    call: FlashLaunch,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +205,7 @@ def _differentiate(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: KernelCall,
+    call: FlashLaunch,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -209,18 +218,18 @@ def _differentiate(
     return dq, dk, dv
 
 
-def _forward_arguments(form: Form, call: KernelCall, scale: float, softcap: float | None) -> dict[str, Any]:
+def _forward_arguments(form: ApiVariant, call: FlashLaunch, scale: float, softcap: float | None) -> dict[str, Any]:
     capped = {"softcap": form.uncapped if softcap is None else softcap}
     return _shared_arguments(form, form.forward, call, scale) | capped | dict(form.forward_always)
 
 
-def _backward_arguments(form: Form, call: KernelCall, scale: float, softcap: float | None) -> dict[str, Any]:
+def _backward_arguments(form: ApiVariant, call: FlashLaunch, scale: float, softcap: float | None) -> dict[str, Any]:
     capped = {"softcap": 0.0 if softcap is None else softcap}
     deterministic = {"deterministic": torch.are_deterministic_algorithms_enabled()}
     return _shared_arguments(form, form.backward, call, scale) | capped | deterministic | dict(form.backward_always)
 
 
-def _shared_arguments(form: Form, functions: tuple[str, str], call: KernelCall, scale: float) -> dict[str, Any]:
+def _shared_arguments(form: ApiVariant, functions: tuple[str, str], call: FlashLaunch, scale: float) -> dict[str, Any]:
     """Scale and window, and the lengths of a packed call; None in their place where one function serves both."""
     bounds = tuple(form.unbounded if bound is None else bound for bound in (call.left, call.right))
     arguments: dict[str, Any] = {"softmax_scale": scale}

@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..geometry import Piece, Tile, trim
-from .indexing import Place, Tokens, Windows
+from .indexing import GatherIndex, StridedWindows, TokenIndex
 from .merge import accumulate_dtype
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
@@ -52,24 +52,24 @@ class Documents:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelCall:
+class FlashLaunch:
     """One call of a kernel; `left` and `right` None: no bound on that side."""
 
-    queries: Place
-    keys: Place
+    queries: TokenIndex
+    keys: TokenIndex
     left: int | None
     right: int | None
     documents: Documents | None = None
 
 
 Forward = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, KernelCall, float, float | None], tuple[torch.Tensor, torch.Tensor]
+    [torch.Tensor, torch.Tensor, torch.Tensor, FlashLaunch, float, float | None], tuple[torch.Tensor, torch.Tensor]
 ]
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 Widths = Callable[[torch.Tensor, torch.Tensor], tuple[int, int]]
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why no FlashAttention can serve such tensors, or None."""
     if q.device.type != DEVICE:
         return f"the tensors are on {q.device.type}"
@@ -113,7 +113,7 @@ class FlashKernel:
     """
 
     NAME: str
-    unfit: Callable[[torch.Tensor, torch.Tensor, float | None], str | None]
+    why_unsupported: Callable[[torch.Tensor, torch.Tensor, float | None], str | None]
     attend: Forward
     differentiate: Backward
     widths: Widths = one_width
@@ -127,7 +127,7 @@ class FlashKernel:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, out, lse)` call by call."""
         value_dim = v_BKSE.shape[-1]
         width, value_width = self.widths(q_BHCD, v_BKSE)
@@ -137,7 +137,7 @@ class FlashKernel:
             out, lse = self.attend(*at, call, scale, softcap)
             del at
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-            lse = lse.transpose(0, 1) if isinstance(call.queries, Tokens) else lse
+            lse = lse.transpose(0, 1) if isinstance(call.queries, GatherIndex) else lse
             yield call.queries, given_back(out, call.queries, value_dim), lse
             del out, lse
 
@@ -152,7 +152,7 @@ class FlashKernel:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, TokenIndex, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, keys, dq, dk, dv)` call by call, from the global `out` and `lse`."""
         key_dim, value_dim = k_BKSD.shape[-1], v_BKSE.shape[-1]
         width, value_width = self.widths(q_BHCD, v_BKSE)
@@ -182,29 +182,29 @@ def padded(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if loadable else x.contiguous()
 
 
-def taken(x_BHSD: torch.Tensor, place: Place) -> torch.Tensor:
+def taken(x_BHSD: torch.Tensor, place: TokenIndex) -> torch.Tensor:
     """The tokens at a place as kernels take them: BSHD or THD."""
-    return place.of(x_BHSD) if isinstance(place, Tokens) else place.of(x_BHSD).transpose(1, 2)
+    return place.of(x_BHSD) if isinstance(place, GatherIndex) else place.of(x_BHSD).transpose(1, 2)
 
 
-def given_back(x: torch.Tensor, place: Place, head_dim: int) -> torch.Tensor:
+def given_back(x: torch.Tensor, place: TokenIndex, head_dim: int) -> torch.Tensor:
     """The inverse of `taken`, without the padding."""
-    return (x if isinstance(place, Tokens) else x.transpose(1, 2)).narrow(-1, 0, head_dim)
+    return (x if isinstance(place, GatherIndex) else x.transpose(1, 2)).narrow(-1, 0, head_dim)
 
 
-def lse_for(lse_BHC: torch.Tensor, place: Place, dtype: torch.dtype) -> torch.Tensor:
+def lse_for(lse_BHC: torch.Tensor, place: TokenIndex, dtype: torch.dtype) -> torch.Tensor:
     """Global lse as backward reads it: contiguous BHS or HT, in fp32."""
     lse = place.of(lse_BHC).to(dtype)
-    return (lse.transpose(0, 1) if isinstance(place, Tokens) else lse).contiguous()
+    return (lse.transpose(0, 1) if isinstance(place, GatherIndex) else lse).contiguous()
 
 
-def calls(tiles: Iterable[Tile], device: torch.device, cuts_rows: bool = True) -> Iterator[KernelCall]:
+def calls(tiles: Iterable[Tile], device: torch.device, cuts_rows: bool = True) -> Iterator[FlashLaunch]:
     """The calls that together hold every visible pair of the tiles exactly once."""
     for part in _grouped(tuple(tiles), cuts_rows):
         if len(part) == 1:
             (tile,) = part
             whole = Piece(0, tile.num_q, 0, tile.num_k, "full")
-            yield KernelCall(Windows.queries(tile, whole), Windows.keys(tile, whole), *window(tile))
+            yield FlashLaunch(StridedWindows.queries(tile, whole), StridedWindows.keys(tile, whole), *window(tile))
         else:
             yield _packed_calls.get(part, device)
 
@@ -296,10 +296,10 @@ class _PackedCalls:
 
     def __init__(self, most: int) -> None:
         self._most, self._tokens = most, 0
-        self._kept: OrderedDict[tuple[tuple[Tile, ...], torch.device, int], KernelCall] = OrderedDict()
+        self._kept: OrderedDict[tuple[tuple[Tile, ...], torch.device, int], FlashLaunch] = OrderedDict()
         self._lock = threading.Lock()  # autograd runs backward in a thread of its own
 
-    def get(self, tiles: tuple[Tile, ...], device: torch.device) -> KernelCall:
+    def get(self, tiles: tuple[Tile, ...], device: torch.device) -> FlashLaunch:
         """The one call of these tiles, which share a window."""
         if type(torch.empty(0)) is not torch.Tensor:
             return _packed(tiles, device)
@@ -320,20 +320,20 @@ class _PackedCalls:
 _packed_calls = _PackedCalls(most=1 << 23)  # 128 MiB
 
 
-def _num_tokens(call: KernelCall) -> int:
-    assert isinstance(call.queries, Tokens) and isinstance(call.keys, Tokens)
+def _num_tokens(call: FlashLaunch) -> int:
+    assert isinstance(call.queries, GatherIndex) and isinstance(call.keys, GatherIndex)
     return len(call.queries.rows_T) + len(call.keys.rows_T)
 
 
-def _packed(tiles: tuple[Tile, ...], device: torch.device) -> KernelCall:
+def _packed(tiles: tuple[Tile, ...], device: torch.device) -> FlashLaunch:
     rows = [replace(tile, row=tile.row + n, num_rows=1) for tile in tiles for n in range(tile.num_rows)]
     queries_T, cu_q = _tokens([(tile.row, tile.q, tile.num_q) for tile in rows], device)
     keys_T, cu_k = _tokens([(tile.row, tile.k, tile.num_k) for tile in rows], device)
     longest = max(tile.num_q for tile in rows), max(tile.num_k for tile in rows)
-    return KernelCall(queries_T, keys_T, *window(tiles[0]), Documents(cu_q, cu_k, *longest))
+    return FlashLaunch(queries_T, keys_T, *window(tiles[0]), Documents(cu_q, cu_k, *longest))
 
 
-def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> tuple[Tokens, torch.Tensor]:
+def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> tuple[GatherIndex, torch.Tensor]:
     """The tokens of `(row, start, length)` one after another, and the cumulative lengths in int32."""
     lengths = [length for _, _, length in spans]
     ends = list(itertools.accumulate(lengths, initial=0))
@@ -341,4 +341,4 @@ def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> tuple[To
     rows_N, shifts_N, lengths_N = torch.tensor(described, device=device).unbind(1)
     repeat = functools.partial(torch.repeat_interleave, repeats=lengths_N, output_size=ends[-1])
     tokens_T = torch.arange(ends[-1], device=device) + repeat(shifts_N)
-    return Tokens(repeat(rows_N), tokens_T), torch.tensor(ends, dtype=torch.int32, device=device)
+    return GatherIndex(repeat(rows_N), tokens_T), torch.tensor(ends, dtype=torch.int32, device=device)

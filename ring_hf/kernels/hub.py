@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import flash_attn_2, flash_attn_3, flash_attn_4, flash_packages, flash_varlen
-from .flash_packages import Form, Limits, Package, Read
+from .flash_packages import ApiVariant, Limits, Package, Provenance
 from .flash_varlen import FlashKernel, Widths
 
 
@@ -24,14 +24,14 @@ class Repository:
 
     version: int
     submodule: str
-    form: Form
+    form: ApiVariant
     limits: Limits
     widths: Widths
     like: str  # the version of the package whose abilities it has, if the module does not say
 
 
-def _read(form: Form, name: str, file: str, *lines: int) -> Form:
-    where = Read("40d4194f", lines, "huggingface/kernels-community", f"{name}/torch-ext/{file}")
+def _read(form: ApiVariant, name: str, file: str, *lines: int) -> ApiVariant:
+    where = Provenance("40d4194f", lines, "huggingface/kernels-community", f"{name}/torch-ext/{file}")
     return replace(form, read=(where,))
 
 
@@ -93,17 +93,17 @@ def load(name: str) -> Package | str:
 def _kernel(name: str, repository: Repository) -> FlashKernel:
     cuts_rows = repository.form is _TWO
     made = flash_packages.kernel(name, functools.partial(load, name), repository.limits, repository.widths, cuts_rows)
-    return replace(made, unfit=functools.partial(_unfit, made.unfit))
+    return replace(made, why_unsupported=functools.partial(_why_unsupported, made.why_unsupported))
 
 
-def _unfit(
-    unfit: Callable[[torch.Tensor, torch.Tensor, float | None], str | None],
+def _why_unsupported(
+    why_unsupported: Callable[[torch.Tensor, torch.Tensor, float | None], str | None],
     q: torch.Tensor,
     v: torch.Tensor,
     softcap: float | None,
 ) -> str | None:
     """Nothing is downloaded for tensors that it cannot serve."""
-    return flash_varlen.unfit(q, v) or unfit(q, v, softcap)
+    return flash_varlen.why_unsupported(q, v) or why_unsupported(q, v, softcap)
 
 
 KERNELS: dict[str, FlashKernel] = {name: _kernel(name, repository) for name, repository in REPOSITORIES.items()}

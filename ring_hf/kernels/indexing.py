@@ -1,8 +1,8 @@
 """Where in a rank's tensors a kernel's result belongs: regular windows of a dim, or any tokens.
 
-A kernel is given all tiles of a step at once and says with each result which queries (and keys) it is for. `Windows`
-are views, for kernels that run a tile or a run of equal pieces in one call; `Tokens` are indices, for kernels that
-run many tiles of different lengths in one call.
+A kernel is given all tiles of a step at once, and says with each result which queries (and keys) it is for.
+`StridedWindows` are views, for kernels that run a tile or a run of equal rectangles in one call; `GatherIndex` holds
+indices, for kernels that run many tiles of different lengths in one call.
 
 Letters: B batch, H heads, S tokens of the shard or block, T tokens of a call.
 """
@@ -15,7 +15,7 @@ from ..geometry import Piece, Tile
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class StridedWindows:
     """`count` runs of `size` tokens, `stride` apart, the first from `start`, in `num_rows` batch rows from `row`.
 
     A result has the shape `[num_rows, H, size, ...]` for one run, else `[num_rows, H, count, size, ...]`.
@@ -29,12 +29,12 @@ class Windows:
     stride: int = 0
 
     @classmethod
-    def queries(cls, tile: Tile, piece: Piece) -> "Windows":
+    def queries(cls, tile: Tile, piece: Piece) -> "StridedWindows":
         """The queries of a piece of a tile."""
         return cls(tile.row, tile.num_rows, tile.q + piece.q, piece.num_q, piece.count, piece.stride)
 
     @classmethod
-    def keys(cls, tile: Tile, piece: Piece) -> "Windows":
+    def keys(cls, tile: Tile, piece: Piece) -> "StridedWindows":
         """The keys of a piece of a tile."""
         return cls(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece.count, piece.stride)
 
@@ -48,7 +48,7 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
+class GatherIndex:
     """Tokens by batch row and place, each at most once; a result has the shape `[T, H, ...]`."""
 
     rows_T: torch.Tensor
@@ -63,4 +63,4 @@ class Tokens:
         x_BHS.transpose(1, 2)[self.rows_T, self.tokens_T] = values_TH
 
 
-Place = Windows | Tokens
+TokenIndex = StridedWindows | GatherIndex

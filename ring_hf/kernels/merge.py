@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .indexing import Place, Tokens
+from .indexing import GatherIndex, TokenIndex
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +32,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_
     torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
 
 
-class State:
+class OutLseAccumulator:
     """Output and lse of one rank's queries while tiles arrive: `out [B, H, S, D]`, `lse [B, H, S]`, at least fp32."""
 
     def __init__(self, q: torch.Tensor, head_dim: int) -> None:
@@ -49,14 +49,14 @@ class State:
             self._out = torch.zeros(self._shape, dtype=self._dtype, device=self._device).transpose(1, 2)
         return self._out
 
-    def add(self, place: Place, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def add(self, place: TokenIndex, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merges a kernel's result for the queries at `place` (in that place's shape)."""
         if self._out is None and out.shape == (*self.lse.shape, self._shape[-1]):
             self._out, self.lse = out.to(self._dtype), lse.to(self._dtype)
             return
         here_out, here_lse = place.of(self.out), place.of(self.lse)
         merge_(here_out, here_lse, out, lse)
-        if isinstance(place, Tokens):
+        if isinstance(place, GatherIndex):
             place.put(self.out, here_out)
             place.put(self.lse, here_lse)
 
@@ -67,7 +67,7 @@ class State:
         self.lse = with_sink
 
 
-class Sum:
+class GradAccumulator:
     """A gradient like `x [B, H, S, D]`, summed over pieces in `dtype`.
 
     A first piece that covers all of `x` is kept as the kernel gave it, and becomes `dtype` when a second is added.
@@ -84,7 +84,7 @@ class Sum:
             self._total = self._make() if self._make else torch.zeros_like(self._like, dtype=self._dtype)
         return self._total
 
-    def add(self, place: Place, grad: torch.Tensor) -> None:
+    def add(self, place: TokenIndex, grad: torch.Tensor) -> None:
         """Adds `grad` to the tokens at `place` (in that place's shape)."""
         if self._total is None and self._make is None and grad.shape == self._like.shape:
             self._total = grad
@@ -92,7 +92,7 @@ class Sum:
         self._total = self.total.to(self._dtype)
         here = place.of(self._total)
         here.add_(grad)
-        if isinstance(place, Tokens):
+        if isinstance(place, GatherIndex):
             place.put(self._total, here)
 
     def add_tokens(self, start: int, grad: torch.Tensor) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..geometry import Piece, Tile, trim
-from .indexing import Windows
+from .indexing import StridedWindows
 from .merge import accumulate_dtype
 
 NAME = "reference"
 _ROWS = 1024
 
 
-def unfit(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
+def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
     """Why this kernel cannot serve such tensors, or None."""
     return None if q.dtype.is_floating_point else f"dtype {q.dtype} is not a floating point type"
 
@@ -34,7 +34,7 @@ def forward(
     tiles: Iterable[Tile],
     scale: float,
     softcap: float | None = None,
-) -> Iterator[tuple[Windows, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[StridedWindows, torch.Tensor, torch.Tensor]]:
     """Yields `(queries, out [B, H, Q, E], lse [B, H, Q])` block by block."""
     for tile, block, queries, keys in _blocks(tiles):
         q, k, v = queries.of(q_BHCD), keys.of(k_BKSD), keys.of(v_BKSE)
@@ -55,7 +55,7 @@ def backward(
     tiles: Iterable[Tile],
     scale: float,
     softcap: float | None = None,
-) -> Iterator[tuple[Windows, Windows, torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[StridedWindows, StridedWindows, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields `(queries, keys, dq, dk, dv)` in at least fp32, from the global `out` and `lse`."""
     for tile, block, queries, keys in _blocks(tiles):
         dout, q, out, lse = (queries.of(x) for x in (dout_BHCE, q_BHCD, out_BHCE, lse_BHC))
@@ -73,7 +73,7 @@ def backward(
         yield queries, keys, dq, dk, dv
 
 
-def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, Windows, Windows]]:
+def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, StridedWindows, StridedWindows]]:
     """Tiles cut to at most `_ROWS` queries, with the keys that any of them sees."""
     for tile in tiles:
         for first in range(0, tile.num_q, _ROWS):
@@ -83,7 +83,7 @@ def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, Windows, Windo
             if trimmed is not None:
                 q, num_q, k, num_k, _, _ = trimmed
                 block = Piece(first + q, num_q, k, num_k, "full")
-                yield tile, block, Windows.queries(tile, block), Windows.keys(tile, block)
+                yield tile, block, StridedWindows.queries(tile, block), StridedWindows.keys(tile, block)
 
 
 def _scores(

@@ -8,18 +8,18 @@ import torch
 
 from ..geometry import Tile
 from .causal_blocks import Unfit
-from .indexing import Place
+from .indexing import TokenIndex
 
 if TYPE_CHECKING:
     from . import Kernel
 
 
 @dataclass(frozen=True, slots=True)
-class Both:
+class RoutedKernel:
     """`first` takes the tiles for which `takes(tile)` holds, `second` all others; lse mean the same to both."""
 
     NAME: str
-    unfit: Unfit
+    why_unsupported: Unfit
     takes: Callable[[Tile], bool]
     first: "Kernel"
     second: "Kernel"
@@ -32,7 +32,7 @@ class Both:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, out, lse)` of one kernel, then of the other."""
         for kernel, dealt in self._dealt(tiles):
             yield from kernel.forward(q_BHCD, k_BKSD, v_BKSE, dealt, scale, softcap)
@@ -48,7 +48,7 @@ class Both:
         tiles: Iterable[Tile],
         scale: float,
         softcap: float | None = None,
-    ) -> Iterator[tuple[Place, Place, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[TokenIndex, TokenIndex, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields `(queries, keys, dq, dk, dv)` of one kernel, then of the other."""
         tensors = dout_BHCE, q_BHCD, k_BKSD, v_BKSE, out_BHCE, lse_BHC
         for kernel, dealt in self._dealt(tiles):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from .chunked import Autocast, Sums, gradients_of, refuse_second_derivatives, spans
-from .lazy_logits import DeferredLogits
+from .lazy_logits import LazyLogits
 from .sharded_weights import GradientHandover, gathered
 
 SMALLEST = 256  # tokens of an automatic block
@@ -49,7 +49,7 @@ def blockwise(stock: Loss, called: Callable[[], None] = lambda: None) -> Loss:
         **kwargs: Any,
     ) -> Tensor:
         called()
-        if loss_weights is None and not isinstance(logits, DeferredLogits):
+        if loss_weights is None and not isinstance(logits, LazyLogits):
             more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
             return stock(logits, labels, vocab_size, num_items_in_batch, **more)
         if shift_labels is None:  # token t predicts token t + 1
@@ -82,7 +82,7 @@ def _mean(
                 f"{logits.shape[:-1].numel()} tokens have logits, but {len(given_T)} have {name}: they would be taken "
                 "for those of other tokens. Pass as many, and leave logits_to_keep out where a loss is asked for."
             )
-    if isinstance(logits, DeferredLogits):
+    if isinstance(logits, LazyLogits):
         total = _in_blocks(logits, labels_T, weights_T, ignore_index)
     else:  # fewer tokens than a block
         total = _sum(logits.flatten(0, -2), labels_T, weights_T, ignore_index)
@@ -102,7 +102,7 @@ def _sum(logits: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_inde
     return loss if weights_T is None else (loss * weights_T).sum()
 
 
-def _in_blocks(logits: DeferredLogits, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
+def _in_blocks(logits: LazyLogits, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
     hidden_TD, block = logits.hidden.flatten(0, -2), logits.block
     if block == "auto":
         block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .chunked import in_blocks
 from .sharded_weights import gather_as_unit, refuse_shards
-from .token_wise import Rows, Seen, flat, is_affine, treats_tokens_alone, values_above_zero, watch
+from .token_wise import RecordedCall, TokenAxes, flat, is_affine, treats_tokens_alone, values_above_zero, watch
 
 SETTINGS = "_ring_hf_ffn"
 _DROPS = (
@@ -29,11 +29,11 @@ _DROPS = (
 SMALLEST = 1024  # tokens of an automatic block: below, matrices are too small to be fast
 
 
-def find(model: Any) -> tuple[list[Seen], str | None]:
+def find(model: Any) -> tuple[list[RecordedCall], str | None]:
     """The feed-forward layers of a model, and what is wrong with them if anything is."""
     recorded = tuple(set(_recorded(model)))
     called = {seen.module: seen for seen in watch(model, lambda module: _num_weights(module) > 0)}
-    found: list[Seen] = []
+    found: list[RecordedCall] = []
     missed: list[str] = []
     bare: list[str] = []
     for name, layer in _layers(model, called):
@@ -83,7 +83,7 @@ def _looks_like_experts(module: nn.Module) -> bool:
     return sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 3) > 0
 
 
-def _layers(model: Any, called: dict[nn.Module, Seen]) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: Any, called: dict[nn.Module, RecordedCall]) -> Iterator[tuple[str, nn.Module]]:
     """Members of lists of modules that are called, and are in no other such list; not those of one matrix."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -94,7 +94,9 @@ def _layers(model: Any, called: dict[nn.Module, Seen]) -> Iterator[tuple[str, nn
                 yield f"{name}.{number}", member
 
 
-def _inside(layer: nn.Module, called: dict[nn.Module, Seen], recorded: tuple[type, ...]) -> Iterator[Seen]:
+def _inside(
+    layer: nn.Module, called: dict[nn.Module, RecordedCall], recorded: tuple[type, ...]
+) -> Iterator[RecordedCall]:
     for child in layer.children():
         seen = called.get(child)
         if seen is not None and _is_feed_forward(seen, recorded):
@@ -103,7 +105,7 @@ def _inside(layer: nn.Module, called: dict[nn.Module, Seen], recorded: tuple[typ
             yield from _inside(child, called, recorded)
 
 
-def _is_feed_forward(seen: Seen, recorded: tuple[type, ...]) -> bool:
+def _is_feed_forward(seen: RecordedCall, recorded: tuple[type, ...]) -> bool:
     if seen.rows is None or not seen.same_width or len([p for p in seen.module.parameters() if p.ndim >= 2]) < 2:
         return False
     if recorded and any(isinstance(module, recorded) for module in seen.module.modules()):
@@ -114,7 +116,7 @@ def _is_feed_forward(seen: Seen, recorded: tuple[type, ...]) -> bool:
     return treats_tokens_alone(seen) and not is_affine(seen)
 
 
-def automatic_block(seen: Seen) -> int:
+def automatic_block(seen: RecordedCall) -> int:
     """Tokens whose activations are about as large as the weights: smaller blocks would not lower the peak, but cost
     time. (ALST's tiled MLP, arXiv 2506.13996, takes one tile per hidden size tokens, which is the same for a dense
     layer.)"""
@@ -140,7 +142,7 @@ def automatic_block(seen: Seen) -> int:
     return max(SMALLEST, _num_weights(seen.module) // per_token)
 
 
-def wrap(seen: Seen, block: int) -> None:
+def wrap(seen: RecordedCall, block: int) -> None:
     """Replace the forward of one module. It stays an attribute of the instance alone: checkpoints, names and copies
     of the model are as before."""
     assert seen.rows is not None
@@ -172,7 +174,7 @@ def refuse_changed(module: nn.Module, args: tuple) -> None:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    rows: Rows
+    rows: TokenAxes
     rows, block = self.__dict__[SETTINGS]
     own = type(self).forward
     leads = [*rows.args, *(lead for _, lead in rows.kwargs)]

@@ -11,8 +11,8 @@ from torch import nn
 
 from . import chunked_mlp, token_wise
 from .chunked_loss import blockwise
-from .layer_checkpointing import Layers
-from .lazy_logits import DeferredLogits, arm
+from .layer_checkpointing import LayerCheckpointing
+from .lazy_logits import LazyLogits, arm
 from .options import MemoryConfig
 
 logger = logging.getLogger("ring_hf")
@@ -73,7 +73,7 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
     _refuse_model(inner)
     # Everything is found and proven first; then nothing can fail halfway.
     with token_wise.stand_in_weights(inner):
-        layers = None if config.attention == "none" else Layers(inner, config)
+        layers = None if config.attention == "none" else LayerCheckpointing(inner, config)
         found = _feed_forward(inner) if config.ffn_block is not None else []
         head = _head(inner) if config.loss_block is not None else None
         block = config.ffn_block
@@ -156,7 +156,7 @@ def _refuse_compiled(model: Any, args: tuple) -> None:
         raise ValueError(COMPILED)
 
 
-def _feed_forward(model: Any) -> list[token_wise.Seen]:
+def _feed_forward(model: Any) -> list[token_wise.RecordedCall]:
     found, error = chunked_mlp.find(model)
     if error is not None:
         raise ValueError(error)
@@ -182,7 +182,7 @@ def _prove_loss(model: Any) -> None:
     tokens, stock, calls = token_wise.tokens(model), model.loss_function, []
 
     def counting(logits: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(isinstance(logits, DeferredLogits))
+        calls.append(isinstance(logits, LazyLogits))
         return blockwise(stock)(logits, *args, **kwargs)
 
     own = vars(model).get("_loss_function")

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .offload import Road, Trip, road_of
+from .offload import CopyBackend, OffloadSession, copy_backend_of
 from .options import MemoryConfig
-from .selective_checkpoint import Replay, Save, Shelf, resident
+from .selective_checkpoint import CachedMode, CachingMode, SavedResults, resident
 
 
-class Layers:
+class LayerCheckpointing:
     """Checkpointing of one model. Made, it has only looked."""
 
     def __init__(self, model: Any, config: MemoryConfig) -> None:
         self.model, self.config = model, config
         self.proven = False
-        self._trip: Trip | None = None
-        self._road: Road | None = None
-        self._shelves: list[Shelf] | None = None
+        self._trip: OffloadSession | None = None
+        self._road: CopyBackend | None = None
+        self._shelves: list[SavedResults] | None = None
         self._stack: list[contextlib.ExitStack] = []
         _refuse(model, config.attention == "save")
 
@@ -44,13 +44,13 @@ class Layers:
             self._trip.next_layer()
         if self._shelves is None or self.config.attention == "recompute":
             if self._shelves is not None:
-                self._shelves.append(Shelf(resident))
+                self._shelves.append(SavedResults(resident))
             return contextlib.nullcontext(), contextlib.nullcontext()
         away = self._trip is not None and self.config.offload in ("attention", "all")
         assert self._trip is not None or not away
-        shelf = Shelf(self._trip.keep if away and self._trip is not None else resident)
+        shelf = SavedResults(self._trip.keep if away and self._trip is not None else resident)
         self._shelves.append(shelf)
-        return Save(shelf), Replay(shelf)
+        return CachingMode(shelf), CachedMode(shelf)
 
     def before(self, decoder: Any, args: tuple) -> None:
         """A training pass begins."""
@@ -61,8 +61,8 @@ class Layers:
         self._shelves = []
         if self.config.offload is not None:
             # One road for all steps: device memory belongs to the stream it was first used on.
-            self._road = self._road or road_of(next(decoder.parameters()).device)
-            self._trip = Trip(self._road)
+            self._road = self._road or copy_backend_of(next(decoder.parameters()).device)
+            self._trip = OffloadSession(self._road)
         if self.config.offload in ("layers", "all"):
             assert self._trip is not None
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._trip.keep, _unpack))

@@ -1,6 +1,6 @@
 """Logits that are not computed until somebody looks at them.
 
-The LM head returns a `DeferredLogits`: hidden states, the head, and what the model then does to the logits with
+The LM head returns a `LazyLogits`: hidden states, the head, and what the model then does to the logits with
 scalars (soft caps, scales), recorded. The loss takes it apart and works over blocks of tokens; whoever else uses it as
 a tensor gets the logits, computed then, with gradients. So nothing of a model's own code is replaced, and logits are
 there for those who ask.
@@ -41,7 +41,7 @@ POINTWISE = {
 }
 
 
-class DeferredLogits(torch.Tensor):
+class LazyLogits(torch.Tensor):
     """Logits `steps(head(hidden))`.
 
     Attributes:
@@ -69,7 +69,7 @@ class DeferredLogits(torch.Tensor):
         steps: tuple,
         block: int | str,
         handover: GradientHandover | None = None,
-    ) -> "DeferredLogits":
+    ) -> "LazyLogits":
         shape = (*hidden.shape[:-1], sample.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample.dtype, device=sample.device)
         self.hidden, self.head, self.sample, self.steps, self.block = hidden, head, sample, steps, block
@@ -85,10 +85,10 @@ class DeferredLogits(torch.Tensor):
             logits = _compute(self.head, self.steps, self.hidden)
         return logits if self.on_compute is None else self.on_compute(logits)
 
-    def without_gradient(self) -> "DeferredLogits":
+    def without_gradient(self) -> "LazyLogits":
         """Return the same logits, still deferred, detached: engines pass what a model returns through functions."""
         with torch.no_grad():
-            return DeferredLogits(self.hidden.detach(), self.head, self.sample, self.steps, self.block)
+            return LazyLogits(self.hidden.detach(), self.head, self.sample, self.steps, self.block)
 
     def of(self, hidden: Tensor) -> Tensor:
         """The logits of other hidden states."""
@@ -103,7 +103,7 @@ class DeferredLogits(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handles = [x for x in args if isinstance(x, DeferredLogits)]
+        handles = [x for x in args if isinstance(x, LazyLogits)]
         if func in POINTWISE and len(handles) == 1 and _scalars(args, kwargs, handles[0]):
             handle = handles[0]
             place = next(n for n, x in enumerate(args) if x is handle)
@@ -112,7 +112,7 @@ class DeferredLogits(torch.Tensor):
             with torch.no_grad():
                 sample = step(handle.sample)
             steps = (*handle.steps, step)
-            result = DeferredLogits(handle.hidden, handle.head, sample, steps, handle.block, handle.handover)
+            result = LazyLogits(handle.hidden, handle.head, sample, steps, handle.block, handle.handover)
             result.on_compute = handle.on_compute
             return result
         if func is _TENSOR.detach:
@@ -123,14 +123,14 @@ class DeferredLogits(torch.Tensor):
                 f"{name} would change logits in place that are not computed yet (loss_block). Use the form that "
                 "returns a new tensor, or set loss_block=None."
             )
-        computed = torch.utils._pytree.tree_map_only(DeferredLogits, DeferredLogits.compute, (args, kwargs))
+        computed = torch.utils._pytree.tree_map_only(LazyLogits, LazyLogits.compute, (args, kwargs))
         return func(*computed[0], **computed[1])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         """Where Python does not see the call: only without gradients, which would be lost here."""
 
-        def compute(handle: DeferredLogits) -> Tensor:
+        def compute(handle: LazyLogits) -> Tensor:
             if handle.grad_wanted and handle.hidden.requires_grad and func is not torch.ops.aten.detach.default:
                 raise ValueError(
                     f"{func} was called on logits that are not computed yet (loss_block), past where gradients are "
@@ -138,7 +138,7 @@ class DeferredLogits(torch.Tensor):
                 )
             return handle.compute().detach()
 
-        args, kwargs = torch.utils._pytree.tree_map_only(DeferredLogits, compute, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -154,7 +154,7 @@ def _compute(head: torch.nn.Module, steps: tuple, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _scalars(args: tuple, kwargs: dict, handle: DeferredLogits) -> bool:
+def _scalars(args: tuple, kwargs: dict, handle: LazyLogits) -> bool:
     """Whether everything but the handle is a number, a dtype, or a constant per word."""
 
     def fine(x: Any) -> bool:
@@ -184,7 +184,7 @@ def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -
     with torch.no_grad():
         sample = _compute(self, (), hidden.detach().reshape(-1, hidden.shape[-1])[:1])
     if not managed:
-        return DeferredLogits(hidden, self, sample, (), block)
+        return LazyLogits(hidden, self, sample, (), block)
     handover = GradientHandover(self)
     self.__dict__[SAMPLE] = sample, handover
     return handover(hidden)
@@ -193,7 +193,7 @@ def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -
 def _defer(self: torch.nn.Module, args: tuple, output: Any) -> Any:
     """The last forward hook of a managed head: to the engine, whose hooks came before, it returned its input."""
     sample, handover = self.__dict__.pop(SAMPLE, (None, None))
-    return None if sample is None else DeferredLogits(output, self, sample, (), self.__dict__[FLAG], handover)
+    return None if sample is None else LazyLogits(output, self, sample, (), self.__dict__[FLAG], handover)
 
 
 def arm(head: torch.nn.Module, block: int | str | None) -> None:

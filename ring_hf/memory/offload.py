@@ -23,7 +23,7 @@ SMALLEST = 2**20  # bytes: what is smaller stays; moving it costs more than it g
 IN_FLIGHT = 2  # layers whose copies out may be under way; the device memory of older ones is given back first
 
 
-class Road(Protocol):
+class CopyBackend(Protocol):
     """How tensors travel."""
 
     def out(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -39,7 +39,7 @@ class Road(Protocol):
         """Before what came home is read."""
 
 
-class PlainRoad:
+class CpuCopies:
     """On a CPU: copies, complete at once."""
 
     def out(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -53,7 +53,7 @@ class PlainRoad:
     def wait_home(self, event: Any, x: Tensor) -> None: ...
 
 
-class CudaRoad:
+class CudaCopies:
     """Two streams beside the computing one; `cuda` is `torch.cuda`, or its stand-in in a test."""
 
     def __init__(self, cuda: Any = torch.cuda, pin: bool = True) -> None:
@@ -85,10 +85,10 @@ class CudaRoad:
         x.record_stream(stream)  # it was allocated on the other one: not to be given away before this one is done
 
 
-class Parcel:
+class OffloadedTensor:
     """One tensor on its way."""
 
-    def __init__(self, trip: "Trip", x: Tensor) -> None:
+    def __init__(self, trip: "OffloadSession", x: Tensor) -> None:
         self._trip, self._device = trip, x.device
         self.layer = trip.layer
         self._leaving: Tensor | None = x
@@ -121,13 +121,13 @@ class Parcel:
         return x
 
 
-class Trip:
+class OffloadSession:
     """Everything that leaves in one forward pass, by layer."""
 
-    def __init__(self, road: Road) -> None:
+    def __init__(self, road: CopyBackend) -> None:
         self.road, self.layer = road, -1
         # Weak, so that what left goes with the graph that would bring it back.
-        self.parcels: dict[int, weakref.WeakSet[Parcel]] = defaultdict(weakref.WeakSet)
+        self.parcels: dict[int, weakref.WeakSet[OffloadedTensor]] = defaultdict(weakref.WeakSet)
 
     def next_layer(self) -> None:
         self.layer += 1
@@ -138,10 +138,10 @@ class Trip:
         """What brings the tensor back."""
         if x.nbytes < SMALLEST or isinstance(x, torch.nn.Parameter) or not x.is_floating_point():
             return resident(x)
-        parcel = Parcel(self, x)
+        parcel = OffloadedTensor(self, x)
         self.parcels[self.layer].add(parcel)
         return parcel
 
 
-def road_of(device: torch.device) -> Road:
-    return CudaRoad() if device.type == "cuda" else PlainRoad()
+def copy_backend_of(device: torch.device) -> CopyBackend:
+    return CudaCopies() if device.type == "cuda" else CpuCopies()

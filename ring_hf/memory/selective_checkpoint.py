@@ -37,7 +37,7 @@ def name_of(func: Any) -> str:
     return func.name().split(".")[0] if isinstance(func, torch._ops.OpOverload) else ""
 
 
-class Shelf:
+class SavedResults:
     """What one layer's forward pass saved, by operator and call. `keep` turns a tensor into what brings it back."""
 
     def __init__(self, keep: Callable[[Tensor], Callable[[], Tensor]]) -> None:
@@ -62,10 +62,10 @@ class Shelf:
         return sum(map(len, self._results.values()))
 
 
-class Save(TorchDispatchMode):
+class CachingMode(TorchDispatchMode):
     """Around a layer's forward pass."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: SavedResults) -> None:
         super().__init__()
         self.shelf = shelf
 
@@ -90,10 +90,10 @@ def _refuse_dropout(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         )
 
 
-class Replay(TorchDispatchMode):
+class CachedMode(TorchDispatchMode):
     """Around its recomputation: the same calls in the same order."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: SavedResults) -> None:
         super().__init__()
         self.shelf = shelf
         self._calls: dict[str, int] = defaultdict(int)

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenAxes:
     """Which arguments of a module hold one row per token, and how: leading dims 2 for [B, S, ...], 1 for [T, ...]."""
 
     args: tuple[int, ...]
@@ -35,14 +35,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RecordedCall:
     """One call."""
 
     name: str
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
-    rows: Rows | None
+    rows: TokenAxes | None
     same_width: bool
     num_calls: int = 1  # in the whole pass
 
@@ -135,9 +135,9 @@ def tokens(model: Any) -> Tensor:
     return (torch.arange(BATCH * LENGTH, device=device) * 7 % max(size - 3, 1) + min(3, size - 1)).view(BATCH, LENGTH)
 
 
-def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[Seen]:
+def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[RecordedCall]:
     """The first call of every module that is wanted, in a pass of [B, S] tokens."""
-    seen: dict[nn.Module, Seen] = {}
+    seen: dict[nn.Module, RecordedCall] = {}
     names = {module: name for name, module in model.named_modules()}
     num_calls: Counter[nn.Module] = Counter()
 
@@ -146,7 +146,7 @@ def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[Seen]:
         if module not in seen:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             rows, same_width = _rows(args, kwargs, output)
-            seen[module] = Seen(names[module], module, args, kwargs, rows, same_width)
+            seen[module] = RecordedCall(names[module], module, args, kwargs, rows, same_width)
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules() if wanted(module)]
     try:
@@ -166,9 +166,9 @@ def _lead(x: Any) -> int:
     return 1 if x.shape[0] == BATCH * LENGTH else 0
 
 
-def _rows(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[Rows | None, bool]:
+def _rows(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[TokenAxes | None, bool]:
     results = output if isinstance(output, tuple) else (output,)
-    rows = Rows(
+    rows = TokenAxes(
         tuple(map(_lead, args)),
         tuple((key, _lead(value)) for key, value in kwargs.items() if _lead(value)),
         tuple(map(_lead, results)),
@@ -185,7 +185,7 @@ def flat(x: Tensor, lead: int) -> Tensor:
     return x.flatten(0, 1) if lead == 2 else x
 
 
-def treats_tokens_alone(seen: Seen) -> bool:
+def treats_tokens_alone(seen: RecordedCall) -> bool:
     """Whether no row of the results depends on another row of the arguments, tried on the real module."""
     rows, module = seen.rows, seen.module
     if rows is None:
@@ -220,7 +220,7 @@ def treats_tokens_alone(seen: Seen) -> bool:
     )
 
 
-def call(module: nn.Module, seen: Seen, change: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+def call(module: nn.Module, seen: RecordedCall, change: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
     """The results for changed arguments, as rows."""
     assert seen.rows is not None
     args = [change(x, lead) if lead else x for x, lead in zip(seen.args, seen.rows.args, strict=True)]
@@ -231,7 +231,7 @@ def call(module: nn.Module, seen: Seen, change: Callable[[Tensor, int], Tensor])
     return tuple(flat(x, lead) for x, lead in zip(results, seen.rows.results, strict=True))
 
 
-def is_affine(seen: Seen) -> bool:
+def is_affine(seen: RecordedCall) -> bool:
     """Whether the module is no more than a matrix, however it is made (LoRA): f(2x) - f(x) = f(x) - f(0)."""
 
     def times(factor: float) -> Tensor:

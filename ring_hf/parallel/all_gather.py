@@ -6,9 +6,9 @@ Letters: R ring ranks, B batch, K key/value heads, C tokens of a rank, S = R * C
 import torch
 
 from ..geometry import Plan
-from ..kernels import Sum, accumulate_dtype
+from ..kernels import GradAccumulator, accumulate_dtype
 from .buffers import Buffer
-from .transport import Exchange, Ring
+from .transport import PendingExchange, Ring
 
 
 class Blocks:
@@ -30,7 +30,7 @@ class Blocks:
         k, v = (block.parts[0] for block in self._block)
         return k, v
 
-    def _ordered(self, x_BKCD: torch.Tensor, exchange: Exchange) -> Buffer:
+    def _ordered(self, x_BKCD: torch.Tensor, exchange: PendingExchange) -> Buffer:
         exchange.wait()
         assert exchange.receive is not None
         batch, heads, tokens, dim = x_BKCD.shape
@@ -59,9 +59,11 @@ class Gradients:
         self._dtype = accumulate_dtype(k.dtype)
         batch, heads, tokens = k.shape[:3]
         whole = (batch, heads, tokens * ring.size)
-        self._sums: list[Sum] = [Sum(x.new_empty(1).expand(*whole, x.shape[3]), self._dtype) for x in (k, v)]
+        self._sums: list[GradAccumulator] = [
+            GradAccumulator(x.new_empty(1).expand(*whole, x.shape[3]), self._dtype) for x in (k, v)
+        ]
 
-    def share(self, step: int) -> tuple[Sum, Sum]:
+    def share(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
         """Empty sums for what this rank adds to the dK and dV of the block."""
         dk, dv = self._sums
         return dk, dv
@@ -71,7 +73,7 @@ class Gradients:
 
     def home(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(dk, dv)` of this rank's own keys in their dtype, summed over all ranks and rounded once."""
-        coming: list[Exchange] = []
+        coming: list[PendingExchange] = []
         while self._sums:
             total_BKSD = self._sums.pop(0).total.to(self._dtype)
             coming.append(self._ring.reduce_scatter(self._by_owner(total_BKSD, self._like[len(coming)])))

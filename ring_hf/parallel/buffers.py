@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .streams import Lane, Marks, lane_of
+from .streams import CommStream, Events, comm_stream_of
 
 PASSES = 64
 IDLE_BYTES = 512 * 2**20
@@ -33,7 +33,7 @@ class Buffer:
         marks: what must have happened before a stream may write it, or read what a stream wrote.
     """
 
-    def __init__(self, room: torch.Tensor, shapes: Sequence[Sequence[int]], marks: Marks) -> None:
+    def __init__(self, room: torch.Tensor, shapes: Sequence[Sequence[int]], marks: Events) -> None:
         sizes = [math.prod(shape) for shape in shapes]
         self.room, self.flat, self.marks = room, room[: sum(sizes)], marks
         self.shapes = tuple(map(tuple, shapes))
@@ -48,10 +48,10 @@ class Buffer:
 class Pool:
     """The buffers of one device: idle ones, the least recently used first, and how much was lent out at once."""
 
-    def __init__(self, device: torch.device, lane: Lane) -> None:
+    def __init__(self, device: torch.device, lane: CommStream) -> None:
         self._device, self._lane = device, lane
         self._lock = threading.Lock()
-        self._idle: list[tuple[torch.Tensor, Marks]] = []
+        self._idle: list[tuple[torch.Tensor, Events]] = []
         self._lent: weakref.WeakSet[Buffer] = weakref.WeakSet()  # one that an error left behind is not missed
         self._most = 0
         self._needs: deque[int] = deque(maxlen=PASSES)
@@ -105,4 +105,4 @@ def _fits(room: torch.Tensor, size: int) -> bool:
 @functools.cache
 def pool_of(device: torch.device) -> Pool:
     """The pool of a device, one per process."""
-    return Pool(device, lane_of(device))
+    return Pool(device, comm_stream_of(device))

@@ -9,9 +9,9 @@ Letters: B batch, K key/value heads, C tokens of this rank, D head dim.
 import torch
 
 from ..geometry import Plan, Slice
-from ..kernels import Sum, accumulate_dtype
+from ..kernels import GradAccumulator, accumulate_dtype
 from .buffers import Buffer
-from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Ring, lengths
+from .transport import GRADIENTS, KEYS_AND_VALUES, PendingExchange, Ring, lengths
 
 Block = tuple[Slice, ...]
 
@@ -26,7 +26,7 @@ class Blocks:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring, overlap: bool) -> None:
         self._own, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._here: Buffer | None = None
-        self._exchange: Exchange | None = None
+        self._exchange: PendingExchange | None = None
         self._ready = ring.lane.mark()
         ring.lane.share(k)
         ring.lane.share(v)
@@ -82,22 +82,22 @@ class Gradients:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring, overlap: bool) -> None:
         self._like, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._dtype = accumulate_dtype(k.dtype)
-        self._own = Sum(k, self._dtype), Sum(v, self._dtype)
+        self._own = GradAccumulator(k, self._dtype), GradAccumulator(v, self._dtype)
         self._outgoing: Buffer | None = None
-        self._coming: tuple[Exchange, Block] | None = None
+        self._coming: tuple[PendingExchange, Block] | None = None
 
-    def share(self, step: int) -> tuple[Sum, Sum]:
+    def share(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
         """Empty sums for what this rank adds to the dK and dV of the block at hand."""
         if step == 0:
             return self._own
         self._outgoing = self._take(self._plan.steps[step].block, compute=True)
         if self._outgoing is None:
             k, v = (x[:, :, :0] for x in self._like)
-            return Sum(k, self._dtype), Sum(v, self._dtype)
+            return GradAccumulator(k, self._dtype), GradAccumulator(v, self._dtype)
         self._outgoing.flat.zero_()
         of_k, of_v = self._outgoing.parts
         k, v = self._like
-        return Sum(k, self._dtype, lambda: of_k), Sum(v, self._dtype, lambda: of_v)
+        return GradAccumulator(k, self._dtype, lambda: of_k), GradAccumulator(v, self._dtype, lambda: of_v)
 
     def _take(self, block: Block, compute: bool = False) -> Buffer | None:
         shapes = lengths(*self._like, _length(block))

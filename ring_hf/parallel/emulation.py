@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import Mask, Plan, WholeSequence, head_split, make_plan
+from ..geometry import Mask, Plan, ShardedSequence, head_split, make_plan
 from ..kernels import choose
 from .schedule import ring_backward, ring_forward, sinks_gradient
 from .sharding import cut, join
@@ -22,7 +22,7 @@ from .single_device import Residents
 class Emulation:
     """A ring and what it computes; `scale` and the rest as in `ring_attention`."""
 
-    sequence: WholeSequence
+    sequence: ShardedSequence
     mask: Mask
     scale: float
     softcap: float | None = None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..geometry import WholeSequence
+from ..geometry import ShardedSequence
 from .groups import group_of, register_group
 from .sharded_attention import ring_attention
 from .sharding import Boundaries, documents_of
@@ -87,7 +87,7 @@ def context_attention(
     documents = documents_of(cu_seqlens, k.shape[0])
     rows = None if prefixes is None else tuple(tuple(row) for row in prefixes)
     length = k.shape[2] * num_ranks
-    sequence = WholeSequence(layout, length, num_ranks, documents, None, rows, ulysses_size)
+    sequence = ShardedSequence(layout, length, num_ranks, documents, None, rows, ulysses_size)
     out, lse = ring_attention(
         q,
         k,

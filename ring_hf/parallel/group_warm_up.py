@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from .groups import splits_that_are_warm
-from .streams import lane_of
-from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Ring
+from .groups import warmed_up_splits
+from .streams import comm_stream_of
+from .transport import GRADIENTS, KEYS_AND_VALUES, PendingExchange, Ring
 from .ulysses import place_of
 
 PATIENCE = timedelta(seconds=180)
@@ -44,7 +44,7 @@ def warm_up(
     """
     global _meetings
     split = device, ulysses_size, inner_ring_size
-    if split in splits_that_are_warm(group) or dist.get_world_size(group) == 1:
+    if split in warmed_up_splits(group) or dist.get_world_size(group) == 1:
         return
     _meetings += 1
     _meet(group, patience)
@@ -56,7 +56,7 @@ def warm_up(
     if size > ulysses_size:
         with _explained("the ring", group, range(rank % ulysses_size, size, ulysses_size), patience):
             _go_round(Ring(group, device, ulysses_size, inner_ring_size > 1), inner_ring_size, patience)
-    splits_that_are_warm(group).add(split)  # only now: making our groups may have ended what was warm
+    warmed_up_splits(group).add(split)  # only now: making our groups may have ended what was warm
 
 
 def _meet(group: ProcessGroup, patience: timedelta) -> None:
@@ -96,7 +96,7 @@ def _trade(group: ProcessGroup, ulysses_size: int, device: torch.device, patienc
     x = torch.arange(ulysses_size, dtype=torch.float32, device=device)
     got, place = torch.empty_like(x), place_of(group, ulysses_size, device)
     work = dist.all_to_all_single(got, x, group=place, async_op=True)
-    lane_of(device).finish([work], patience)
+    comm_stream_of(device).finish([work], patience)
     assert (got == dist.get_rank(group) % ulysses_size).all()
 
 
@@ -124,7 +124,7 @@ def _go_round(ring: Ring, inner: int, patience: timedelta) -> None:
     ring.give(gathered.receive)
 
 
-def _check(ring: Ring, exchange: Exchange, wanted: Sequence[int], patience: timedelta) -> None:
+def _check(ring: Ring, exchange: PendingExchange, wanted: Sequence[int], patience: timedelta) -> None:
     exchange.wait(patience)
     assert exchange.receive is not None and exchange.receive.flat.tolist() == list(wanted)
 

@@ -61,7 +61,7 @@ def rank_in(name: str) -> int:
     return dist.get_rank(group_of(name))
 
 
-def own_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ProcessGroup:
+def dedicated_group(group: ProcessGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ProcessGroup:
     """A process group of ours for some ranks of a group, on which nobody else posts anything; made when first needed.
 
     A collective call of `group` then: all its ranks come here in the same order, as they run the same layers. It has
@@ -123,7 +123,7 @@ def _backends(group: ProcessGroup) -> set[str]:
     return {entry.rpartition(":")[2] for entry in dist.get_backend_config(group).split(",")}
 
 
-def splits_that_are_warm(group: ProcessGroup) -> set[Hashable]:
+def warmed_up_splits(group: ProcessGroup) -> set[Hashable]:
     """For `warm_up` to look into and add to; empty again once groups of ours for this group have ended."""
     known, splits = _WARM.get(group.group_name, (None, set()))
     if known is not group:
@@ -206,7 +206,7 @@ def messages_group(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     Where weights are sharded over the ranks that share a sequence, their group is the one on which FSDP and DeepSpeed
     gather weights and reduce gradients: messages would wait for those.
     """
-    return own_group(group, range(dist.get_world_size(group)), "messages", device)
+    return dedicated_group(group, range(dist.get_world_size(group)), "messages", device)
 
 
 def all_gather(x: torch.Tensor, name: str) -> list[torch.Tensor]:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..geometry import Mask, WholeSequence
+from ..geometry import Mask, ShardedSequence
 
 
 @dataclass(frozen=True)
 class Call:
     """The settings of one call of the operator; `transport` is resolved, `group` a registered name or empty."""
 
-    sequence: WholeSequence
+    sequence: ShardedSequence
     mask: Mask
     scale: float
     softcap: float | None
@@ -38,7 +38,7 @@ def decode(text: str) -> Call:
     """Inverse of `encode`, cached."""
     fields: dict[str, Any] = json.loads(text)
     sequence = {name: _tuples(value) for name, value in fields["sequence"].items()}
-    return Call(**{**fields, "sequence": WholeSequence(**sequence), "mask": Mask(**fields["mask"])})
+    return Call(**{**fields, "sequence": ShardedSequence(**sequence), "mask": Mask(**fields["mask"])})
 
 
 def _tuples(value: Any) -> Any:

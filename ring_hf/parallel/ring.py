@@ -6,14 +6,14 @@ Letters: B batch, K key/value heads, C tokens of this rank, D head dim.
 import torch
 
 from ..geometry import Move, Plan
-from ..kernels import Sum, accumulate_dtype
+from ..kernels import GradAccumulator, accumulate_dtype
 from .buffers import Buffer
-from .transport import GRADIENTS, KEYS_AND_VALUES, Exchange, Ring
+from .transport import GRADIENTS, KEYS_AND_VALUES, PendingExchange, Ring
 
 
 def _post(
     ring: Ring | None, plan: Plan, move: Move, send: Buffer, receive: Buffer, tag: int, overlap: bool
-) -> Exchange:
+) -> PendingExchange:
     assert ring is not None
     to, source = plan.ahead(move.outer, move.inner), plan.ahead(-move.outer, -move.inner)
     exchange = ring.post(send, to, receive, source, tag, between=bool(move.outer and not move.inner))
@@ -28,7 +28,7 @@ class Blocks:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring | None, overlap: bool) -> None:
         self._own, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._held: dict[int, Buffer] = {}  # by step
-        self._coming: dict[int, Exchange] = {}  # by step that needs it
+        self._coming: dict[int, PendingExchange] = {}  # by step that needs it
         if plan.moves:
             assert ring is not None
             self._held[0] = packed = ring.take((k.shape, v.shape), k.dtype, compute=True)
@@ -78,18 +78,18 @@ class Gradients:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Ring | None, overlap: bool) -> None:
         self._like, self._plan, self._ring, self._overlap = (k, v), plan, ring, overlap
         self._dtype = accumulate_dtype(k.dtype)
-        self._own = Sum(k, self._dtype), Sum(v, self._dtype)
+        self._own = GradAccumulator(k, self._dtype), GradAccumulator(v, self._dtype)
         self._outgoing: Buffer | None = None
         self._moves = {move.posted: move for move in plan.gradient_moves}
-        self._coming: dict[int, list[Exchange]] = {}
+        self._coming: dict[int, list[PendingExchange]] = {}
 
-    def share(self, step: int) -> tuple[Sum, Sum]:
+    def share(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
         """Empty sums for what this rank adds to the dK and dV of the block at hand."""
         if step == 0:
             return self._own
         k, v = self._like
         self._outgoing = None
-        return Sum(k, self._dtype, lambda: self._packed().parts[0]), Sum(
+        return GradAccumulator(k, self._dtype, lambda: self._packed().parts[0]), GradAccumulator(
             v, self._dtype, lambda: self._packed().parts[1]
         )
 
@@ -121,12 +121,12 @@ class Gradients:
             outgoing.flat.add_(self._arrived(exchange).flat)
             self._done(exchange)
 
-    def _arrived(self, exchange: Exchange) -> Buffer:
+    def _arrived(self, exchange: PendingExchange) -> Buffer:
         exchange.wait()
         assert exchange.receive is not None
         return exchange.receive
 
-    def _done(self, exchange: Exchange) -> None:
+    def _done(self, exchange: PendingExchange) -> None:
         """What came was added up: both buffers are free."""
         assert self._ring is not None and exchange.receive is not None
         self._ring.touched(exchange.receive)

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from ..geometry import Plan, split
-from ..kernels import Kernel, State, Sum, accumulate_dtype
+from ..kernels import GradAccumulator, Kernel, OutLseAccumulator, accumulate_dtype
 from . import all_gather, direct_fetch, single_device
 from . import ring as ring_transport
 from .transport import Ring
@@ -46,7 +46,7 @@ def ring_forward(
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's `(out [B, H, C, D], lse [B, H, C])` in at least fp32."""
-    state = State(q_BHCD, v_BKCD.shape[-1])
+    state = OutLseAccumulator(q_BHCD, v_BKCD.shape[-1])
     blocks = _transport(plan).Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
     # Results are as large as the shard: each is dropped before the next one is made.
     for number, step in enumerate(plan.steps):
@@ -76,7 +76,7 @@ def ring_backward(
     overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This rank's `(dq, dk, dv)` in the dtypes of q, k and v, from the global `out` and `lse` of its queries."""
-    dq = Sum(q_BHCD, _sum_dtype(plan, q_BHCD.dtype))
+    dq = GradAccumulator(q_BHCD, _sum_dtype(plan, q_BHCD.dtype))
     blocks = _transport(plan).Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
     grads = _transport(plan).Gradients(k_BKCD, v_BKCD, plan, ring, overlap)
     # As in forward, nothing as large as the shard is held by a name longer than it is needed.

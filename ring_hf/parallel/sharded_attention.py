@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..costmodel.devices import Shape, hardware_of
 from ..costmodel.pass_cost import choose_transport
-from ..geometry import TRANSPORTS, HeadShare, Mask, WholeSequence, check_head_chunks, head_split
+from ..geometry import TRANSPORTS, HeadShare, Mask, ShardedSequence, check_head_chunks, head_split
 from ..kernels import accumulate_dtype, choose
 from .attention_op import ring_attention_op
 from .chunked_ulysses import chunked_ulysses_op
@@ -27,7 +27,7 @@ def ring_attention(
     k: Tensor,
     v: Tensor,
     *,
-    sequence: WholeSequence,
+    sequence: ShardedSequence,
     group: str = "",
     causal: bool = True,
     window: int | None = None,
@@ -135,7 +135,7 @@ def local_attention(
         documents: per batch row the cumulative boundaries `(0, ..., S)`, None for one document per row.
         prefixes: per batch row and document the tokens at its start that all see each other.
     """
-    sequence = WholeSequence("contiguous", k.shape[2], 1, documents, None, prefixes)
+    sequence = ShardedSequence("contiguous", k.shape[2], 1, documents, None, prefixes)
     mask = {"causal": causal, "window": window, "chunk": chunk}
     maths = {"scale": scale, "softcap": softcap, "sinks": sinks, "kernel": kernel}
     return ring_attention(q, k, v, sequence=sequence, **mask, **maths)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ _told: set[tuple[str, str, bool, Mask]] = set()
 
 @torch.compiler.disable
 def resolve_transport(
-    transport: str, inner: int, sequence: WholeSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
+    transport: str, inner: int, sequence: ShardedSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
 ) -> str:
     """The transport to use, the same on every rank; says in the log why, once for each kind of mask.
 
@@ -184,7 +184,7 @@ def _check_maths(q: Tensor, softcap: float | None, sinks: Tensor | None) -> None
         )
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, sequence: WholeSequence) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence) -> None:
     """Raises `ValueError` unless the shapes, dtypes and devices of one rank's shard fit together and the sequence."""
     if {x.ndim for x in (q, k, v)} != {4}:
         raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], got {_shapes(q, k, v)}.")

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from ..geometry import Segment, WholeSequence
+from ..geometry import Segment, ShardedSequence
 
 Shard = Sequence[Segment]
 Boundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def cut(x: torch.Tensor, shard: Shard, dim: int = 1) -> torch.Tensor:
-    """The part of a global tensor that one rank holds, as `WholeSequence.segments(rank)` says."""
+    """The part of a global tensor that one rank holds, as `ShardedSequence.segments(rank)` says."""
     before = (slice(None),) * (dim % x.ndim)
     parts = [x[(*before, segment.slice)] for segment in shard]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
@@ -53,7 +53,9 @@ def shard(
         ValueError: if the length cannot be dealt so.
     """
     documents = documents_of(cu_seqlens, 1)
-    return cut(x, WholeSequence(layout, x.shape[dim], num_ranks, documents, ulysses=ulysses_size).segments(rank), dim)
+    return cut(
+        x, ShardedSequence(layout, x.shape[dim], num_ranks, documents, ulysses=ulysses_size).segments(rank), dim
+    )
 
 
 def unshard(
@@ -66,7 +68,7 @@ def unshard(
 ) -> torch.Tensor:
     """The global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
     length = sum(part.shape[dim] for part in shards)
-    whole = WholeSequence(layout, length, len(shards), documents_of(cu_seqlens, 1), ulysses=ulysses_size)
+    whole = ShardedSequence(layout, length, len(shards), documents_of(cu_seqlens, 1), ulysses=ulysses_size)
     return join(shards, [whole.segments(rank) for rank in range(len(shards))], dim)
 
 

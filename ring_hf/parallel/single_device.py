@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..geometry import Plan, Slice
-from ..kernels import Sum, accumulate_dtype
+from ..kernels import GradAccumulator, accumulate_dtype
 
 Block = tuple[Slice, ...]
 
@@ -83,9 +83,9 @@ class Gradients:
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Residents, overlap: bool) -> None:
         self._plan, self._residents = plan, ring
-        self._here: tuple[Sum, Sum] | None = None
+        self._here: tuple[GradAccumulator, GradAccumulator] | None = None
 
-    def share(self, step: int) -> tuple[Sum, Sum]:
+    def share(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
         """The sums of the block's owner if it is a whole shard, else empty ones."""
         block, residents = self._plan.steps[step].block, self._residents
         dk, dv = (
@@ -94,10 +94,10 @@ class Gradients:
         self._here = dk, dv
         return dk, dv
 
-    def _sum(self, x: torch.Tensor, of_ranks: list[torch.Tensor], block: Block) -> Sum:
+    def _sum(self, x: torch.Tensor, of_ranks: list[torch.Tensor], block: Block) -> GradAccumulator:
         if self._residents.whole(block):
-            return Sum(x, of_ranks[block[0].rank].dtype, lambda: of_ranks[block[0].rank])
-        return Sum(x, of_ranks[0].dtype)
+            return GradAccumulator(x, of_ranks[block[0].rank].dtype, lambda: of_ranks[block[0].rank])
+        return GradAccumulator(x, of_ranks[0].dtype)
 
     def send(self, step: int) -> None:
         """After a step: a block of several ranks' keys gives every owner its part."""

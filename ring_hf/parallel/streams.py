@@ -21,24 +21,24 @@ from typing import Any
 import torch
 from torch.distributed import Work
 
-Marks = tuple[Any, ...]  # events of streams; empty where there is nothing to wait for
+Events = tuple[Any, ...]  # events of streams; empty where there is nothing to wait for
 
 
-class Lane:
+class CommStream:
     """A device whose operations are done when their call returns."""
 
-    def mark(self) -> Marks:
+    def mark(self) -> Events:
         """What the current stream was given so far."""
         return ()
 
-    def wait(self, marks: Marks) -> None:
+    def wait(self, marks: Events) -> None:
         """Whatever the current stream is given next happens after these marks."""
 
-    def side(self, marks: Marks) -> contextlib.AbstractContextManager[None]:
+    def side(self, marks: Events) -> contextlib.AbstractContextManager[None]:
         """Inside, operations go to the side stream, after these marks."""
         return contextlib.nullcontext()
 
-    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Marks:
+    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Events:
         """Both streams go on after these exchanges; the mark of their end. With `patience` the host waits so long.
 
         Raises:
@@ -52,33 +52,33 @@ class Lane:
         """Keeps the memory of `x`, should it be freed early, until the side stream has done what it was given."""
 
 
-class StreamLane(Lane):
+class CudaCommStream(CommStream):
     """A device with streams: one side stream beside whichever stream is current."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._cuda, self._device = cuda, device
         self._side = cuda.Stream(device=device)
 
-    def mark(self) -> Marks:
+    def mark(self) -> Events:
         """An event on the current stream."""
         event = self._cuda.Event()
         event.record(self._cuda.current_stream(self._device))
         return (event,)
 
-    def wait(self, marks: Marks) -> None:
+    def wait(self, marks: Events) -> None:
         """The current stream waits, not the host."""
         for event in marks:
             self._cuda.current_stream(self._device).wait_event(event)
 
     @contextlib.contextmanager
-    def side(self, marks: Marks) -> Iterator[None]:
+    def side(self, marks: Events) -> Iterator[None]:
         """The side stream is current inside."""
         for event in marks:
             self._side.wait_event(event)
         with self._cuda.stream(self._side):
             yield
 
-    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Marks:
+    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Events:
         """The side stream waits for the works, the current one for the side stream: one event serves both and all
         that use the buffers later, so that no work is waited for twice."""
         with self._cuda.stream(self._side):
@@ -98,6 +98,6 @@ class StreamLane(Lane):
 
 
 @functools.cache
-def lane_of(device: torch.device) -> Lane:
+def comm_stream_of(device: torch.device) -> CommStream:
     """The lane of a device, one per process."""
-    return StreamLane(device) if device.type == "cuda" else Lane()
+    return CudaCommStream(device) if device.type == "cuda" else CommStream()

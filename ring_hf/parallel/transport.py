@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
 
 from .buffers import Buffer, pool_of
-from .groups import own_group
-from .streams import Lane, lane_of
+from .groups import dedicated_group
+from .streams import CommStream, comm_stream_of
 
 KEYS_AND_VALUES, GRADIENTS = 1, 2
 # Renamed in torch 2.13, where the old names warn.
@@ -23,10 +23,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Exchange:
+class PendingExchange:
     """One exchange under way. Holds its buffers, so that neither is freed or used again while bytes still move."""
 
-    def __init__(self, lane: Lane, works: list[Work], send: Buffer | None, receive: Buffer | None) -> None:
+    def __init__(self, lane: CommStream, works: list[Work], send: Buffer | None, receive: Buffer | None) -> None:
         self._lane, self._works, self.send, self.receive = lane, works, send, receive
 
     def wait(self, patience: timedelta | None = None) -> None:
@@ -58,13 +58,13 @@ class Ring:
         self.rank, part = divmod(dist.get_rank(group), ulysses)
         self.size = dist.get_world_size(group) // ulysses
         ranks = range(part, self.size * ulysses, ulysses)
-        self._group = own_group(group, ranks, "ring", device)
-        self._between = own_group(group, ranks, "between inner rings", device) if nested else self._group
-        self.device, self.lane, self._pool = device, lane_of(device), pool_of(device)
+        self._group = dedicated_group(group, ranks, "ring", device)
+        self._between = dedicated_group(group, ranks, "between inner rings", device) if nested else self._group
+        self.device, self.lane, self._pool = device, comm_stream_of(device), pool_of(device)
 
     def post(
         self, send: Buffer | None, to: int, receive: Buffer | None, source: int, tag: int, between: bool = False
-    ) -> Exchange:
+    ) -> PendingExchange:
         """Starts sending to the rank `to` and receiving from the rank `source` of this ring; None: nothing to move.
 
         `between` says that the two lie on other inner rings; the same on both ends.
@@ -78,23 +78,23 @@ class Ring:
         ]
         with self.lane.side(_marks(send, receive)):
             works = dist.batch_isend_irecv(ops) if ops else []
-        return Exchange(self.lane, works, send, receive)
+        return PendingExchange(self.lane, works, send, receive)
 
-    def all_gather(self, x: torch.Tensor) -> Exchange:
+    def all_gather(self, x: torch.Tensor) -> PendingExchange:
         """Starts to receive `[ring size, *x.shape]`: `x` of every rank."""
         send = self._own(x.contiguous())
         receive = self.take(((self.size, *x.shape),), x.dtype)
         with self.lane.side(_marks(send, receive)):
             work = _all_gather(receive.flat, send.flat, group=self._group, async_op=True)
-        return Exchange(self.lane, [work], send, receive)
+        return PendingExchange(self.lane, [work], send, receive)
 
-    def reduce_scatter(self, send: Buffer) -> Exchange:
+    def reduce_scatter(self, send: Buffer) -> PendingExchange:
         """Starts to receive the sum over all ranks of their `x[rank]`, for `x [ring size, ...]`, in new memory."""
         (x,) = send.parts
         receive = self._own(torch.empty(x.shape[1:], dtype=x.dtype, device=x.device))
         with self.lane.side(_marks(send, receive)):
             work = _reduce_scatter(receive.flat, send.flat, group=self._group, async_op=True)
-        return Exchange(self.lane, [work], send, receive)
+        return PendingExchange(self.lane, [work], send, receive)
 
     def take(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, compute: bool = False) -> Buffer:
         """A buffer; with `compute` the current stream may write it at once."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..geometry import HeadShare
-from .groups import group_of, own_group
+from .groups import dedicated_group, group_of
 
 Heads = Sequence[Sequence[int]]  # of each rank of a place
 
@@ -24,7 +24,7 @@ Heads = Sequence[Sequence[int]]  # of each rank of a place
 def place_of(group: ProcessGroup, ulysses: int, device: torch.device) -> ProcessGroup:
     """The ranks of a group that exchange heads with this one, on a group of their own."""
     first = dist.get_rank(group) // ulysses * ulysses
-    return own_group(group, range(first, first + ulysses), "ulysses", device)
+    return dedicated_group(group, range(first, first + ulysses), "ulysses", device)
 
 
 @torch.library.custom_op("ring_hf::all_to_all", mutates_args=())

@@ -10,7 +10,7 @@ from .gpus import GIB, HOST_MEMORY
 from .launch_command import launch_text
 from .step_times import attention_seconds, cost_ratio, layer_kinds, model_flops_per_token
 from .training_job import Job
-from .training_plan import Plan, Split, ring_step
+from .training_plan import ParallelDegrees, Plan, ring_step
 
 _BAR = 24
 
@@ -160,7 +160,7 @@ def _splits(plan: Plan) -> str:
     if job.cp == 1:
         return ""
     compute, exposed, _ = attention_seconds(job)
-    own = Split(job.ulysses, job.ring, job.inner, job.transport, job.head_chunks, compute + exposed, exposed)
+    own = ParallelDegrees(job.ulysses, job.ring, job.inner, job.transport, job.head_chunks, compute + exposed, exposed)
     fastest = {job.ulysses: own}
     for split in plan.splits:
         if split.ulysses not in fastest or split.seconds < fastest[split.ulysses].seconds:
@@ -176,7 +176,7 @@ def _splits(plan: Plan) -> str:
     return markdown(rows, left=2)
 
 
-def _options(split: Split, job: Job) -> str:
+def _options(split: ParallelDegrees, job: Job) -> str:
     """What to add to the job's command for this split."""
     names = ("ulysses", "transport", "inner", "head_chunks")
     changed = [name for name in names if getattr(split, name) != getattr(job, name)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..costmodel.devices import Hardware, Shape
 from ..costmodel.pass_cost import Cost, Problem, amount, chunked_cost
-from ..geometry import Mask, WholeSequence
+from ..geometry import Mask, ShardedSequence
 from .gpus import HOST_MEMORY_BANDWIDTH
 from .memory_estimate import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
 from .model import Model
@@ -63,13 +63,13 @@ def model_flops_per_token(model: Model, length: int) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _problem(sequence: WholeSequence, window: int | None, rows: int) -> Problem:
+def _problem(sequence: ShardedSequence, window: int | None, rows: int) -> Problem:
     return Problem.estimate(sequence, Mask(window=window), rows)
 
 
 @functools.lru_cache(maxsize=1024)
 def _passes(
-    sequence: WholeSequence, window: int | None, rows: int, shape: Shape, hardware: Hardware, *how: Any
+    sequence: ShardedSequence, window: int | None, rows: int, shape: Shape, hardware: Hardware, *how: Any
 ) -> tuple[Cost, Cost]:
     transport, inner, head_chunks = how
     settings = _problem(sequence, window, rows), shape, hardware, transport, inner

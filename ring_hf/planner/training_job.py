@@ -10,7 +10,7 @@ from ..geometry import (
     LAYOUTS,
     TRANSPORTS,
     Mask,
-    WholeSequence,
+    ShardedSequence,
     auto_ulysses,
     most_head_chunks,
     multiple,
@@ -224,8 +224,8 @@ class Job:
         """Tokens of a rank, over all rows: `c`."""
         return self.padded // self.cp * self.rows
 
-    def sequence(self) -> WholeSequence:
-        return WholeSequence(self.layout, self.padded, self.cp, ulysses=self.ulysses)
+    def sequence(self) -> ShardedSequence:
+        return ShardedSequence(self.layout, self.padded, self.cp, ulysses=self.ulysses)
 
     def chosen(self, window: int | None) -> tuple[str, int]:
         """Transport and inner ring for layers that see so far; "auto" asks the cost model, as training does."""

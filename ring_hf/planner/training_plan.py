@@ -14,7 +14,7 @@ from .training_job import Job
 
 
 @dataclass(frozen=True)
-class Split:
+class ParallelDegrees:
     """One way to cut `cp` into Ulysses and ring: its attention and exchanges, seconds of a step."""
 
     ulysses: int
@@ -27,7 +27,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Lever:
+class Suggestion:
     """Something to change, and what the plan becomes with it."""
 
     name: str
@@ -45,8 +45,8 @@ class Plan:
     times: Times
     thresholds: tuple[Threshold, ...]
     longest: int
-    splits: tuple[Split, ...]
-    levers: tuple[Lever, ...]
+    splits: tuple[ParallelDegrees, ...]
+    levers: tuple[Suggestion, ...]
 
     @property
     def room(self) -> float:
@@ -114,7 +114,7 @@ def longest(job: Job, taken: float = 0.0) -> int:
     return low * unit
 
 
-def splits(job: Job) -> Iterator[Split]:
+def splits(job: Job) -> Iterator[ParallelDegrees]:
     """Every legal split of `cp` and every transport for it, the fastest first."""
     found = []
     windows = any(job.model.windows)
@@ -129,7 +129,7 @@ def splits(job: Job) -> Iterator[Split]:
         for transport, inner in ways:
             cut = job.but(ulysses=ulysses, inner=inner, transport=transport, head_chunks=chunks)
             compute, exposed, _ = attention_seconds(cut)
-            found.append(Split(ulysses, ring, inner, transport, chunks, compute + exposed, exposed))
+            found.append(ParallelDegrees(ulysses, ring, inner, transport, chunks, compute + exposed, exposed))
     yield from sorted(found, key=lambda split: split.seconds)
 
 
@@ -145,13 +145,13 @@ def ring_step(job: Job) -> dict[str, Any]:
     return found
 
 
-def levers(job: Job) -> Iterator[Lever]:
+def levers(job: Job) -> Iterator[Suggestion]:
     """Settings that save memory or time, alone, the largest saving first."""
     memory, seconds = memory_of(job).total, times_of(job).step
     found = []
     for name, options, changes in _candidates(job):
         changed = job.but(**changes)
-        lever = Lever(name, options, memory_of(changed).total, times_of(changed).step)
+        lever = Suggestion(name, options, memory_of(changed).total, times_of(changed).step)
         if memory - lever.memory > 0.01 * memory or seconds - lever.seconds > 0.01 * seconds:
             found.append(lever)
     yield from sorted(found, key=lambda lever: lever.memory / memory + lever.seconds / seconds)

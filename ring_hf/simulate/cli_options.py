@@ -4,7 +4,7 @@ import argparse
 
 from ..costmodel.devices import Shape
 from ..geometry import Mask
-from .scenario import Setting, mixed_lengths, parse_size, parse_sizes
+from .scenario import Scenario, mixed_lengths, parse_size, parse_sizes
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -34,7 +34,7 @@ def add_problem(command: argparse.ArgumentParser) -> None:
     layer.add_argument("--bytes", type=int, default=2, help="of an element: 2 for bf16, 4 for fp32")
 
 
-def setting_of(options: argparse.Namespace, ulysses: int = 1) -> Setting:
+def setting_of(options: argparse.Namespace, ulysses: int = 1) -> Scenario:
     """The sequence and its ranks.
 
     Raises:
@@ -46,7 +46,7 @@ def setting_of(options: argparse.Namespace, ulysses: int = 1) -> Setting:
             raise ValueError("--documents and --num-documents both say what is packed. Give one of them.")
         documents = mixed_lengths(options.seq, options.num_documents, options.documents_seed)
     mask = Mask(not options.full, options.window, options.chunk)
-    return Setting(options.cp, options.seq, mask, documents, options.prefix, ulysses)
+    return Scenario(options.cp, options.seq, mask, documents, options.prefix, ulysses)
 
 
 def shape_of(options: argparse.Namespace) -> Shape:

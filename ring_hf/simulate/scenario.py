@@ -4,7 +4,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from ..geometry import Mask, WholeSequence, padded_length
+from ..geometry import Mask, ShardedSequence, padded_length
 
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -43,7 +43,7 @@ def mixed_lengths(length: int, count: int, seed: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Scenario:
     """One batch row of `length` tokens on `num_ranks` ranks.
 
     Args:
@@ -67,7 +67,7 @@ class Setting:
         if 0 in self.documents:
             raise ValueError(f"Document {self.documents.index(0)} has 0 tokens. Give every document at least one.")
 
-    def sequence(self, layout: str, ulysses: int | None = None) -> WholeSequence:
+    def sequence(self, layout: str, ulysses: int | None = None) -> ShardedSequence:
         """The padded sequence in a layout; padding joins the last document."""
         ulysses = self.ulysses if ulysses is None else ulysses
         length = padded_length(layout, self.length, self.num_ranks, ulysses)
@@ -81,9 +81,9 @@ class Setting:
             sizes = (*sizes, *(0,) * (len(bounds) - 1 - len(sizes)))
             prefixes = (tuple(min(p, b - a) for p, (a, b) in zip(sizes, itertools.pairwise(bounds), strict=False)),)
         documents = (tuple(bounds),) if self.documents else None
-        return WholeSequence(layout, length, self.num_ranks, documents, None, prefixes, ulysses)
+        return ShardedSequence(layout, length, self.num_ranks, documents, None, prefixes, ulysses)
 
-    def scaled(self, length: int) -> "Setting":
+    def scaled(self, length: int) -> "Scenario":
         """The same proportions in `length` tokens, for a picture that shows single ones."""
 
         def shrink(size: int) -> int:
@@ -91,7 +91,7 @@ class Setting:
 
         bounds = sorted({0, *(round(end * length / self.length) for end in itertools.accumulate(self.documents))})
         window, chunk = (None if size is None else shrink(size) for size in (self.mask.window, self.mask.chunk))
-        return Setting(
+        return Scenario(
             self.num_ranks,
             length,
             Mask(self.mask.causal, window, chunk),

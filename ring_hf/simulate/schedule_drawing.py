@@ -14,10 +14,10 @@ from typing import Any
 
 from ..costmodel.devices import HARDWARE, Shape
 from ..costmodel.pass_cost import Cost, Problem, pass_cost, sources_in
-from ..geometry import Mask, WholeSequence
+from ..geometry import Mask, ShardedSequence
 from ..geometry.layout import layout_rule
 from ..geometry.plan import blocks
-from .scenario import Setting
+from .scenario import Scenario
 
 # Neighbours stay apart for colour-blind readers, too (Okabe and Ito 2008, two more added).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#6A51A3")
@@ -27,7 +27,7 @@ _PALEST = 0.72  # share of white in the last step
 
 
 def draw(
-    setting: Setting,
+    setting: Scenario,
     layouts: Sequence[str],
     path: str | os.PathLike[str],
     shape: Shape,
@@ -77,11 +77,11 @@ def draw(
     return facts
 
 
-def _inner(sequence: WholeSequence, transport: str, inner: int) -> int:
+def _inner(sequence: ShardedSequence, transport: str, inner: int) -> int:
     return inner if transport == "double_ring" else sequence.ring_size
 
 
-def _scaled_length(setting: Setting) -> int:
+def _scaled_length(setting: Scenario) -> int:
     places = setting.num_ranks
     return min(setting.length, places * max(1, _STRIPES // places))
 
@@ -107,7 +107,7 @@ def _work_by_step(problem: Problem, transport: str, steps: int, inner: int) -> l
     return [[pairs[place] for pairs in by_step] for place in range(problem.num_places)]
 
 
-def _owner(sequence: WholeSequence, tokens: Sequence[int]) -> list[int]:
+def _owner(sequence: ShardedSequence, tokens: Sequence[int]) -> list[int]:
     """The place of the ring that holds each of these tokens."""
     if layout_rule(sequence.layout).interleaved and sequence.ring_size > 1:
         return [token % sequence.ring_size for token in tokens]
@@ -118,7 +118,7 @@ def _owner(sequence: WholeSequence, tokens: Sequence[int]) -> list[int]:
     return [runs[bisect.bisect_right(starts, token) - 1][1] for token in tokens]
 
 
-def _visible(sequence: WholeSequence, mask: Mask, tokens: Any) -> Any:
+def _visible(sequence: ShardedSequence, mask: Mask, tokens: Any) -> Any:
     """Which of these queries see which of these keys, in the first row."""
     import numpy as np
 
@@ -133,7 +133,7 @@ def _visible(sequence: WholeSequence, mask: Mask, tokens: Any) -> Any:
 
 
 def _draw_mask(
-    axes: Any, layout: str, small: Setting, setting: Setting, transport: str, inner: int, colours: Any
+    axes: Any, layout: str, small: Scenario, setting: Scenario, transport: str, inner: int, colours: Any
 ) -> None:
     import numpy as np
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..costmodel.devices import Hardware, Shape
 from ..costmodel.pass_cost import Problem, pass_cost
 from ..geometry import auto_ulysses, head_split
-from .scenario import Setting
+from .scenario import Scenario
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def balance_of(layout: str, problem: Problem) -> Balance:
 
 
 def simulate(
-    setting: Setting,
+    setting: Scenario,
     layouts: Sequence[str],
     shape: Shape,
     hardware: Hardware,
@@ -105,7 +105,7 @@ def simulate(
 
 
 def num_tasks(
-    setting: Setting,
+    setting: Scenario,
     layouts: Sequence[str],
     shape: Shape,
     hardware: Hardware,

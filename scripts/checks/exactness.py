@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ring_hf.geometry import LAYOUTS, Mask, WholeSequence
+from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 
@@ -215,7 +215,7 @@ def check(
     scale = problem.dims[0] ** -0.5
     maths = {"seen": seen, "scale": scale, "softcap": problem.softcap}
     want = results(functools.partial(formula, **maths), tensors, torch.float64)
-    sequence = WholeSequence(problem.layout, problem.length, problem.ranks, problem.documents)
+    sequence = ShardedSequence(problem.layout, problem.length, problem.ranks, problem.documents)
     inner = 2 if problem.transport == "double_ring" else 1
     for name in dtypes:
         dtype = getattr(torch, name)

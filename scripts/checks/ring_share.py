@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ring_hf.geometry import Mask, WholeSequence
+from ring_hf.geometry import Mask, ShardedSequence
 from ring_hf.kernels import accumulate_dtype, choose
 from ring_hf.parallel.emulation import Emulation
 from ring_hf.parallel.single_device import Residents
@@ -44,7 +44,7 @@ class Repeated(Residents):
 
 def emulation_of(num_tokens: int, num_ranks: int, scale: float) -> Emulation:
     """The ring that all shares are taken from."""
-    return Emulation(WholeSequence(LAYOUT, num_tokens, num_ranks), Mask(), scale, transport=TRANSPORT)
+    return Emulation(ShardedSequence(LAYOUT, num_tokens, num_ranks), Mask(), scale, transport=TRANSPORT)
 
 
 class _Share(torch.autograd.Function):
@@ -86,7 +86,7 @@ def register(num_tokens: int, num_ranks: int, rank: int) -> None:
 
 def positions(num_tokens: int, num_ranks: int, rank: int) -> tuple[int, ...]:
     """Where the tokens of the rank are in the sequence."""
-    segments = WholeSequence(LAYOUT, num_tokens, num_ranks).segments(rank)
+    segments = ShardedSequence(LAYOUT, num_tokens, num_ranks).segments(rank)
     return tuple(position for segment in segments for position in segment.range)
 
 

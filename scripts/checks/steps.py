@@ -55,7 +55,7 @@ OF_THE_EXCHANGE = ("exchange not hidden", "weights not hidden", "gradient bucket
 
 
 @dataclass(frozen=True)
-class Setting:
+class Scenario:
     """What a run switches on: for the planner, for the Trainer, and for `ring_hf.memory.apply`."""
 
     name: str
@@ -65,16 +65,16 @@ class Setting:
 
 
 BLOCKS = {"ffn_block": "auto", "loss_block": "auto"}
-PLAIN = Setting("off", {"checkpoint": "none"})
-RECOMPUTE = Setting("gradient checkpointing", {"checkpoint": "full"}, recompute=True)
-SAVE = Setting("save, blocks", {"checkpoint": "save-attention"}, options={"attention": "save", **BLOCKS})
-OFFLOAD = Setting(
+PLAIN = Scenario("off", {"checkpoint": "none"})
+RECOMPUTE = Scenario("gradient checkpointing", {"checkpoint": "full"}, recompute=True)
+SAVE = Scenario("save, blocks", {"checkpoint": "save-attention"}, options={"attention": "save", **BLOCKS})
+OFFLOAD = Scenario(
     "save, blocks, offload",
     {"checkpoint": "save-attention", "offload": ("layers", "attention")},
     options={"attention": "save", "offload": "all", **BLOCKS},
 )
 # Saved attention would be that of every tile: a ring's is one operator, an emulated rank's is not.
-SHARE = Setting("recompute, blocks", {"checkpoint": "full"}, options={"attention": "recompute", **BLOCKS})
+SHARE = Scenario("recompute, blocks", {"checkpoint": "full"}, options={"attention": "recompute", **BLOCKS})
 # Attention, and settings of which the first that fits is taken.
 VARIANTS = {
     "sdpa": ("sdpa", (PLAIN, RECOMPUTE)),
@@ -135,7 +135,7 @@ class Bench:
     def ring_length(self) -> int:
         return 128 if self.tiny else RING_LENGTH
 
-    def plan(self, setting: Setting, length: int, ranks: int = 1) -> Plan:
+    def plan(self, setting: Scenario, length: int, ranks: int = 1) -> Plan:
         """The plan of a job, with the blocks that "auto" stands for and the rate of the kernel that will run."""
         kernel = self.kernel if ranks == 1 else self.share_kernel
         rate = RATES.get(kernel, kernel)
@@ -219,7 +219,7 @@ def _without_exchange(planned: Plan) -> Row:
     return {"parts": parts, "memory": Memory(items).allocated}
 
 
-def _steps_case(name: str, bench: Bench, run: Run, setting: Setting, planned: Plan) -> Case:
+def _steps_case(name: str, bench: Bench, run: Run, setting: Scenario, planned: Plan) -> Case:
     shared = planned.job.cp > 1
     alone = _without_exchange(planned)
     predicted = {"seconds": sum(alone["parts"].values()), "memory": alone["memory"]}
@@ -274,7 +274,7 @@ def agreement(bench: Bench) -> Row:
     length = 64 if bench.tiny else AGREEMENT
     lengths = (length,) * STEPS
 
-    def curves(attention: str, setting: Setting, bf16: bool = True) -> dict[str, list[float]]:
+    def curves(attention: str, setting: Scenario, bf16: bool = True) -> dict[str, list[float]]:
         run = Run(bench.keys, attention, lengths, setting.options, setting.recompute, bf16)
         steps = train(run, bench.device)
         free(bench.device)

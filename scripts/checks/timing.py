@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ring_hf.geometry import Mask, WholeSequence
+from ring_hf.geometry import Mask, ShardedSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel import local_attention
 from ring_hf.parallel.emulation import Emulation
@@ -121,7 +121,7 @@ def variants(shape: Shape, tensors: list[torch.Tensor]) -> dict[str, Callable[[C
                 lambda q, k, v: local_attention(q, k, v, kernel=name)[0], tensors, clock
             )
     for layout, transport in RINGS:
-        sequence = WholeSequence(layout, shape.tokens, shape.ranks)
+        sequence = ShardedSequence(layout, shape.tokens, shape.ranks)
         emulation = Emulation(sequence, Mask(), shape.head_dim**-0.5, None, "auto", transport)
         found[f"{layout}, {transport}"] = lambda clock, emulation=emulation: emulated(emulation, tensors, clock)
     return found

@@ -36,7 +36,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ring_hf
-from ring_hf.geometry import Mask, WholeSequence
+from ring_hf.geometry import Mask, ShardedSequence
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 
 LOSS, GRAD_NORM = 1e-5, 1e-4  # relative, every step, in fp32
@@ -72,7 +72,7 @@ def register_emulated(layout: str, ranks: int, apart: bool = False) -> None:
     ) -> tuple[torch.Tensor, None]:
         num_rows, _, length, _ = query.shape
         documents = ((0, length // 2, length),) * num_rows if apart else None
-        sequence = WholeSequence(layout, length, ranks, documents)
+        sequence = ShardedSequence(layout, length, ranks, documents)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, RoPE gives fp32
         out, _ = emulated_attention(query, key, value, Emulation(sequence, Mask(), scaling))
         return out.transpose(1, 2).contiguous(), None

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ring_hf.geometry import Mask, WholeSequence, multiple
+from ring_hf.geometry import Mask, ShardedSequence, multiple
 from ring_hf.parallel import cut, register_group, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import rms_ratio
@@ -45,7 +45,7 @@ class Case:
         return self.units * unit * (1 if self.layout in ("zigzag", "balanced") and unit > 2 else 3)
 
     @property
-    def sequence(self) -> WholeSequence:
+    def sequence(self) -> ShardedSequence:
         s = self.length
         # Boundaries at odd places, one-token documents, one longer than a shard; another cut in each row.
         bounds = ((0, 1, 6, s // 2 + 3, s - 1, s), (0, s // 3, s // 3 + 1, s))
@@ -54,7 +54,7 @@ class Case:
         of_documents = ((1, 2, s // 2 - 5, 0, 0), (5, 1, s // 3))
         prefixes = of_documents if self.packed else ((s // 2 + 1,), (3,))
         described = documents, None, prefixes[: self.rows] if self.prefix else None
-        return WholeSequence(self.layout, s, self.num_ranks, *described, self.ulysses)
+        return ShardedSequence(self.layout, s, self.num_ranks, *described, self.ulysses)
 
     @property
     def mask(self) -> Mask:

@@ -37,7 +37,7 @@ def join(timeout: float = 60) -> None:
 
 
 def own(purpose: str) -> dist.ProcessGroup:
-    return groups.own_group(dist.group.WORLD, range(world_size), purpose, CPU)
+    return groups.dedicated_group(dist.group.WORLD, range(world_size), purpose, CPU)
 
 
 def starve_workers(num_groups: int) -> list[dist.ProcessGroup]:

@@ -76,8 +76,8 @@ def _outer_block_is_the_last_of_the_turn(patch):
 
 
 def _fetched_gradients_land_at_the_start(patch):
-    original = direct_fetch.Sum.add_tokens
-    patch.setattr(direct_fetch.Sum, "add_tokens", lambda self, start, grad: original(self, 0, grad))
+    original = direct_fetch.GradAccumulator.add_tokens
+    patch.setattr(direct_fetch.GradAccumulator, "add_tokens", lambda self, start, grad: original(self, 0, grad))
 
 
 def _gathered_in_rank_order(patch):
@@ -109,13 +109,13 @@ def _gradients_of_the_last_chunk_alone(patch):
 
 
 def _sinks_join_every_step(patch):
-    original = ring_hf.kernels.merge.State.add
+    original = ring_hf.kernels.merge.OutLseAccumulator.add
 
     def add(self, queries, out, lse):
         original(self, queries, out, lse)
         self.lse = torch.logaddexp(self.lse, torch.zeros_like(self.lse))
 
-    patch.setattr(ring_hf.kernels.merge.State, "add", add)
+    patch.setattr(ring_hf.kernels.merge.OutLseAccumulator, "add", add)
 
 
 def _stale_lse(patch):
@@ -136,7 +136,7 @@ def _sum_of_softmaxes(patch):
 
 
 def _own_statistics_in_backward(patch):
-    original = causal_blocks.PieceKernel.backward
+    original = causal_blocks.CausalBlockKernel.backward
 
     def backward(self, dout, q, k, v, out, lse, tiles, scale, softcap):
         out, lse = out.clone(), lse.clone()
@@ -145,7 +145,7 @@ def _own_statistics_in_backward(patch):
             queries.of(lse).copy_(own_lse)
         yield from original(self, dout, q, k, v, out, lse, tiles, scale)
 
-    patch.setattr(causal_blocks.PieceKernel, "backward", backward)
+    patch.setattr(causal_blocks.CausalBlockKernel, "backward", backward)
 
 
 def _anticausal_not_flipped(patch):

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, sent_tokens
+from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, make_plan, sent_tokens
 from ring_hf.parallel import (
     agree,
     context_attention,
@@ -119,7 +119,7 @@ def test_selective_checkpointing_can_save_the_operator(save, calls):
 
 def test_operator_passes_pytorchs_own_checks():
     q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2))
-    sequence = WholeSequence("contiguous", 8, 1, ((0, 3, 8),))
+    sequence = ShardedSequence("contiguous", 8, 1, ((0, 3, 8),))
     call = encode(Call(sequence, Mask(), 0.5, None, "", "auto", "ring", 1, True))
     for sinks in (None, torch.randn(4, requires_grad=True)):
         result = torch.library.opcheck(OPERATOR, (q, k, v, sinks, call), raise_exception=True)
@@ -127,10 +127,10 @@ def test_operator_passes_pytorchs_own_checks():
 
 
 def test_calls_survive_their_text_form():
-    sequence = WholeSequence("balanced", 24, 6, ((0, 3, 24), (0, 24)), (20, 24), ((2, 1), (0,)), ulysses=3)
+    sequence = ShardedSequence("balanced", 24, 6, ((0, 3, 24), (0, 24)), (20, 24), ((2, 1), (0,)), ulysses=3)
     for call in (
         Call(sequence, Mask(window=4), 1 / 3, 50.0, "7", "cpu", "double_ring", 2, False, 3),
-        Call(WholeSequence("zigzag", 8, 2), Mask(False, chunk=3), 0.5, None, "", "auto", "direct", 1, True),
+        Call(ShardedSequence("zigzag", 8, 2), Mask(False, chunk=3), 0.5, None, "", "auto", "direct", 1, True),
     ):
         assert decode(encode(call)) == call
 
@@ -163,7 +163,7 @@ def test_compiled_attention_matches_eager(ulysses, head_chunks):
 
 def chunked_operator_passes(rank: int, world_size: int) -> None:
     q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (5, 5, 5))
-    sequence, group = WholeSequence("contiguous", 16, 2, ulysses=2), register_group(dist.group.WORLD)
+    sequence, group = ShardedSequence("contiguous", 16, 2, ulysses=2), register_group(dist.group.WORLD)
     call = encode(Call(sequence, Mask(), 0.5, None, group, "auto", "ring", 1, True, 2))
     for sinks in (None, torch.randn(5, requires_grad=True)):
         operator = torch.ops.ring_hf.chunked_ulysses.default
@@ -281,7 +281,7 @@ def test_unknown_groups_are_refused():
 def group_of_another_size(rank: int, world_size: int) -> str:
     q = torch.zeros(1, 2, 4, 4)
     with pytest.raises(ValueError) as refusal:
-        ring_attention(q, q, q, sequence=WholeSequence("zigzag", 16, 4), group=register_group(dist.group.WORLD))
+        ring_attention(q, q, q, sequence=ShardedSequence("zigzag", 16, 4), group=register_group(dist.group.WORLD))
     return str(refusal.value)
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ring_hf.parallel import buffers, context_attention, transport, warm_up
 from ring_hf.parallel.buffers import Pool
-from ring_hf.parallel.streams import Lane
+from ring_hf.parallel.streams import CommStream
 from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import rms_ratio, run_distributed
 
@@ -116,7 +116,7 @@ def exchanges_of_heads(rank: int, world_size: int) -> tuple[int, int]:
         with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as spy:
             found = context_attention(q, k, v, ulysses_size=case.ulysses, return_lse=return_lse)
         outs.append(found[0] if return_lse else found)
-        counts.append(spy.call_count)
+        counts.append(spy.attention_calls)
     assert torch.equal(*outs) and found[1].shape == q.shape[:3]
     return counts[0], counts[1]
 
@@ -174,7 +174,7 @@ def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]
     """`(buffers taken, buffers allocated)` per layer, forward and backward, of four layers and a longer batch."""
     transport.pool_of(torch.device("cpu")).clear()
     taken, allocated = 0, 0
-    take, share = Pool.take, Lane.share
+    take, share = Pool.take, CommStream.share
 
     def count_take(self, shapes, dtype):
         nonlocal taken
@@ -187,7 +187,7 @@ def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]
         share(self, x)
 
     found = []
-    with mock.patch.object(Pool, "take", count_take), mock.patch.object(Lane, "share", count_empty):
+    with mock.patch.object(Pool, "take", count_take), mock.patch.object(CommStream, "share", count_empty):
         for units in (1, 1, 1, 1, 2, 1):
             before = taken, allocated
             _layer(Case(**{**case.__dict__, "units": units, "dtype": "bfloat16"}), rank)
@@ -212,7 +212,7 @@ def test_buffers_are_allocated_for_the_first_layer_alone(way):
 
 
 def _pool() -> Pool:
-    return Pool(torch.device("cpu"), Lane())
+    return Pool(torch.device("cpu"), CommStream())
 
 
 def test_idle_buffers_are_bounded_by_what_recent_passes_held_at_once():

@@ -153,7 +153,7 @@ def works_left(rank: int, world_size: int, case: Case) -> tuple[int, int, int]:
     posted: list[weakref.ref] = []
     waited, left = [], []
     originals = {name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single")}
-    gather, scatter, wait = transport._all_gather, transport._reduce_scatter, transport.Exchange.wait
+    gather, scatter, wait = transport._all_gather, transport._reduce_scatter, transport.PendingExchange.wait
 
     def recorded(post):
         def record(*args, **kwargs):
@@ -176,7 +176,7 @@ def works_left(rank: int, world_size: int, case: Case) -> tuple[int, int, int]:
         with (
             mock.patch.multiple(dist, **{name: recorded(post) for name, post in originals.items()}),
             mock.patch.multiple(transport, _all_gather=recorded(gather), _reduce_scatter=recorded(scatter)),
-            mock.patch.object(transport.Exchange, "wait", wait_and_look),
+            mock.patch.object(transport.PendingExchange, "wait", wait_and_look),
         ):
             warm_up(dist.group.WORLD, torch.device("cpu"), case.ulysses, case.inner)
             ring_result(rank, case)

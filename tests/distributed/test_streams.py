@@ -1,7 +1,6 @@
 """Exchanges on streams, proven on a model of CUDA's (`tests/cuda_streams.py`): exact under every schedule, nothing
-read before it is written or written while it is read, exchanges beside compute,
- no deadlock beside other collectives; and
-each wait, mark and hold is needed."""
+read before it is written or written while it is read, exchanges beside compute, no deadlock beside other
+collectives; and each wait, mark and hold is needed."""
 
 import contextlib
 import functools
@@ -267,12 +266,12 @@ def test_a_pass_that_fails_frees_nothing_that_is_in_use(name):
 
 def _finish_on_side_only(self, works, patience=None):
     with self._cuda.stream(self._side):
-        streams.Lane.finish(self, works)
+        streams.CommStream.finish(self, works)
         return self.mark()
 
 
 def _finish_on_compute_only(self, works, patience=None):
-    return streams.Lane.finish(self, works)
+    return streams.CommStream.finish(self, works)
 
 
 @contextlib.contextmanager
@@ -323,17 +322,17 @@ def _races_of_a_failure(name: str) -> list[str]:
 
 # fault -> (what is broken, by what, the case that shows it, how)
 FAULTS = {
-    "compute does not wait for a block": (streams.StreamLane, "finish", _finish_on_side_only, "ring", _races),
+    "compute does not wait for a block": (streams.CudaCommStream, "finish", _finish_on_side_only, "ring", _races),
     "the next hop does not wait for a block": (
-        streams.StreamLane,
+        streams.CudaCommStream,
         "finish",
         _finish_on_compute_only,
         "double ring of six",
         _races,
     ),
-    "exchanges wait for no mark": (streams.StreamLane, "side", _side_without_marks, "ring", _races),
-    "copies to be fetched wait for no mark": (streams.StreamLane, "side", _side_without_marks, "direct", _races),
-    "gathers wait for no mark": (streams.StreamLane, "side", _side_without_marks, "allgather", _races),
+    "exchanges wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "ring", _races),
+    "copies to be fetched wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "direct", _races),
+    "gathers wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "allgather", _races),
     "compute leaves no mark": (transport.Ring, "touched", lambda self, buffer: None, "ring", _races),
     "compute leaves no mark on what it fetched": (
         transport.Ring,
@@ -344,12 +343,18 @@ FAULTS = {
     ),
     "buffers come back without marks": (buffers.Pool, "give", _give_without_marks, "ring", _races),
     "buffers are used again before they have left": (transport.Ring, "post", _free_when_posted, "ring", _races),
-    "compute takes buffers without waiting": (streams.StreamLane, "wait", lambda self, marks: None, "ring", _races),
+    "compute takes buffers without waiting": (
+        streams.CudaCommStream,
+        "wait",
+        lambda self, marks: None,
+        "ring",
+        _races,
+    ),
     "fresh memory without a mark": (buffers.Pool, "take", _fresh_without_marks, "ring", _races),
-    "exchanges do not hold what they send": (transport.Exchange, "__init__", _hold_nothing, "ring", _races),
-    "no record_stream": (streams.StreamLane, "share", lambda self, x: None, "direct", _races_of_a_failure),
-    "posted on the compute stream": (streams.StreamLane, "side", _side_is_current, "ring", _lost_overlap),
-    "fetched on the compute stream": (streams.StreamLane, "side", _side_is_current, "direct", _lost_overlap),
+    "exchanges do not hold what they send": (transport.PendingExchange, "__init__", _hold_nothing, "ring", _races),
+    "no record_stream": (streams.CudaCommStream, "share", lambda self, x: None, "direct", _races_of_a_failure),
+    "posted on the compute stream": (streams.CudaCommStream, "side", _side_is_current, "ring", _lost_overlap),
+    "fetched on the compute stream": (streams.CudaCommStream, "side", _side_is_current, "direct", _lost_overlap),
     "one group for near and far": (transport.Ring, "__init__", _one_group, "double ring of six", _lost_overlap),
 }
 
@@ -364,7 +369,7 @@ def test_each_wait_mark_and_hold_is_needed(fault):
 
 
 def test_a_missing_wait_also_shows_in_numbers():
-    with mock.patch.object(streams.StreamLane, "finish", _finish_on_side_only):
+    with mock.patch.object(streams.CudaCommStream, "finish", _finish_on_side_only):
         machines, results = _record(CASES["ring"], hold=True)
     Replay(machines).run(policies(0)["exchanges late"])
     assert worst(CASES["ring"], results) > 1e-3
@@ -372,9 +377,9 @@ def test_a_missing_wait_also_shows_in_numbers():
 
 def test_patience_ends_on_the_device_too():
     cuda = mock.MagicMock()
-    lane = streams.StreamLane(torch.device("cpu"), cuda)
+    lane = streams.CudaCommStream(torch.device("cpu"), cuda)
     lane.finish([], timedelta(seconds=60))  # a mock's event has happened
     cuda.Event.return_value.query.return_value = False
     with pytest.raises(RuntimeError, match="timed out on the device"):
         lane.finish([], timedelta(0))
-    assert isinstance(streams.lane_of(torch.device("cpu")), streams.Lane)
+    assert isinstance(streams.comm_stream_of(torch.device("cpu")), streams.CommStream)

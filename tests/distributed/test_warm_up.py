@@ -88,9 +88,9 @@ def test_warm_up_connects_whoever_will_talk_and_makes_every_group(split):
 def groups_are_found_again(rank: int, world_size: int) -> tuple[float, bool, bool, bool]:
     world = dist.group.WORLD
     forget_group(world)
-    made = groups.own_group(world, range(2), "ring", CPU)
-    same = groups.own_group(world, range(2), "ring", CPU) is made
-    other = groups.own_group(world, range(2), "between", CPU) is made
+    made = groups.dedicated_group(world, range(2), "ring", CPU)
+    same = groups.dedicated_group(world, range(2), "ring", CPU) is made
+    other = groups.dedicated_group(world, range(2), "between", CPU) is made
     seconds = made._get_backend(CPU).options._timeout.total_seconds()
     forget_group(world)
     return seconds, same, other, made in dist.distributed_c10d._world.pg_map
@@ -104,9 +104,9 @@ def ended_by_torch(rank: int, world_size: int) -> bool:
     """A group of ours that torch has destroyed is made again, as after a second `init_process_group`."""
     world = dist.group.WORLD
     forget_group(world)
-    first = groups.own_group(world, range(2), "ring", CPU)
+    first = groups.dedicated_group(world, range(2), "ring", CPU)
     dist.destroy_process_group(first)
-    again = groups.own_group(world, range(2), "ring", CPU)
+    again = groups.dedicated_group(world, range(2), "ring", CPU)
     dist.barrier(group=again)
     return again is not first
 
@@ -157,7 +157,7 @@ def uneven(rank: int, world_size: int) -> list[float]:
     pair = dist.new_group([0, 1])
     sums, names = [], set()
     for _ in range(3) if rank < 3 else ():
-        ours = groups.own_group(shared, range(3), "ring", CPU)
+        ours = groups.dedicated_group(shared, range(3), "ring", CPU)
         names.add(ours.group_name)
         sums.append(torch.tensor(float(rank)))
         dist.all_reduce(sums[-1], group=ours)

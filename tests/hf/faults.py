@@ -22,7 +22,7 @@ from transformers import (
 
 import ring_hf
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.collate.collator import PadOrPack
+from ring_hf.hf.collate.collator import PadOrPackCollator
 from tests.hf.models import llama, rows
 
 
@@ -53,7 +53,7 @@ class LeftPadding:
     """An inner collator that pads on the left."""
 
     def __call__(self, features: list) -> dict[str, torch.Tensor]:
-        batch = PadOrPack()(features)
+        batch = PadOrPackCollator()(features)
         return {key: value.flip(1) for key, value in batch.items()}
 
 
@@ -61,7 +61,7 @@ class TwoRows:
     """An inner collator whose rows do not show which examples they hold."""
 
     def __call__(self, features: list) -> dict[str, torch.Tensor]:
-        return PadOrPack()(features[:2])
+        return PadOrPackCollator()(features[:2])
 
 
 class Stream(IterableDataset):
@@ -89,7 +89,7 @@ def other_layout_on_rank_1(rank: int, world_size: int) -> None:
 
 def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
-    train(model, PadOrPack() if rank == 1 else ContextParallelCollator(model))
+    train(model, PadOrPackCollator() if rank == 1 else ContextParallelCollator(model))
 
 
 def generating_trainer(rank: int, world_size: int) -> None:

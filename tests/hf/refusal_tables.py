@@ -15,8 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ring_hf.geometry import WholeSequence
-from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ring_hf.geometry import ShardedSequence
+from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from tests.hf.faults import LeftPadding, TwoRows
 from tests.hf.models import SIZES, llama, rows
 
@@ -160,10 +160,10 @@ COLLATORS = {
     "different keys": ({}, [rows(16)[0], {"input_ids": [1] * 16, "shift_labels": [1] * 16}], "different keys"),
 }
 
-DESCRIPTION = ContextParallelBatch(WholeSequence("zigzag", 16, 2), "none", 0, "auto", True, 16, None, "")
+DESCRIPTION = ContextParallelMetadata(ShardedSequence("zigzag", 16, 2), "none", 0, "auto", True, 16, None, "")
 
-SHARDED = {KEY: DESCRIPTION}
-WHOLE = ContextParallelBatch(WholeSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, "auto", True, 8, None, "")
+SHARDED = {METADATA_KEY: DESCRIPTION}
+WHOLE = ContextParallelMetadata(ShardedSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, "auto", True, 8, None, "")
 CALLS = {
     "two-sided window": ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 without a causal mask"),
     "sinks per query": ({"s_aux": torch.ones(4, 8)}, "s_aux .attention sinks. has shape .4, 8. for 4 query heads"),
@@ -188,7 +188,7 @@ CALLS = {
         {"dropout": 0.1, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
         "attention dropout 0.1 with packed documents",
     ),
-    "refused batch": ({KEY: RefusedBatch("no good")}, "no good"),
+    "refused batch": ({METADATA_KEY: InvalidBatch("no good")}, "no good"),
     "other layout": (dict(backend="ring_striped", **SHARDED), "attends with 'ring_striped', but.*layout 'zigzag'"),
     "mask beside a shard": (dict(attention_mask=torch.ones(1, 8), **SHARDED), "reached a sharded sequence"),
     "padding beside a shard": (
@@ -200,7 +200,7 @@ CALLS = {
         "reached a sharded sequence",
     ),
     "padding beside whole prefixes": (
-        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]), KEY: WHOLE},
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]), METADATA_KEY: WHOLE},
         "reached a sharded sequence",
     ),
     "dropout on a shard": (dict(dropout=0.1, training=True, **SHARDED), "attention dropout 0.1 cannot equal one"),
@@ -322,7 +322,7 @@ ARGUMENTS = {
     "torch.compile": ({"torch_compile": True}, "torch_compile=True is not proven yet"),
 }
 
-SHARD = {"input_ids": ONES[:, :8], KEY: DESCRIPTION}
+SHARD = {"input_ids": ONES[:, :8], METADATA_KEY: DESCRIPTION}
 PASSED = {
     "mask": ({"attention_mask": ONES}, "attention_mask was passed beside a sharded batch"),
     "cache": ({"past_key_values": object()}, "past_key_values was passed beside a sharded batch"),

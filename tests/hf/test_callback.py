@@ -6,17 +6,17 @@ from unittest import mock
 import pytest
 import torch
 
-from ring_hf.hf.degrees import Split
+from ring_hf.hf.degrees import ResolvedDegrees
 from ring_hf.hf.trainer import callback
 
-SPLIT = Split("ring_zigzag", "zigzag", 8, 2, 2, "auto")
+SPLIT = ResolvedDegrees("ring_zigzag", "zigzag", 8, 2, 2, "auto")
 
 
 @pytest.mark.parametrize("error", [None, "dropout"])
 def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error):
     order = []
 
-    def refuse_together(found, facts, context):
+    def raise_on_all_ranks(found, facts, context):
         order.append("agree")
         if found is not None:
             raise ValueError(found)
@@ -33,7 +33,7 @@ def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error)
         "check_liger": lambda args, model, applied: None,
         "split_error": lambda config, context: None,
         "resolve": lambda config, context: SPLIT,
-        "refuse_together": refuse_together,
+        "raise_on_all_ranks": raise_on_all_ranks,
         "group_of": lambda name: name,
         "warm_up": lambda *args: order.append(args),
         "guard_model": mock.MagicMock(),

@@ -17,7 +17,7 @@ from transformers import (
 
 from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
-from ring_hf.hf.batch_metadata import KEY
+from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
 from ring_hf.memory import apply
 from ring_hf.parallel import join
@@ -42,7 +42,7 @@ def shards(layout, num_ranks, features, ulysses=None, **settings):
 
 
 def whole(batches, key):
-    sequence = batches[0][KEY].sequence
+    sequence = batches[0][METADATA_KEY].sequence
     return join([batch[key] for batch in batches], [sequence.segments(rank) for rank in range(len(batches))], 1)
 
 
@@ -60,7 +60,7 @@ def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_r
         assert labels[row, :num].tolist() == feature["labels"]
         assert shifted[row, : num - 1].tolist() == feature["labels"][1:]
         assert (labels[row, num:] == -100).all() and (shifted[row, num - 1 :] == -100).all()
-    sequence = batches[0][KEY].sequence
+    sequence = batches[0][METADATA_KEY].sequence
     assert sequence.num_tokens == (17, 23, 20) and sequence.documents is None and sequence.length == length
     assert (sequence.num_ranks, sequence.ulysses) == (num_ranks, ulysses)
 
@@ -71,25 +71,27 @@ def test_positions_are_global_and_small_in_the_padding(layout):
     positions = whole(batches, "position_ids")
     assert positions[:, :21].tolist() == [list(range(21))] * 2
     assert positions[:, 21:].tolist() == [list(range(3))] * 2
-    assert batches[0][KEY].sequence.num_tokens == (21, 21) and batches[0][KEY].unpadded_length == 21
+    assert batches[0][METADATA_KEY].sequence.num_tokens == (21, 21) and batches[0][METADATA_KEY].unpadded_length == 21
 
 
 def test_ranks_of_a_group_carry_the_same_description_and_other_data_another_one():
     batches = shards("zigzag", 2, rows(16, 16))
-    assert batches[0][KEY].fingerprint == batches[1][KEY].fingerprint
-    assert batches[0][KEY].sequence == batches[1][KEY].sequence
-    assert shards("zigzag", 2, rows(16, 16, seed=1))[0][KEY].fingerprint != batches[0][KEY].fingerprint
+    assert batches[0][METADATA_KEY].fingerprint == batches[1][METADATA_KEY].fingerprint
+    assert batches[0][METADATA_KEY].sequence == batches[1][METADATA_KEY].sequence
+    assert (
+        shards("zigzag", 2, rows(16, 16, seed=1))[0][METADATA_KEY].fingerprint != batches[0][METADATA_KEY].fingerprint
+    )
 
 
 def test_tensors_that_the_description_replaces_are_dropped():
     batch = shards("zigzag", 2, rows(13, 16))[0]
-    assert set(batch) == {"input_ids", "position_ids", "labels", "shift_labels", KEY}
+    assert set(batch) == {"input_ids", "position_ids", "labels", "shift_labels", METADATA_KEY}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packing_flattens_examples_into_documents(layout):
     batches = shards(layout, 2, rows(5, 9, 8), packing=True)
-    description = batches[0][KEY]
+    description = batches[0][METADATA_KEY]
     length = padded_length(layout, 22, 2)
     tail = (length,) if length > 22 else ()
     assert description.sequence.documents == ((0, 5, 14, 22, *tail),)
@@ -106,22 +108,28 @@ def test_balanced_shards_follow_the_documents_and_lose_nothing(num_ranks, ulysse
     tokens = [token for feature in features for token in feature["input_ids"]]
     assert whole(batches, "input_ids")[0, :256].tolist() == tokens
     assert whole(batches, "position_ids")[0, :43].tolist() == [*range(40), *range(3)]
-    assert all(batch["input_ids"].shape[1] == batch[KEY].shard_length == 256 // num_ranks for batch in batches)
-    sequence = batches[0][KEY].sequence
-    alone = shards("balanced", num_ranks, rows(256), ulysses)[0][KEY].sequence
+    assert all(
+        batch["input_ids"].shape[1] == batch[METADATA_KEY].shard_length == 256 // num_ranks for batch in batches
+    )
+    sequence = batches[0][METADATA_KEY].sequence
+    alone = shards("balanced", num_ranks, rows(256), ulysses)[0][METADATA_KEY].sequence
     assert [sequence.segments(rank) for rank in range(num_ranks)] != [alone.segments(r) for r in range(num_ranks)]
 
 
 def test_transport_and_inner_ring_travel_with_the_batch():
     with rank_of(4, 1, transport="double_ring", inner_ring_size=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
-    assert (batch[KEY].transport, batch[KEY].inner_ring_size, batch[KEY].rank) == ("double_ring", 2, 1)
+    assert (batch[METADATA_KEY].transport, batch[METADATA_KEY].inner_ring_size, batch[METADATA_KEY].rank) == (
+        "double_ring",
+        2,
+        1,
+    )
 
 
 def test_chunks_of_heads_travel_with_the_batch():
     with rank_of(4, 1, ulysses_size=2, head_chunks=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
-    assert batch[KEY].head_chunks == 2 and batch[KEY].sequence.ulysses == 2
+    assert batch[METADATA_KEY].head_chunks == 2 and batch[METADATA_KEY].sequence.ulysses == 2
 
 
 def test_flattening_with_and_without_boundaries_equals_our_packing():
@@ -133,7 +141,7 @@ def test_flattening_with_and_without_boundaries_equals_our_packing():
         DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True),
     ):
         theirs = shards("zigzag", 2, features, inner=inner)
-        assert theirs[0][KEY].sequence == ours[0][KEY].sequence
+        assert theirs[0][METADATA_KEY].sequence == ours[0][METADATA_KEY].sequence
         for key in ("input_ids", "labels", "shift_labels"):
             assert torch.equal(whole(theirs, key), whole(ours, key)), key
 
@@ -154,7 +162,9 @@ def test_padding_collators_of_transformers(inner):
     plain = inner([dict(row) for row in features])
     batches = shards("zigzag", 2, features, inner=inner)
     length = plain["input_ids"].shape[1]
-    assert batches[0][KEY].sequence.num_tokens == (13, 20) and batches[0][KEY].unpadded_length == length
+    assert (
+        batches[0][METADATA_KEY].sequence.num_tokens == (13, 20) and batches[0][METADATA_KEY].unpadded_length == length
+    )
     assert torch.equal(whole(batches, "input_ids")[:, :length], plain["input_ids"])
     assert torch.equal(whole(batches, "labels")[:, :length], plain["labels"])
     assert torch.equal(whole(batches, "shift_labels")[:, : length - 1], plain["labels"][:, 1:])
@@ -163,7 +173,7 @@ def test_padding_collators_of_transformers(inner):
 def test_default_data_collator_of_equal_rows():
     features = [{**row, "attention_mask": [1] * 16} for row in rows(16, 16)]
     batches = shards("striped", 2, features, inner=default_data_collator)
-    assert batches[0][KEY].sequence.num_tokens is None
+    assert batches[0][METADATA_KEY].sequence.num_tokens is None
     assert whole(batches, "labels").tolist() == [row["labels"] for row in features]
 
 
@@ -206,7 +216,7 @@ def test_rows_that_were_packed_before_keep_their_documents_with_or_without_an_al
     packed = [{**row, "position_ids": [*range(6), *range(10)]} for row in rows(16, 16)]
     masked = [{**row, "attention_mask": [1] * 16} for row in packed]
     for features in (packed, masked):
-        description = shards("zigzag", 2, features)[0][KEY]
+        description = shards("zigzag", 2, features)[0][METADATA_KEY]
         assert description.sequence.documents == ((0, 6, 16), (0, 6, 16)) and description.examples is None
 
 
@@ -225,7 +235,7 @@ def test_shifting_back_and_forth_loses_only_what_nothing_predicts():
 def test_a_batch_without_labels_stays_without():
     inner = DataCollatorForSeq2Seq(TOKENIZER)
     batch = shards("zigzag", 2, [{"input_ids": row["input_ids"]} for row in rows(16, 16)], inner=inner)[0]
-    assert set(batch) == {"input_ids", "position_ids", KEY}
+    assert set(batch) == {"input_ids", "position_ids", METADATA_KEY}
 
 
 def test_one_process_gets_the_inner_batch_as_it_is():
@@ -253,5 +263,5 @@ def test_loader_workers_find_the_rank(method):
         there = list(workers)
     assert len(here) == len(there) == 2
     for ours, theirs in zip(here, there, strict=True):
-        assert ours[KEY] == theirs[KEY] and ours[KEY].rank == 1
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != KEY)
+        assert ours[METADATA_KEY] == theirs[METADATA_KEY] and ours[METADATA_KEY].rank == 1
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != METADATA_KEY)

@@ -166,11 +166,11 @@ def test_a_frozen_description_passes_a_loader_that_pins_and_moves():
     """Neither torch's pinning nor Accelerate's transfer may touch what is no tensor."""
     from accelerate.utils import send_to_device
 
-    from ring_hf.hf.batch_metadata import KEY
+    from ring_hf.hf.batch_metadata import METADATA_KEY
     from tests.hf.models import rank_of
 
     with rank_of(2, 0):
         collator = ContextParallelCollator(llama())
         (batch,) = DataLoader(rows(16, 16), batch_size=2, collate_fn=collator)
         moved = send_to_device(batch, torch.device("cpu"), non_blocking=True)
-    assert moved[KEY] is batch[KEY]
+    assert moved[METADATA_KEY] is batch[METADATA_KEY]

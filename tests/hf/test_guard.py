@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.batch_metadata import KEY, RefusedBatch
+from ring_hf.hf.batch_metadata import METADATA_KEY, InvalidBatch
 from tests.harness import run_distributed
 from tests.hf.faults import LeftPadding, arguments
 from tests.hf.models import llama, rows
@@ -66,7 +66,7 @@ def later_refusal(rank, world_size):
     model.train()
     model(**good)
     bad = ContextParallelCollator(model, inner=LeftPadding())(rows(16, 12))
-    assert isinstance(bad[KEY], RefusedBatch) and trainer.model is model
+    assert isinstance(bad[METADATA_KEY], InvalidBatch) and trainer.model is model
     try:
         model(**bad)
     except ValueError as error:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from ring_hf.geometry import LAYOUTS
 from ring_hf.hf import ContextParallelCollator, context
 from ring_hf.hf.attention import announcements
-from ring_hf.hf.batch_metadata import KEY
+from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.parallel import register_group
 from tests.harness import assert_close, run_distributed
 from tests.hf.models import llama, rank_of, rows
@@ -54,8 +54,8 @@ def reference(packing):
 
 def test_column_becomes_one_number_per_document():
     with rank_of(4, 0):
-        padded = ContextParallelCollator(llama(), prefix_lm=True)(examples())[KEY].sequence
-        packed = ContextParallelCollator(llama(), prefix_lm=True, packing=True)(examples())[KEY].sequence
+        padded = ContextParallelCollator(llama(), prefix_lm=True)(examples())[METADATA_KEY].sequence
+        packed = ContextParallelCollator(llama(), prefix_lm=True, packing=True)(examples())[METADATA_KEY].sequence
     assert padded.documents is None and padded.prefixes == ((7,), (0,), (20,), (5,))
     assert packed.documents == ((0, 17, 40, 60, 69, 72),) and packed.prefixes == ((7, 0, 20, 5, 0),)
 
@@ -64,7 +64,7 @@ def test_prefixes_are_part_of_the_fingerprint_and_those_of_one_token_change_noth
     def batch(*prefixes):
         features = [{**row, "prefix_length": p} for row, p in zip(rows(16, 16), prefixes, strict=True)]
         with rank_of(2, 0):
-            return ContextParallelCollator(llama(), prefix_lm=True)(features)[KEY]
+            return ContextParallelCollator(llama(), prefix_lm=True)(features)[METADATA_KEY]
 
     assert batch(3, 4).fingerprint != batch(4, 3).fingerprint
     assert batch(1, 0).sequence.prefixes is None and batch(2, 0).sequence.prefixes == ((2,), (0,))
@@ -116,7 +116,7 @@ def step(rank, world_size, layout, packing, settings):
     batch = ContextParallelCollator(model, prefix_lm=True, packing=packing)(examples())
     context.activate(None)
     announcements.register(model)
-    announcements.announce(model, batch[KEY])
+    announcements.announce(model, batch[METADATA_KEY])
     loss = model(**batch, num_items_in_batch=torch.tensor(69.0 - 4)).loss
     loss.backward()
     return loss.item(), gradient(model)

@@ -11,7 +11,7 @@ from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.attention.backend import attention, mask_2d
-from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ring_hf.hf.checks.argument_rules import ARGUMENT_RULES, first_error
 from ring_hf.hf.checks.batch_rules import find_batch_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
@@ -84,9 +84,9 @@ def test_a_size_that_nobody_gave_is_refused_in_several_processes(monkeypatch):
 def refusal_of(collator, features, num_ranks=4):
     with rank_of(num_ranks, 1):
         result = collator(features)
-    assert isinstance(result[KEY], RefusedBatch), "the batch was accepted"
+    assert isinstance(result[METADATA_KEY], InvalidBatch), "the batch was accepted"
     assert (result["labels"] == -100).all() and (result["shift_labels"] == -100).all()
-    return result[KEY].message
+    return result[METADATA_KEY].message
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -149,7 +149,7 @@ def call(
     for name, setting in kwargs.pop("module_config", {}).items():
         setattr(module.config, name, setting)
     mask = kwargs.pop("attention_mask", None)
-    if isinstance(batch := kwargs.get(KEY), ContextParallelBatch):
+    if isinstance(batch := kwargs.get(METADATA_KEY), ContextParallelMetadata):
         announcements.register(model)
         announcements.announce(model, batch)
     tensors = (torch.zeros(shape, dtype=dtype) for shape in (query, key, value or key))
@@ -261,7 +261,9 @@ def test_router_losses_that_would_be_overlooked_are_refused():
 
 
 def test_tokens_by_position_are_refused():
-    assert "Tokens were passed by position" in find_batch_error(llama(), (ONES,), {KEY: DESCRIPTION}, context_of(2, 0))
+    assert "Tokens were passed by position" in find_batch_error(
+        llama(), (ONES,), {METADATA_KEY: DESCRIPTION}, context_of(2, 0)
+    )
 
 
 # Two processes: every rank gets the message, whoever is at fault, and none hangs

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from ring_hf.hf.batch_metadata import KEY, ContextParallelBatch
+from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata
 
 MICRO_BATCHES = 2
 LENGTHS = (40, 33, 29, 36)  # of the rows, two in each micro-batch
@@ -43,7 +43,7 @@ class ForwardPass:
 
     logits_BCV: torch.Tensor
     attention_mask: torch.Tensor | None
-    batch: ContextParallelBatch | None
+    batch: ContextParallelMetadata | None
     is_counted: bool
     aux_loss: float | None
 
@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
             ForwardPass(
                 output.logits.detach(),
                 kwargs.get("attention_mask"),
-                kwargs.get(KEY),
+                kwargs.get(METADATA_KEY),
                 kwargs.get("num_items_in_batch") is not None,
                 None if aux_loss is None else aux_loss.item(),
             )

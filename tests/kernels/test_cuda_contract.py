@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Tile
-from ring_hf.kernels import KERNELS, Tokens, cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen
+from ring_hf.kernels import KERNELS, GatherIndex, cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
 from scripts import fuzz
 from tests import aten_stand_ins
@@ -229,7 +229,7 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(adapter, dtype, 
     # Two Python methods ask for CUDA even of fake tensors; the operators behind them do not.
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format))
     index = torch.ops.aten.index.Tensor
-    monkeypatch.setattr(Tokens, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
+    monkeypatch.setattr(GatherIndex, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
     (num_heads, num_kv), (dim, v_dim) = HEADS[heads]
     kernel = KERNELS[adapter]
     flash_varlen._grouped.cache_clear()

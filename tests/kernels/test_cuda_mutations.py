@@ -132,7 +132,7 @@ FAULTS = {
     "causal-bottom-right-cudnn": ("cuda_cudnn", _set(causal_blocks, "split", _bottom_right), "bands"),
     "window-ignored": ("cuda_efficient", _set(causal_blocks, "split", _windows_are_causal), "window"),
     "window-handed-over": ("cuda_efficient", _wrapped("_forward", _window_to_operator), "window"),
-    "small-tiles-cudnn": ("cuda_cudnn", _set(routed.Both, "_dealt", _first_kernel_alone), "packed"),
+    "small-tiles-cudnn": ("cuda_cudnn", _set(routed.RoutedKernel, "_dealt", _first_kernel_alone), "packed"),
     "dropout-missing": ("cuda_efficient", _wrapped("_backward", _without(9)), "causal"),
     "dropout-missing-cudnn": ("cuda_cudnn", _wrapped("_backward", _without(13)), "causal"),
     "seed-and-offset-before-lse": (
@@ -148,7 +148,9 @@ FAULTS = {
     "not-dense-cudnn": ("cuda_cudnn", _set(cuda_cudnn, "_dense", lambda x: x), "causal"),
     "tiles-twice": (
         "cuda_cudnn",
-        _set(routed.Both, "_dealt", lambda self, tiles: [(self.first, list(tiles)), (self.second, list(tiles))]),
+        _set(
+            routed.RoutedKernel, "_dealt", lambda self, tiles: [(self.first, list(tiles)), (self.second, list(tiles))]
+        ),
         "full",
     ),
 }

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ring_hf.geometry import Tile
-from ring_hf.kernels import KERNELS, Tokens, cuda_flash, flash_varlen
+from ring_hf.kernels import KERNELS, GatherIndex, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
 from tests.flash_stand_ins import CALLS, aten_backward, aten_forward, stand_in
 from tests.kernels.test_flash_contract import HEADS
@@ -49,7 +49,7 @@ def test_a_query_or_key_appears_once_in_a_call():
     found = list(flash_varlen.calls(tiles, torch.device("cpu")))
     assert [len(call.documents.cu_q) - 1 if call.documents else None for call in found] == [4, None]
     tokens = found[0].queries
-    assert isinstance(tokens, Tokens)
+    assert isinstance(tokens, GatherIndex)
     pairs = list(zip(tokens.rows_T.tolist(), tokens.tokens_T.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs) == 16
 
@@ -136,7 +136,7 @@ def test_shapes_and_dtypes_are_right_for_pytorchs_own_operators(heads, dtype, mo
     # Two Python methods ask for CUDA even of fake tensors; the operators behind them do not.
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format))
     index = torch.ops.aten.index.Tensor
-    monkeypatch.setattr(Tokens, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
+    monkeypatch.setattr(GatherIndex, "of", lambda self, x: index(x.transpose(1, 2), [self.rows_T, self.tokens_T]))
     (num_heads, num_kv), (dim, v_dim) = HEADS[heads]
     flash_varlen._grouped.cache_clear()
     with FakeTensorMode():

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from ring_hf import kernels
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, Tile, WholeSequence, multiple, trim
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, Tile, multiple, trim
 from ring_hf.kernels import reference
 from ring_hf.parallel import local_attention
 from scripts import fuzz
@@ -56,7 +56,7 @@ def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ran
     length = multiple(layout, num_ranks, 1) * (7 if layout in ("zigzag", "balanced") else 13)
     bounds = ((0, 1, 6, length // 2 + 3, length - 1, length), (0, length // 3, length // 3 + 1, length))
     prefixes = tuple(tuple(min(prefix, b - a) for a, b in itertools.pairwise(row)) for row in bounds) if prefix else ()
-    sequence = WholeSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)
+    sequence = ShardedSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)
     inner = 2 if transport == "double_ring" else 1
     return fuzz.Case(sequence, rule, 2, *HEADS[heads], None, False, "auto", transport, inner, True, 1)
 
@@ -137,7 +137,10 @@ def worst_band(kernel, most: int) -> float:
             tiles, number = [Tile(0, 2, 0, num_q, 0, num_k, lo, hi)], number + 1
             found = []
             for module in (kernel, reference):
-                state, sums = kernels.State(q, 8), [kernels.Sum(x, torch.float64) for x in (q, k, v)]
+                state, sums = (
+                    kernels.OutLseAccumulator(q, 8),
+                    [kernels.GradAccumulator(x, torch.float64) for x in (q, k, v)],
+                )
                 for queries, *results in module.forward(q, k, v, tiles, 0.3):
                     state.add(queries, *results)
                 for queries, keys, *grads in module.backward(dout, q, k, v, q, lse, tiles, 0.3):

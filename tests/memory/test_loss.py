@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss as stock_loss
 
 from ring_hf.memory import apply
 from ring_hf.memory.chunked_loss import automatic_block, summed_loss
-from ring_hf.memory.lazy_logits import DeferredLogits
+from ring_hf.memory.lazy_logits import LazyLogits
 from tests.memory.models import CountOperators, PeakBytes, apart, batch, gradients, model_of, step
 
 BLOCKS = (1, 7, 16, 80, 1000)
@@ -36,7 +36,7 @@ def test_the_head_is_used_by_its_block_and_never_for_all_tokens():
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     step(model, batch())
-    logits = [shape for shape in seen if not isinstance(shape, DeferredLogits)]
+    logits = [shape for shape in seen if not isinstance(shape, LazyLogits)]
     assert max(shape[-2] for shape in logits if shape[-2] != 40) == 7 and (2, 40, 96) in logits  # that one is deferred
     with PeakBytes() as deferred:
         step(model, batch())
@@ -117,7 +117,7 @@ def test_logits_are_there_for_those_who_ask():
     model, inputs = only_loss(copy.deepcopy(plain)), batch()
     wanted = plain(**inputs, use_cache=False).logits
     output = model(**inputs, use_cache=False)
-    assert isinstance(output.logits, DeferredLogits) and output.logits.shape == (2, 40, 96)
+    assert isinstance(output.logits, LazyLogits) and output.logits.shape == (2, 40, 96)
     assert output.logits.dtype == torch.float64 and output.logits.device.type == "cpu"
     assert torch.equal(output.logits + 0, wanted)
     assert torch.equal(output.logits.detach(), wanted.detach())

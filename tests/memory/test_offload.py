@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ring_hf.memory import apply, offload
-from ring_hf.memory.offload import CudaRoad, Parcel, PlainRoad, Trip, road_of
+from ring_hf.memory.offload import CpuCopies, CudaCopies, OffloadedTensor, OffloadSession, copy_backend_of
 from tests.memory.models import apart, batch, model_of, step
 
 
@@ -47,7 +47,7 @@ class Stream:
 
 
 class Cuda:
-    """`torch.cuda` as `CudaRoad` uses it."""
+    """`torch.cuda` as `CudaCopies` uses it."""
 
     def __init__(self):
         self.computing, self.streams, self.log = Stream("computing"), [], []
@@ -88,8 +88,8 @@ def cuda():
         yield made
 
 
-def trip(cuda, road=CudaRoad):
-    return Trip(road(cuda, pin=False))
+def trip(cuda, road=CudaCopies):
+    return OffloadSession(road(cuda, pin=False))
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +138,12 @@ def test_the_layer_before_is_fetched_ahead(cuda):
     assert {entry for entry in cuda.log if entry[0] == "home"} >= {("home", 2), ("home", 10)}
 
 
-class NoWaitHome(CudaRoad):
+class NoWaitHome(CudaCopies):
     def wait_home(self, event, x):
         pass
 
 
-class NoWaitForCompute(CudaRoad):
+class NoWaitForCompute(CudaCopies):
     """Copies out what may not have been computed yet."""
 
     def home(self, host, device):
@@ -158,7 +158,7 @@ def test_a_missing_wait_shows(cuda, road):
     away = trip(cuda, road)
     away.next_layer()
     back = away.keep(torch.arange(1.0, 6.0))
-    with mock.patch.object(Parcel, "release", lambda self: None):
+    with mock.patch.object(OffloadedTensor, "release", lambda self: None):
         assert not torch.equal(back(), torch.arange(1.0, 6.0))
 
 
@@ -166,7 +166,7 @@ def test_a_step_over_the_stand_in_is_exact_and_copies_nothing_twice(cuda):
     wanted = step(model_of("llama", num_hidden_layers=4), batch())
     model = model_of("llama", num_hidden_layers=4)
     apply(model, attention="save", offload="all", ffn_block=7, loss_block=7)
-    with mock.patch("ring_hf.memory.layer_checkpointing.road_of", lambda device: CudaRoad(cuda, pin=False)):
+    with mock.patch("ring_hf.memory.layer_checkpointing.copy_backend_of", lambda device: CudaCopies(cuda, pin=False)):
         found = step(model, batch())
     assert apart(found, wanted) <= 1e-10
     moved = Counter(name for name, _ in cuda.log)
@@ -175,8 +175,8 @@ def test_a_step_over_the_stand_in_is_exact_and_copies_nothing_twice(cuda):
 
 
 def test_on_a_cpu_there_are_plain_copies():
-    assert isinstance(road_of(torch.device("cpu")), PlainRoad)
-    away = Trip(PlainRoad())
+    assert isinstance(copy_backend_of(torch.device("cpu")), CpuCopies)
+    away = OffloadSession(CpuCopies())
     away.next_layer()
     x = torch.arange(5.0)
     back = away.keep(x)
@@ -189,7 +189,7 @@ def test_on_a_cpu_there_are_plain_copies():
 
 @pytest.mark.parametrize("smallest", [0, 2**20], ids=["moved", "kept"])
 def test_a_change_in_place_while_it_is_away_is_refused(smallest):
-    away = Trip(PlainRoad())
+    away = OffloadSession(CpuCopies())
     away.next_layer()
     x = torch.arange(5.0)
     with mock.patch.object(offload, "SMALLEST", smallest):

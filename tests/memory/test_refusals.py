@@ -252,7 +252,7 @@ def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
     q = torch.randn(1, 2, 8, 4)
     with (
         mock.patch.object(selective_checkpoint, "SAVED", {"ring_hf_tests::attention"}),
-        selective_checkpoint.Save(selective_checkpoint.Shelf(selective_checkpoint.resident)),
+        selective_checkpoint.CachingMode(selective_checkpoint.SavedResults(selective_checkpoint.resident)),
     ):
         attention(q, 0.0)
         for call in (lambda: attention(q, 0.5), lambda: attention(q, dropout_p=0.5)):

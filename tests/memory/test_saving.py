@@ -11,11 +11,11 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from ring_hf.geometry import WholeSequence
+from ring_hf.geometry import ShardedSequence
 from ring_hf.hf.attention import announcements
-from ring_hf.hf.batch_metadata import ContextParallelBatch
+from ring_hf.hf.batch_metadata import ContextParallelMetadata
 from ring_hf.memory import apply
-from ring_hf.memory.selective_checkpoint import SAVED, Replay, Save, Shelf, name_of, resident
+from ring_hf.memory.selective_checkpoint import SAVED, CachedMode, CachingMode, SavedResults, name_of, resident
 from ring_hf.parallel import cut
 from ring_hf.parallel.transport import Ring
 from tests.hf.models import rank_of
@@ -65,7 +65,7 @@ def shards(
     for model in models:
         apply(model, **levers(attention, offload=offload))
     whole = batch()
-    sequence = WholeSequence("contiguous" if ulysses > 1 else layout, 40, 2, ulysses=ulysses)
+    sequence = ShardedSequence("contiguous" if ulysses > 1 else layout, 40, 2, ulysses=ulysses)
     whole["shift_labels"] = torch.nn.functional.pad(whole["labels"], (0, 1), value=-100)[:, 1:]
     whole["position_ids"] = torch.arange(40).expand(2, -1)
     posts: Counter[int] = Counter()
@@ -76,7 +76,9 @@ def shards(
         return original(self, send, *more, **named)
 
     def run(rank: int, group: str) -> tuple[Counter, int, tuple]:
-        description = ContextParallelBatch(sequence, group, rank, "auto", True, 40, None, "", "ring", 1, head_chunks)
+        description = ContextParallelMetadata(
+            sequence, group, rank, "auto", True, 40, None, "", "ring", 1, head_chunks
+        )
         inputs = {key: cut(value, sequence.segments(rank), 1) for key, value in whole.items()}
         announcements.register(models[rank])
         announcements.announce(models[rank], description)
@@ -143,8 +145,8 @@ def test_the_modes_do_what_pytorchs_own_selective_checkpointing_does():
         return CheckpointPolicy.MUST_SAVE if name_of(op) in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
     def ours():
-        shelf = Shelf(resident)
-        return Save(shelf), Replay(shelf)
+        shelf = SavedResults(resident)
+        return CachingMode(shelf), CachedMode(shelf)
 
     found = []
     for contexts in (ours, functools.partial(create_selective_checkpoint_contexts, policy)):

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ring_hf.geometry import Mask, WholeSequence, make_plan
+from ring_hf.geometry import Mask, ShardedSequence, make_plan
 from ring_hf.kernels import choose
 from ring_hf.parallel import buffers, transport
 from ring_hf.parallel.buffers import Pool
@@ -14,7 +14,7 @@ from ring_hf.parallel.chunked_ulysses import chunked_backward, chunked_forward
 from ring_hf.parallel.groups import group_of
 from ring_hf.parallel.op_arguments import Call, encode
 from ring_hf.parallel.schedule import ring_backward, ring_forward
-from ring_hf.parallel.streams import lane_of
+from ring_hf.parallel.streams import comm_stream_of
 from ring_hf.parallel.transport import Ring
 from ring_hf.planner import attention_bytes as formulas
 from ring_hf.planner.attention_buffers import (
@@ -54,7 +54,7 @@ def held(name, ring, inner, layout, element, idle=0):
     """
 
     def one(rank, group):
-        sequence = WholeSequence(layout, ring * TOKENS, ring)
+        sequence = ShardedSequence(layout, ring * TOKENS, ring)
         shapes = [(1, TOKENS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
         plan = make_plan(sequence, Mask(), rank, 1, None, name, inner)
@@ -106,7 +106,7 @@ def held_in_chunks(heads, kv_heads, ring, count, element):
     """Most bytes that a rank of `ring` x Ulysses 2 holds forward and backward, besides inputs and gradient of out."""
 
     def one(rank, group):
-        sequence = WholeSequence("zigzag", 2 * ring * TOKENS, 2 * ring, ulysses=2)
+        sequence = ShardedSequence("zigzag", 2 * ring * TOKENS, 2 * ring, ulysses=2)
         shapes = [(1, TOKENS, number, DIM) for number in (heads, kv_heads, kv_heads)]
         q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
         call = encode(Call(sequence, Mask(), DIM**-0.5, None, group, "cpu", "ring", 1, True, count))
@@ -120,7 +120,7 @@ def held_in_chunks(heads, kv_heads, ring, count, element):
     pools: dict[int, Pool] = {}
 
     def pool_of(device):  # threads are ranks here: each has its own
-        return pools.setdefault(threading.get_ident(), Pool(device, lane_of(device)))
+        return pools.setdefault(threading.get_ident(), Pool(device, comm_stream_of(device)))
 
     stand_in = mock.patch.object(transport, "pool_of", pool_of)
     with threads_as_ranks() as run, stand_in, mock.patch.object(buffers, "IDLE_BYTES", 0):

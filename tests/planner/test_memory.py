@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ring_hf  # noqa: F401  registers the attention backends
 from ring_hf import memory
 from ring_hf.memory import MemoryConfig
-from ring_hf.memory.selective_checkpoint import Save, Shelf
+from ring_hf.memory.selective_checkpoint import CachingMode, SavedResults
 from ring_hf.parallel import ring_attention
 from ring_hf.planner import Job, longest, read_model
 from ring_hf.planner.gpus import GIB, RUNTIME
@@ -127,7 +127,7 @@ def test_saved_exchanges_of_heads_are_counted(head_chunks):
             kept.append(tensor.untyped_storage().nbytes())
             return lambda: tensor
 
-        with Save(Shelf(keep)):
+        with CachingMode(SavedResults(keep)):
             settings = {"head_chunks": head_chunks, "return_lse": head_chunks == 1}
             ring_attention(q, k, v, sequence=job.sequence(), group=group, transport="ring", **settings)
         return sum(kept)

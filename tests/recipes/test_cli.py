@@ -69,12 +69,12 @@ def test_every_layout_mask_and_transport_can_be_drawn(arguments, tmp_path, capsy
 
 def test_a_picture_shows_who_computes_what(tmp_path):
     from ring_hf.geometry import Mask
-    from ring_hf.simulate.scenario import Setting
+    from ring_hf.simulate.scenario import Scenario
     from ring_hf.simulate.schedule_drawing import _owner, _visible
     from tests.dense import dense_mask
 
     tokens = numpy.arange(64)
-    setting = Setting(4, 64, Mask(window=20), (10, 30), (4,))
+    setting = Scenario(4, 64, Mask(window=20), (10, 30), (4,))
     for layout in LAYOUTS:
         sequence = setting.sequence(layout)
         assert numpy.array_equal(_visible(sequence, setting.mask, tokens), dense_mask(sequence, setting.mask, 1)[0])

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from ring_hf.cli import main
-from ring_hf.doctor import Facts, Question, advise, machine, render
+from ring_hf.doctor import Diagnosis, Query, advise, machine, render
 from ring_hf.doctor.advice import RULES
-from ring_hf.doctor.facts import Devices, EngineFact, Layers, Links, Overlap, Package, Speed, Way
+from ring_hf.doctor.facts import AlgorithmEstimate, AttentionGroup, Devices, EngineFact, Links, Overlap, Package, Speed
 from ring_hf.doctor.overlap_estimate import machine_of, predict, rates
 from ring_hf.kernels import KERNELS
 from tests.harness import ROOT
 
 # A node of 8 H100 with NVLink, flash-attn installed, Llama 3 8B at 128K tokens: nothing to change.
-LAYERS = Layers(
+LAYERS = AttentionGroup(
     32, 32, 8, 128, 128, None, None, None, False, "flash_attn_2", {"flash_attn_2": None, "reference": None}
 )
 WINDOWED = replace(LAYERS, count=16, window=4096)
 PACKAGES = tuple(
     machine.judge(wanted, wanted.tested or {"flash-attn": "2.8.3"}.get(wanted.name)) for wanted in machine.WANTED
 )
-NODE = Facts(
-    question=Question("Llama-3.1-8B", 2**17, 8, "zigzag", "bfloat16"),
+NODE = Diagnosis(
+    question=Query("Llama-3.1-8B", 2**17, 8, "zigzag", "bfloat16"),
     packages=PACKAGES,
     devices=Devices("cuda", ("NVIDIA H100",) * 8, 80 * 10**9, 64, (9, 0), True),
     model_type="llama",
@@ -352,4 +352,4 @@ def test_cards_are_described_on_one_line():
     assert "among 1 of 8" in render(replace(NODE, layers=(replace(LAYERS, num_heads=3, num_kv_heads=3),)), [])
     assert "8 x NVIDIA H100, 80 GB of memory, compute capability 9.0, every GPU reaches every other one" in said
     assert isinstance(Package("x", None, "", None, False), Package) and isinstance(NODE.overlap, Overlap)
-    assert Way("ring", 1.0, 3.0, 0.5, 0.5).exposed == 0.25
+    assert AlgorithmEstimate("ring", 1.0, 3.0, 0.5, 0.5).exposed == 0.25

@@ -14,7 +14,7 @@ JOB = rank_launch.Job("cpu", "float32", (1, 1, 8, 8), None, (64,), (1,), 1, 0.3)
 def test_a_rank_that_hangs_is_given_up_with_its_last_words():
     pipes = [Pipe() for _ in range(2)]
     pipes[0][1].send(("says", "exchanging 64 bytes with its neighbours"))
-    with pytest.raises(rank_launch.Unanswered) as caught:
+    with pytest.raises(rank_launch.RankTimeout) as caught:
         rank_launch._listen([ours for ours, _ in pipes], JOB)
     said = str(caught.value)
     assert "no answer in 0.3 s: rank 0 was exchanging 64 bytes with its neighbours; rank 1 was starting" in said
@@ -25,11 +25,11 @@ def test_a_rank_that_fails_or_ends_is_named():
     pipes = [Pipe() for _ in range(2)]
     pipes[0][1].send(("done", 7))
     pipes[1][1].send(("failed", "RuntimeError: no route"))
-    with pytest.raises(rank_launch.Unanswered, match="rank 1 failed, starting: RuntimeError: no route"):
+    with pytest.raises(rank_launch.RankTimeout, match="rank 1 failed, starting: RuntimeError: no route"):
         rank_launch._listen([ours for ours, _ in pipes], JOB)
     pipes = [Pipe() for _ in range(2)]
     pipes[0][1].close()
-    with pytest.raises(rank_launch.Unanswered, match="rank 0 failed, starting: the process ended"):
+    with pytest.raises(rank_launch.RankTimeout, match="rank 0 failed, starting: the process ended"):
         rank_launch._listen([ours for ours, _ in pipes], JOB)
 
 
@@ -38,7 +38,7 @@ def test_a_kernel_that_fails_is_not_blamed_on_the_links():
     theirs.send(("says", f"{rank_launch.ATTENDING} over 512 tokens"))
     theirs.send(("failed", "RuntimeError: no kernel image"))
     with pytest.raises(
-        rank_launch.Unanswered, match=r"over 512 tokens: RuntimeError: no kernel image\. The kernel itself"
+        rank_launch.RankTimeout, match=r"over 512 tokens: RuntimeError: no kernel image\. The kernel itself"
     ):
         rank_launch._listen([ours], JOB)
 
@@ -70,6 +70,6 @@ def test_a_rank_of_a_launcher_that_fails_says_where(monkeypatch):
         raise RuntimeError("connection refused")
 
     with pytest.raises(
-        rank_launch.Unanswered, match="rank 0 of 2 failed, meeting the other ranks: connection refused"
+        rank_launch.RankTimeout, match="rank 0 of 2 failed, meeting the other ranks: connection refused"
     ):
         rank_launch.run_here(fail, JOB)

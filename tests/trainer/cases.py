@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ring_hf.geometry import shard_index
-from ring_hf.hf.collate.default_collator import PadOrPack
+from ring_hf.hf.collate.default_collator import PadOrPackCollator
 
 STATIC = ("contiguous", "zigzag", "striped")  # layouts that do not look at the documents
 VOCABULARY = 64
@@ -203,7 +203,7 @@ class Rows(torch.utils.data.Dataset):
 
 def pad_with_dense_prefixes(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """The batch of one process with `sdpa`: what may be seen as a mask of [rows, 1, tokens, tokens]."""
-    batch = PadOrPack()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
+    batch = PadOrPackCollator()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
     index = torch.arange(batch["input_ids"].shape[1])
     later = torch.maximum(index[:, None], index)
     prefixes = torch.tensor([row["prefix_length"] for row in features])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ring_hf.hf.collate.default_collator import PadOrPack
+from ring_hf.hf.collate.default_collator import PadOrPackCollator
 from tests.trainer.cases import VOCABULARY, Rows
 
 STEPS = 20
@@ -121,11 +121,11 @@ def several_sets() -> dict[str, Any]:
 
 
 def collate_with_skips(features: Features) -> Mapping[str, torch.Tensor]:
-    return PadOrPack()([with_skips(row) for row in features])
+    return PadOrPackCollator()([with_skips(row) for row in features])
 
 
 def collate_without_skips(features: Features) -> Mapping[str, torch.Tensor]:
-    return PadOrPack()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
+    return PadOrPackCollator()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
 
 
 # Trainers and callbacks

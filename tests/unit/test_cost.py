@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ring_hf.costmodel.devices import HARDWARE, Hardware, Shape, hardware_of
 from ring_hf.costmodel.pass_cost import Problem, choose_transport, chunked_cost, pass_cost
 from ring_hf.costmodel.work_matrices import need_matrix, total_work, work_matrix
-from ring_hf.geometry import LAYOUTS, Mask, WholeSequence, make_plan, multiple, needed, sent_tokens
+from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, make_plan, multiple, needed, sent_tokens
 from ring_hf.parallel import ring_attention, sharded_attention
 from ring_hf.simulate.scenario import mixed_lengths
 from tests.threads import threads_as_ranks
@@ -44,7 +44,7 @@ def batches(draw):
     else:
         chunk = draw(st.none() | st.integers(1, length))
     mask = Mask(causal, draw(st.none() | st.integers(1, length)), chunk)
-    return WholeSequence(layout, length, num_ranks, documents, tokens, prefixes, ulysses), mask, rows
+    return ShardedSequence(layout, length, num_ranks, documents, tokens, prefixes, ulysses), mask, rows
 
 
 @settings(max_examples=500, deadline=None)
@@ -85,7 +85,7 @@ def test_predicted_bytes_are_those_of_the_plan(case):
 @pytest.mark.parametrize("tokens", [2, 64])
 def test_load_balance_is_that_of_the_formulas_exactly(num_ranks, tokens):
     def imbalance(layout):
-        work = work_matrix(WholeSequence(layout, num_ranks * tokens, num_ranks), Mask())
+        work = work_matrix(ShardedSequence(layout, num_ranks * tokens, num_ranks), Mask())
         busiest, total = max(map(sum, work)), sum(map(sum, work))
         steps = [max(work[r][(r - t) % num_ranks] for r in range(num_ranks)) for t in range(num_ranks)]
         return Fraction(busiest * num_ranks, total), Fraction(sum(steps) * num_ranks, total)
@@ -105,12 +105,12 @@ def test_bytes_are_those_of_the_formulas(shape, num_ranks):
     s = 4096
     c, e, n = s // num_ranks, 2, num_ranks
     d_q, d_kv = shape.num_heads * 128, shape.num_kv_heads * 128
-    ring = Problem.of(WholeSequence("zigzag", s, n), Mask())
+    ring = Problem.of(ShardedSequence("zigzag", s, n), Mask())
     for transport in ("ring", "allgather"):
         assert pass_cost(ring, shape, IDEAL, transport).mean_sent == 2 * e * d_kv * s * (n - 1) / n
         # Keys and values again, and their gradients in fp32.
         assert pass_cost(ring, shape, IDEAL, transport, 1, True).mean_sent == (2 * e + 8) * d_kv * c * (n - 1)
-    alone = Problem.of(WholeSequence("contiguous", s, n, ulysses=n), Mask())
+    alone = Problem.of(ShardedSequence("contiguous", s, n, ulysses=n), Mask())
     exchanged = pass_cost(alone, shape, IDEAL).mean_sent
     assert exchanged == (2 * d_q + 2 * d_kv) * c * e * (n - 1) / n
     assert pass_cost(ring, shape, IDEAL).mean_sent / exchanged == pytest.approx(n * d_kv / (d_q + d_kv))
@@ -118,10 +118,10 @@ def test_bytes_are_those_of_the_formulas(shape, num_ranks):
 
 def test_buffers_are_those_of_the_formulas():
     n, c, d_kv = 8, 512, 8 * 128
-    problem = Problem.of(WholeSequence("zigzag", n * c, n), Mask())
+    problem = Problem.of(ShardedSequence("zigzag", n * c, n), Mask())
     assert pass_cost(problem, GQA4, IDEAL, "ring").buffers == 8 * c * d_kv  # two blocks in turn
     assert pass_cost(problem, GQA4, IDEAL, "allgather").buffers == 4 * n * c * d_kv
-    near = Problem.of(WholeSequence("contiguous", n * c, n), Mask(window=17))
+    near = Problem.of(ShardedSequence("contiguous", n * c, n), Mask(window=17))
     assert pass_cost(near, GQA4, IDEAL, "direct").buffers == 4 * 16 * d_kv
 
 
@@ -129,7 +129,7 @@ def threshold(shape, hardware, backward, causal):
     """Fewest tokens per rank at which all steps but the last message home are hidden."""
 
     def hidden(tokens):
-        problem = Problem.estimate(WholeSequence("striped", 8 * tokens, 8), Mask(causal))
+        problem = Problem.estimate(ShardedSequence("striped", 8 * tokens, 8), Mask(causal))
         cost = pass_cost(problem, shape, hardware, "ring", 1, backward)
         last = 8 * tokens * shape.num_kv_heads * 128 / hardware.network_bandwidth if backward else 0.0
         return cost.exposed <= last * 1.001 + 1e-12
@@ -165,7 +165,7 @@ def test_double_ring_hides_what_a_single_ring_exposes():
     machine = replace(IDEAL, flops=0.6 * PEAK, node_bandwidth=0.8 * 450e9, network_bandwidth=0.9 * 50e9)
     found = {}
     for tokens in (1024, 2048, 4096, 8192):
-        problem = Problem.of(WholeSequence("zigzag", 32 * tokens, 32), Mask())
+        problem = Problem.of(ShardedSequence("zigzag", 32 * tokens, 32), Mask())
         costs = [
             pass_cost(problem, GQA4, machine, *how) for how in (("ring", 1), ("double_ring", 8), ("double_ring", 4))
         ]
@@ -180,22 +180,22 @@ def test_double_ring_hides_what_a_single_ring_exposes():
 
 def packed(layout, count=200, length=2**16, num_ranks=8):
     lengths = mixed_lengths(length, count, seed=1)
-    return WholeSequence(layout, length, num_ranks, (tuple(itertools.accumulate(lengths, initial=0)),))
+    return ShardedSequence(layout, length, num_ranks, (tuple(itertools.accumulate(lengths, initial=0)),))
 
 
 @pytest.mark.parametrize("hardware", HARDWARE.values(), ids=list(HARDWARE))
 def test_auto_takes_direct_where_it_saves_bytes_and_a_ring_where_all_is_seen(hardware):
-    dense = WholeSequence("zigzag", 2**16, 8)
+    dense = ShardedSequence("zigzag", 2**16, 8)
     for sequence, mask in ((dense, Mask(window=1024)), (packed("zigzag"), Mask()), (packed("balanced"), Mask())):
         assert choose_transport(sequence, mask, GQA4, 1, hardware).transport == "direct"
-    for sequence, mask in ((dense, Mask()), (dense, Mask(False)), (WholeSequence("striped", 2**16, 8), Mask())):
+    for sequence, mask in ((dense, Mask()), (dense, Mask(False)), (ShardedSequence("striped", 2**16, 8), Mask())):
         assert choose_transport(sequence, mask, GQA4, 1, hardware).transport == "ring"
     assert choose_transport(dense, Mask(), GQA4, 4, hardware).transport == "double_ring"
-    assert choose_transport(WholeSequence("zigzag", 2**16, 1), Mask(), GQA4, 1, hardware).transport == "ring"
+    assert choose_transport(ShardedSequence("zigzag", 2**16, 1), Mask(), GQA4, 1, hardware).transport == "ring"
 
 
 def test_auto_gathers_only_where_that_is_faster_and_fits():
-    dense = WholeSequence("zigzag", 2**12, 16)
+    dense = ShardedSequence("zigzag", 2**12, 16)
     launches = replace(NVLINK, launch=1e-3)  # one large step instead of 16 small ones
     choice = choose_transport(dense, Mask(), GQA4, 1, launches)
     assert choice.transport == "allgather"
@@ -205,19 +205,19 @@ def test_auto_gathers_only_where_that_is_faster_and_fits():
 
 def test_an_inner_ring_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"inner_ring_size=3 does not divide the ring of 8\. Choose a divisor"):
-        choose_transport(WholeSequence("zigzag", 64, 8), Mask(), GQA4, 3, IDEAL)
-    assert choose_transport(WholeSequence("zigzag", 2**16, 8), Mask(), GQA4, 8, IDEAL).transport == "ring"
+        choose_transport(ShardedSequence("zigzag", 64, 8), Mask(), GQA4, 3, IDEAL)
+    assert choose_transport(ShardedSequence("zigzag", 2**16, 8), Mask(), GQA4, 8, IDEAL).transport == "ring"
 
 
 def test_the_reason_names_both_sides_with_numbers():
-    reason = choose_transport(WholeSequence("zigzag", 2**16, 8), Mask(window=1024), GQA4, 1, HARDWARE["h100"]).reason
+    reason = choose_transport(ShardedSequence("zigzag", 2**16, 8), Mask(window=1024), GQA4, 1, HARDWARE["h100"]).reason
     assert reason.startswith("predicted per layer and step")
     assert "(h100): ring " in reason and ", direct " in reason and reason.count("MB") == 3
 
 
 def test_auto_says_why_once_for_each_kind_of_mask_and_not_for_every_batch(caplog, monkeypatch):
     monkeypatch.setattr(sharded_attention, "_told", set())
-    batches = [WholeSequence("zigzag", 64, 2, ((0, end, 64),)) for end in (16, 20, 30)]
+    batches = [ShardedSequence("zigzag", 64, 2, ((0, end, 64),)) for end in (16, 20, 30)]
 
     def attend(rank, group):
         q = torch.ones(1, 1, 32, 4)
@@ -256,7 +256,7 @@ def test_all_ranks_of_a_job_find_the_same_hardware():
 def test_chunks_of_heads_exchange_twice_as_much_backward_and_compute_the_same(backward):
     shape = Shape(32, 8, 128, 128)
     for ulysses, ring in ((8, 1), (2, 4)):
-        problem = Problem.of(WholeSequence("zigzag", 2**16, 8, ulysses=ulysses), Mask())
+        problem = Problem.of(ShardedSequence("zigzag", 2**16, 8, ulysses=ulysses), Mask())
         whole = pass_cost(problem, shape, IDEAL, "ring", 1, backward)
         assert chunked_cost(problem, shape, IDEAL, "ring", 1, backward, 1) == whole
         for chunks in (2, 4, 8, 16):

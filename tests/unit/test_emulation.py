@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, WholeSequence
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 
@@ -19,7 +19,7 @@ MASKS = {
 
 def compare(layout, mask, transport="ring", documents=None, ulysses=1, softcap=None, sinks=False, heads=(4, 2)):
     torch.manual_seed(0)
-    sequence = WholeSequence(layout, LENGTH, 4 * ulysses, documents, None, None, ulysses)
+    sequence = ShardedSequence(layout, LENGTH, 4 * ulysses, documents, None, None, ulysses)
     tensors = [
         torch.randn(ROWS, n, LENGTH, d, dtype=torch.float64)
         for n, d in zip((*heads, heads[1]), (8, 8, 6), strict=True)
@@ -55,4 +55,4 @@ def test_heads_sinks_and_softcap_are_emulated_too():
 
 def test_one_rank_is_refused():
     with pytest.raises(ValueError, match=r"num_ranks=1 is no ring. Emulate at least 2 ranks, or call local_attention"):
-        Emulation(WholeSequence("zigzag", 8, 1), Mask(), 1.0)
+        Emulation(ShardedSequence("zigzag", 8, 1), Mask(), 1.0)

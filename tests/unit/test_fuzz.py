@@ -46,7 +46,7 @@ def sum_of_softmaxes(out, lse, block_out, block_lse):
 
 FAULTS = {
     "softmaxes summed": mock.patch.object(merge, "merge_", sum_of_softmaxes),
-    "blocks read before they came": mock.patch.object(ring.Exchange, "wait", lambda self, patience=None: None),
+    "blocks read before they came": mock.patch.object(ring.PendingExchange, "wait", lambda self, patience=None: None),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ring_hf.geometry import (
     LAYOUTS,
     Mask,
-    WholeSequence,
+    ShardedSequence,
     area,
     auto_ulysses,
     check_head_chunks,
@@ -52,7 +52,7 @@ def test_bands_match_brute_force(num_q, num_k, lo, hi):
 def test_unshard_inverts_shard(layout, ring_size, ulysses, units):
     num_ranks = ring_size * ulysses
     length = units * multiple(layout, num_ranks, ulysses)
-    whole = WholeSequence(layout, length, num_ranks, ulysses=ulysses)
+    whole = ShardedSequence(layout, length, num_ranks, ulysses=ulysses)
     dealt = [token for rank in range(num_ranks) for token in shard_index(layout, length, num_ranks, rank, ulysses)]
     assert sorted(dealt) == list(range(length))
     assert [dealt[place] for place in unshard_index(layout, length, num_ranks, ulysses)] == list(range(length))
@@ -74,7 +74,7 @@ def test_layouts_deal_the_tokens_of_the_papers():
 
 
 def test_ulysses_cuts_each_place_of_the_ring():
-    whole = WholeSequence("zigzag", 16, 4, ulysses=2)
+    whole = ShardedSequence("zigzag", 16, 4, ulysses=2)
     assert [[t for s in whole.segments(rank) for t in s.range] for rank in range(4)] == [
         [0, 1, 2, 3],
         [12, 13, 14, 15],
@@ -91,7 +91,7 @@ def test_balanced_deals_equal_tokens_and_never_worse_than_zigzag(ring_size, cuts
     documents = (tuple(sorted({0, length, *(n * length // 1000 for n in cuts)})),)
 
     def busiest(layout: str) -> int:
-        whole = WholeSequence(layout, length, ring_size, documents)
+        whole = ShardedSequence(layout, length, ring_size, documents)
         dealt = [sum(s.length for s in whole.ring_segments(rank)) for rank in range(ring_size)]
         assert set(dealt) == {per_rank}
         return max(rank_work(whole, Mask(), rank) for rank in range(ring_size))
@@ -100,12 +100,12 @@ def test_balanced_deals_equal_tokens_and_never_worse_than_zigzag(ring_size, cuts
 
 
 def test_balanced_is_zigzag_for_one_document_and_balances_many():
-    one = WholeSequence("balanced", 4096, 8)
-    assert {one.segments(n) for n in range(8)} == {WholeSequence("zigzag", 4096, 8).segments(n) for n in range(8)}
+    one = ShardedSequence("balanced", 4096, 8)
+    assert {one.segments(n) for n in range(8)} == {ShardedSequence("zigzag", 4096, 8).segments(n) for n in range(8)}
     generator = random.Random(3)
     for count in (5, 40, 200):
         bounds = tuple(sorted({0, 65536, *(generator.randrange(1, 65536) for _ in range(count - 1))}))
-        whole = WholeSequence("balanced", 65536, 8, (bounds,))
+        whole = ShardedSequence("balanced", 65536, 8, (bounds,))
         work = [rank_work(whole, Mask(), rank) for rank in range(8)]
         assert max(work) * 8 / sum(work) <= 1.02
 
@@ -196,9 +196,9 @@ def test_auto_ulysses_takes_the_largest_even_split_inside_a_node():
 
 
 def test_right_padding_is_set_apart_only_where_it_matters():
-    padded = WholeSequence("zigzag", 16, 2, None, (11, 16))
+    padded = ShardedSequence("zigzag", 16, 2, None, (11, 16))
     assert padded.boundaries(0, causal=True) == (0, 16) and padded.boundaries(0, causal=False) == (0, 11, 16)
-    packed = WholeSequence("zigzag", 16, 2, ((0, 4, 16),), (11,))
+    packed = ShardedSequence("zigzag", 16, 2, ((0, 4, 16),), (11,))
     assert packed.boundaries(0, causal=True) == (0, 4, 11, 16)
     # Rows of different length then share their tiles, and one kernel call serves both.
     assert [tile.num_rows for tile in make_plan(padded, Mask(), 0, 2).steps[0].tiles] == [2]
@@ -210,45 +210,48 @@ REFUSALS = {
         r"layout='zigzig' is not known\. Choose one of contiguous, zigzag, striped, balanced",
     ),
     "length": (
-        lambda: WholeSequence("zigzag", 10, 4),
+        lambda: ShardedSequence("zigzag", 10, 4),
         r"10 tokens cannot be dealt to 4 ranks.*multiple of 8\. Pad it to 16",
     ),
     "rank": (lambda: segments("zigzag", 8, 2, 2), r"rank=2 is not one of 2 ranks"),
     "window": (lambda: Mask(window=0), r"window=0 must be at least 1"),
-    "documents": (lambda: WholeSequence("zigzag", 8, 2, ((0, 5),)), r"row 0 must rise from 0 to the padded length 8"),
-    "falling": (lambda: WholeSequence("zigzag", 8, 2, ((0, 5, 5, 8),)), r"must rise from 0"),
+    "documents": (
+        lambda: ShardedSequence("zigzag", 8, 2, ((0, 5),)),
+        r"row 0 must rise from 0 to the padded length 8",
+    ),
+    "falling": (lambda: ShardedSequence("zigzag", 8, 2, ((0, 5, 5, 8),)), r"must rise from 0"),
     "rows": (
-        lambda: WholeSequence("zigzag", 8, 2, ((0, 8),), (8, 8)),
+        lambda: ShardedSequence("zigzag", 8, 2, ((0, 8),), (8, 8)),
         r"contradicts itself: documents 1 rows and num_tokens 2 rows",
     ),
-    "tokens": (lambda: WholeSequence("zigzag", 8, 2, None, (9,)), r"Row 0 claims 9 tokens in a sequence of 8"),
+    "tokens": (lambda: ShardedSequence("zigzag", 8, 2, None, (9,)), r"Row 0 claims 9 tokens in a sequence of 8"),
     "ulysses": (
-        lambda: WholeSequence("zigzag", 24, 6, ulysses=4),
+        lambda: ShardedSequence("zigzag", 24, 6, ulysses=4),
         r"ulysses_size=4 does not divide the 6 ranks",
     ),
     "hybrid length": (
-        lambda: WholeSequence("zigzag", 20, 8, ulysses=4),
+        lambda: ShardedSequence("zigzag", 20, 8, ulysses=4),
         r"dealt to 8 ranks \(ring of 2 x ulysses 4\) in the zigzag layout: .* a multiple of 8\. Pad it to 24",
     ),
     "prefix": (
-        lambda: WholeSequence("zigzag", 8, 2, ((0, 5, 8),), prefixes=((6, 0),)),
+        lambda: ShardedSequence("zigzag", 8, 2, ((0, 5, 8),), prefixes=((6, 0),)),
         r"documents \(0, 5, 8\) and the prefixes \(6, 0\): give one length per document",
     ),
     "prefix mask": (
-        lambda: make_plan(WholeSequence("zigzag", 8, 2, prefixes=((3,),)), Mask(causal=False), 0),
+        lambda: make_plan(ShardedSequence("zigzag", 8, 2, prefixes=((3,),)), Mask(causal=False), 0),
         r"A document with a prefix under Mask\(causal=False",
     ),
     "chunk": (lambda: Mask(chunk=0), r"chunk=0 must be at least 1"),
     "transport": (
-        lambda: make_plan(WholeSequence("zigzag", 8, 2), Mask(), 0, transport="pigeon"),
+        lambda: make_plan(ShardedSequence("zigzag", 8, 2), Mask(), 0, transport="pigeon"),
         r"transport='pigeon' is not known\. Choose one of auto, ring, double_ring, allgather, direct",
     ),
     "double ring": (
-        lambda: make_plan(WholeSequence("zigzag", 12, 6), Mask(), 0, transport="double_ring", inner=4),
+        lambda: make_plan(ShardedSequence("zigzag", 12, 6), Mask(), 0, transport="double_ring", inner=4),
         r"inner_ring_size=4 does not cut a ring of 6",
     ),
     "plan": (
-        lambda: make_plan(WholeSequence("zigzag", 8, 2, None, (8,)), Mask(), 0, 2),
+        lambda: make_plan(ShardedSequence("zigzag", 8, 2, None, (8,)), Mask(), 0, 2),
         r"batch has 2 rows.*description 1",
     ),
 }

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ring_hf.geometry import Mask, Tile, WholeSequence, split
-from ring_hf.kernels import KERNELS, State, choose, cpu, merge_
+from ring_hf.geometry import Mask, ShardedSequence, Tile, split
+from ring_hf.kernels import KERNELS, OutLseAccumulator, choose, cpu, merge_
 from ring_hf.parallel import local_attention, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import assert_close, rms_ratio
@@ -34,7 +34,7 @@ def tensors(rows=2, heads=4, kv_heads=2, length=37, dim=8, dtype=torch.float64, 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["mqa", "gqa", "mha"])
 def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads):
     q, k, v, dout = tensors(kv_heads=kv_heads)
-    seen = dense_mask(WholeSequence("contiguous", 37, 1, documents), mask, 2)
+    seen = dense_mask(ShardedSequence("contiguous", 37, 1, documents), mask, 2)
     want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "documents": documents, "scale": 0.2, "kernel": kernel}
     got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
@@ -59,7 +59,7 @@ def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward
     count("_forward", cpu._forward)
     count("_backward", cpu._backward)
     q, k, v, dout = tensors()
-    seen = dense_mask(WholeSequence("contiguous", 37, 1), mask, 2)
+    seen = dense_mask(ShardedSequence("contiguous", 37, 1), mask, 2)
     want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "scale": 0.2, "kernel": "cpu"}
     got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
@@ -73,7 +73,7 @@ def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward
 @pytest.mark.parametrize("window", [None, 4])
 def test_fewer_queries_than_keys_are_the_last_ones(queries, window):
     q, k, v, _ = tensors()
-    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
     want, lse = dense_attention(q, k, v, seen_BSS=seen, scale=8**-0.5)
     got, got_lse = local_attention(q[:, :, -queries:], k, v, window=window)
     assert_close("out", got, want[:, :, -queries:], max_abs=1e-12)
@@ -94,7 +94,7 @@ def test_the_cpu_kernel_never_builds_a_mask():
 def test_values_may_have_a_head_dim_of_their_own(kernel, v_dim, window):
     q, k, _, _ = tensors()
     v, dout = torch.randn(2, 2, 37, v_dim, dtype=torch.float64), torch.randn(2, 4, 37, v_dim, dtype=torch.float64)
-    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
     want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3), q, k, v, dout=dout)
     got = with_gradients(lambda *x: local_attention(*x, window=window, scale=0.3, kernel=kernel), q, k, v, dout=dout)
     for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
@@ -105,7 +105,7 @@ def test_values_may_have_a_head_dim_of_their_own(kernel, v_dim, window):
 def test_softcap_and_sinks_match_dense_attention(window):
     q, k, v, dout = tensors()
     sinks = torch.tensor([-2.0, 0.0, 1.0, 5.0], dtype=torch.float64)
-    seen = dense_mask(WholeSequence("contiguous", 37, 1), Mask(window=window), 2)
+    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
     want = with_gradients(
         lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
     )
@@ -151,7 +151,7 @@ def test_attention_refuses_maths_it_cannot_do(name):
 )
 def test_cpu_kernel_keeps_the_accuracy_of_its_dtype(dtype, forward, backward):
     q, k, v, dout = tensors(length=201, dim=16, dtype=dtype)
-    seen = dense_mask(WholeSequence("contiguous", 201, 1), Mask(window=33), 2)
+    seen = dense_mask(ShardedSequence("contiguous", 201, 1), Mask(window=33), 2)
     want = with_gradients(
         lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.25), *(x.double() for x in (q, k, v)), dout=dout.double()
     )
@@ -190,7 +190,7 @@ def test_merge_is_stable_for_scores_far_apart():
 
 
 def test_rows_that_saw_nothing_are_zero_with_lse_minus_infinity():
-    state = State(torch.zeros(1, 2, 6, 4), 4)
+    state = OutLseAccumulator(torch.zeros(1, 2, 6, 4), 4)
     tile = Tile(0, 1, 2, 4, 0, 4, None, 0)
     q, _, _, _ = tensors(rows=1, heads=2, length=6, dim=4, dtype=torch.float32)
     _, k, v, _ = tensors(rows=1, heads=2, length=4, dim=4, dtype=torch.float32)
@@ -208,7 +208,7 @@ def test_results_are_bitwise_repeatable():
 
 def test_bf16_errors_are_those_of_one_process():
     q, k, v, _ = tensors(length=257, dim=16, dtype=torch.bfloat16)
-    seen = dense_mask(WholeSequence("contiguous", 257, 1), Mask(), 2)
+    seen = dense_mask(ShardedSequence("contiguous", 257, 1), Mask(), 2)
     want, _ = dense_attention(q, k, v, seen_BSS=seen, scale=0.25)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(theirs, want)
@@ -217,7 +217,7 @@ def test_bf16_errors_are_those_of_one_process():
 def _attend(q=None, k=None, v=None, length=37, **settings):
     default_q, default_k, default_v, _ = tensors()
     q, k, v = (mine if mine is not None else other for mine, other in ((q, default_q), (k, default_k), (v, default_v)))
-    return ring_attention(q, k, v, sequence=WholeSequence("contiguous", length, 1), **settings)
+    return ring_attention(q, k, v, sequence=ShardedSequence("contiguous", length, 1), **settings)
 
 
 REFUSALS = {

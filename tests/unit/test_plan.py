@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ring_hf.geometry import (
     LAYOUTS,
     Mask,
-    WholeSequence,
+    ShardedSequence,
     make_plan,
     multiple,
     needed,
@@ -40,7 +40,7 @@ def batches(draw):
     if kind == "prefix" and causal:
         bounds = documents if documents is not None else ((0, length),) * rows
         prefixes = tuple(tuple(draw(st.integers(0, b - a)) for a, b in itertools.pairwise(row)) for row in bounds)
-    sequence = WholeSequence(layout, length, ring_size * ulysses, documents, tokens, prefixes, ulysses)
+    sequence = ShardedSequence(layout, length, ring_size * ulysses, documents, tokens, prefixes, ulysses)
     return sequence, Mask(causal, draw(st.none() | st.integers(1, 40)), chunk), rows
 
 
@@ -50,11 +50,11 @@ def transports(ring_size: int) -> list[tuple[str, int]]:
     return [("ring", 1), ("allgather", 1), ("direct", 1), *inner]
 
 
-def tokens_of(sequence: WholeSequence, rank: int) -> list[int]:
+def tokens_of(sequence: ShardedSequence, rank: int) -> list[int]:
     return [token for segment in sequence.ring_segments(rank) for token in segment.range]
 
 
-def keys_of(sequence: WholeSequence, block) -> list[int]:
+def keys_of(sequence: ShardedSequence, block) -> list[int]:
     shards = {part.rank: tokens_of(sequence, part.rank) for part in block}
     return [token for part in block for token in shards[part.rank][part.start : part.stop]]
 
@@ -106,7 +106,7 @@ def test_plans_cover_every_visible_pair_exactly_once(case, data):
 @pytest.mark.parametrize("ring_size, transport, inner", [(n, *way) for n in range(1, 9) for way in transports(n)])
 def test_moves_bring_every_block_and_take_every_gradient_home(ring_size, transport, inner, window):
     """Follows what leaves each rank: blocks must be what the plan says, and each shard's sum gets every share once."""
-    sequence, mask = WholeSequence("contiguous", 8 * ring_size, ring_size), Mask(window=window)
+    sequence, mask = ShardedSequence("contiguous", 8 * ring_size, ring_size), Mask(window=window)
     plans = [make_plan(sequence, mask, rank, 1, None, transport, inner) for rank in range(ring_size)]
     if transport not in ("ring", "double_ring"):
         assert all(plan.steps[0].block[0].rank == plan.rank or transport == "allgather" for plan in plans)
@@ -159,12 +159,12 @@ def test_needed_keys_are_exactly_those_that_are_seen(case):
 
 def test_direct_sends_what_the_mask_needs():
     window, ranks, length = 1024, 8, 65536
-    dense = WholeSequence("contiguous", length, ranks)
+    dense = ShardedSequence("contiguous", length, ranks)
     assert sum(map(sum, sent_tokens(dense, Mask(window=window), "direct"))) == (window - 1) * (ranks - 1)
     # Zigzag has twice the borders, two of them inside one rank.
-    zigzag = WholeSequence("zigzag", length, ranks)
+    zigzag = ShardedSequence("zigzag", length, ranks)
     assert sum(map(sum, sent_tokens(zigzag, Mask(window=window), "direct"))) == (window - 1) * (2 * ranks - 2)
-    packed = WholeSequence("contiguous", length, ranks, (tuple(range(0, length + 1, length // ranks)),))
+    packed = ShardedSequence("contiguous", length, ranks, (tuple(range(0, length + 1, length // ranks)),))
     assert sum(map(sum, sent_tokens(packed, Mask(), "direct"))) == 0
     ring = sent_tokens(dense, Mask(), "ring")
     assert ring == [[length // ranks] * (ranks - 1) + [0]] * ranks
@@ -173,14 +173,14 @@ def test_direct_sends_what_the_mask_needs():
 
 
 def test_gathered_keys_in_global_order_make_few_tiles():
-    plan = make_plan(WholeSequence("zigzag", 128, 8), Mask(), 3, transport="allgather")
+    plan = make_plan(ShardedSequence("zigzag", 128, 8), Mask(), 3, transport="allgather")
     found = [(tile.q, tile.num_q, tile.k, tile.num_k, tile.hi) for tile in plan.steps[0].tiles]
     assert found == [(0, 8, 0, 32, 24), (8, 8, 0, 104, 96)]
 
 
 def test_zigzag_steps_are_the_published_ones():
     # Own block one causal call; earlier ranks: all queries x half the keys; later ranks: half the queries x all keys.
-    steps = make_plan(WholeSequence("zigzag", 80, 4), Mask(), 1).steps
+    steps = make_plan(ShardedSequence("zigzag", 80, 4), Mask(), 1).steps
     assert [step.block[0].rank for step in steps] == [1, 0, 3, 2]
     found = [[(t.q, t.num_q, t.k, t.num_k, t.lo, t.hi) for t in step.tiles] for step in steps]
     assert found == [[(0, 20, 0, 20, None, 0)], [(0, 20, 0, 10, None, None)], *[[(10, 10, 0, 20, None, None)]] * 2]
@@ -188,7 +188,7 @@ def test_zigzag_steps_are_the_published_ones():
 
 def test_striped_steps_are_the_published_ones():
     # Visible iff y <= x when the queries' rank is not before the keys' rank, else y < x: a row and a column fewer.
-    sequence = WholeSequence("striped", 40, 4)
+    sequence = ShardedSequence("striped", 40, 4)
     plans = [make_plan(sequence, Mask(), rank) for rank in range(4)]
     for rank, step in [(plan.rank, step) for plan in plans for step in plan.steps]:
         (tile,) = step.tiles
@@ -202,7 +202,7 @@ def test_causal_imbalance_follows_the_closed_formulas(num_ranks):
     length = num_ranks * chunk
 
     def imbalance(layout: str) -> float:
-        work = [rank_work(WholeSequence(layout, length, num_ranks), Mask(), rank) for rank in range(num_ranks)]
+        work = [rank_work(ShardedSequence(layout, length, num_ranks), Mask(), rank) for rank in range(num_ranks)]
         assert sum(work) == length * (length + 1) // 2
         return max(work) * num_ranks / sum(work)
 
@@ -214,7 +214,7 @@ def test_causal_imbalance_follows_the_closed_formulas(num_ranks):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plans_of_1024_ranks_have_the_right_total_work(layout):
-    sequence = WholeSequence(layout, 8192, 1024)
+    sequence = ShardedSequence(layout, 8192, 1024)
     for rank in (0, 1, 511, 1023):
         plan = make_plan(sequence, Mask(), rank)
         assert len(plan.steps) == 1024
@@ -222,19 +222,19 @@ def test_plans_of_1024_ranks_have_the_right_total_work(layout):
 
 
 def test_window_ends_the_ring_early():
-    steps = {w: len(make_plan(WholeSequence("contiguous", 64, 8), Mask(window=w), 3).steps) for w in (1, 8, 10)}
+    steps = {w: len(make_plan(ShardedSequence("contiguous", 64, 8), Mask(window=w), 3).steps) for w in (1, 8, 10)}
     assert steps == {1: 1, 8: 2, 10: 3}
-    double = make_plan(WholeSequence("contiguous", 64, 8), Mask(window=10), 3, transport="double_ring", inner=2)
+    double = make_plan(ShardedSequence("contiguous", 64, 8), Mask(window=10), 3, transport="double_ring", inner=2)
     assert len(double.steps) == 4
 
 
 def test_documents_inside_one_rank_need_no_exchange():
-    sequence = WholeSequence("contiguous", 64, 8, (tuple(range(0, 65, 8)),))
+    sequence = ShardedSequence("contiguous", 64, 8, (tuple(range(0, 65, 8)),))
     assert len(make_plan(sequence, Mask(), 3).steps) == 1
 
 
 def test_many_documents_are_planned_as_few_tiles():
-    sequence = WholeSequence("zigzag", 2**20, 8, (tuple(range(0, 2**20, 128)) + (2**20,),))
+    sequence = ShardedSequence("zigzag", 2**20, 8, (tuple(range(0, 2**20, 128)) + (2**20,),))
     plan = make_plan(sequence, Mask(), 5)
     assert len(plan.steps[0].tiles) == 1024 and len(plan.steps) == 1
     assert plan.work == 1024 * 128 * 129 // 2

@@ -11,7 +11,7 @@ import weakref
 
 from torch import nn
 
-from ..batch_metadata import ContextParallelBatch
+from ..batch_metadata import ContextParallelMetadata
 
 _models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _model_of: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
@@ -26,7 +26,7 @@ def register(model: nn.Module) -> None:
         _model_of[module] = weakref.ref(model)
 
 
-def announce(model: nn.Module, batch: ContextParallelBatch) -> None:
+def announce(model: nn.Module, batch: ContextParallelMetadata) -> None:
     """Let the layers of a guarded model attend with a batch."""
     batches = _batches.setdefault(model, {})
     for key in [key for key, reference in batches.items() if reference() is None]:
@@ -39,7 +39,7 @@ def is_guarded(module: nn.Module) -> bool:
     return _find_model(module) is not None
 
 
-def is_announced(module: nn.Module, batch: ContextParallelBatch) -> bool:
+def is_announced(module: nn.Module, batch: ContextParallelMetadata) -> bool:
     """Return whether the guard of the module's model has announced this batch."""
     model = _find_model(module)
     reference = None if model is None else _batches.get(model, {}).get(id(batch))

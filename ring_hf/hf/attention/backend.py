@@ -18,20 +18,20 @@ from ring_hf.parallel import num_processes, ring_attention
 
 from .. import context
 from ..attn_names import BACKENDS, attention_name
-from ..batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from . import announcements
 from .local import Maths, local_backend
 
 # Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
 # one score per query (Inkling), unlike `s_aux`, one per head.
-CHANGES_THE_RESULT = ("position_bias", "sinks", "indices", "block_indices", "head_mask", "alibi", "cache")
+UNSUPPORTED_KWARGS = ("position_bias", "sinks", "indices", "block_indices", "head_mask", "alibi", "cache")
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 
-class CallCount:
+class AttentionCallRecorder:
     """Notes which modules call the backend with a shard while switched on: the guard proves with it that all
     attention layers do."""
 
@@ -48,7 +48,7 @@ class CallCount:
         return callers
 
 
-call_count = CallCount()
+attention_calls = AttentionCallRecorder()
 
 
 def mask_2d(
@@ -115,14 +115,14 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    context_parallel: ContextParallelBatch | RefusedBatch | None = None,
+    context_parallel: ContextParallelMetadata | InvalidBatch | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer; returns [B, S, H, E] and no weights."""
-    if call_count.on and context_parallel is not None:
-        call_count.callers.append(module)
+    if attention_calls.on and context_parallel is not None:
+        attention_calls.callers.append(module)
     _refuse_unsupported(query, key, value, s_aux, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -136,7 +136,7 @@ def attention(
     if context_parallel is None:
         _refuse_unguarded_training(module)
         return local_backend(query, key, value, maths, attention_mask, dropout, position_ids, cu_seq_lens_q), None
-    if isinstance(context_parallel, RefusedBatch):
+    if isinstance(context_parallel, InvalidBatch):
         raise ValueError(context_parallel.message)
     batch = context_parallel
     if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
@@ -183,7 +183,7 @@ def _chunk(module: torch.nn.Module) -> int | None:
     return chunk if kind == "chunked_attention" else None
 
 
-def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelMetadata) -> torch.Tensor:
     """Llama 4 scales the queries of layers without RoPE by their place, which it counts from 0 in the tensor at hand:
     replace the place in the shard by that in the sequence."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
@@ -199,10 +199,10 @@ def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextP
     return (query_BHCD * (true_C / taken_C)[None, None, :, None]).to(query_BHCD.dtype)
 
 
-NOT_FROM_COLLATOR = (
-    f"Sequences are shared by several ranks, but this training batch carries no {KEY!r}: it did not come from "
-    "ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or collate_fn=... to "
-    "the DataLoader."
+MISSING_METADATA_ERROR = (
+    f"Sequences are shared by several ranks, but this training batch carries no {METADATA_KEY!r}: it "
+    "did not come from ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or "
+    "collate_fn=... to the DataLoader."
 )
 UNANNOUNCED = (
     "A sharded batch reached an attention layer past the checks of ring_hf, which compare it between ranks and put "
@@ -217,7 +217,7 @@ def _refuse_unguarded_training(module: torch.nn.Module) -> None:
     if not (module.training and torch.is_grad_enabled()):
         return
     if context.current() is not None and not announcements.is_guarded(module):
-        raise ValueError(NOT_FROM_COLLATOR)
+        raise ValueError(MISSING_METADATA_ERROR)
     if not context.is_configured() and num_processes() > 1:
         name = attention_name(module.config) if hasattr(module, "config") else None
         raise ValueError(
@@ -245,7 +245,7 @@ def _refuse_unsupported(
             "output_attentions=True needs the attention matrix, which ring attention never builds. "
             'Set it to False, or inspect a short sequence with attn_implementation="eager".'
         )
-    for name in CHANGES_THE_RESULT:
+    for name in UNSUPPORTED_KWARGS:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"The attention layer passes {name!r}, which changes the result and is not computed by the ring "
@@ -285,7 +285,7 @@ def _refuse_unshardable(
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float,
-    batch: ContextParallelBatch,
+    batch: ContextParallelMetadata,
 ) -> None:
     name = attention_name(module.config) if hasattr(module, "config") else None
     if name is not None and BACKENDS.get(name) != batch.sequence.layout:

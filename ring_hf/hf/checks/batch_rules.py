@@ -10,8 +10,8 @@ from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
 from .. import context as process
-from ..attention.backend import NOT_FROM_COLLATOR
-from ..batch_metadata import KEY, ContextParallelBatch, RefusedBatch
+from ..attention.backend import MISSING_METADATA_ERROR
+from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..degrees import resolve
 from .argument_rules import check_loader, check_weights
 from .moe_aux_loss import router_output_error
@@ -21,11 +21,11 @@ def find_batch_error(
     model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], context: process.ProcessContext
 ) -> str | None:
     """Return what is wrong with the arguments of a forward pass of sharded sequences, as far as this rank can see."""
-    batch = kwargs.get(KEY)
-    if isinstance(batch, RefusedBatch):
+    batch = kwargs.get(METADATA_KEY)
+    if isinstance(batch, InvalidBatch):
         return batch.message
-    if not isinstance(batch, ContextParallelBatch):
-        return NOT_FROM_COLLATOR
+    if not isinstance(batch, ContextParallelMetadata):
+        return MISSING_METADATA_ERROR
     if args:
         return "Tokens were passed by position. Call the model with the batch as keyword arguments: model(**batch)."
     if model.training and kwargs.get("shift_labels") is not None and kwargs.get("labels") is None:
@@ -68,12 +68,12 @@ def find_batch_error(
     return None
 
 
-def _exchange(batch: ContextParallelBatch) -> tuple[str, int, int]:
+def _exchange(batch: ContextParallelMetadata) -> tuple[str, int, int]:
     return batch.transport, batch.inner_ring_size, batch.head_chunks
 
 
 def _find_other_degrees(
-    model: PreTrainedModel, batch: ContextParallelBatch, context: process.ProcessContext
+    model: PreTrainedModel, batch: ContextParallelMetadata, context: process.ProcessContext
 ) -> str | None:
     """The collator resolved the split from the model it was given: is it still that of the model that runs?"""
     try:

@@ -37,7 +37,7 @@ class AttentionKind:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class ModelInspection:
     """A model as context parallelism sees it.
 
     Attributes:
@@ -65,7 +65,7 @@ def load_config(keys: Mapping[str, Any], source: str) -> Any:
         raise ValueError(f"{source} is no configuration that Transformers can read ({error}).") from error
 
 
-def inspect_model(name: str, config: Any, attention: str) -> Inspected:
+def inspect_model(name: str, config: Any, attention: str) -> ModelInspection:
     """Builds the model of a configuration without weights and looks at its attention.
 
     Args:
@@ -77,13 +77,13 @@ def inspect_model(name: str, config: Any, attention: str) -> Inspected:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # not causal, not this backend, a field missing
         said = " ".join(str(error).split())
-        return Inspected(name, config.model_type, f"Transformers cannot build it: {said}", (), False)
+        return ModelInspection(name, config.model_type, f"Transformers cannot build it: {said}", (), False)
     refused = first_error(MODEL_RULES, model)
     counted = _probe(model)
     if counted is None:
         counted = _configured(text_config(model))
-        return Inspected(name, config.model_type, refused, counted, False)
-    return Inspected(name, config.model_type, refused, counted, True)
+        return ModelInspection(name, config.model_type, refused, counted, False)
+    return ModelInspection(name, config.model_type, refused, counted, True)
 
 
 def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionKind, int], ...] | None:

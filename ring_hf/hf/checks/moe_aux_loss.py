@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ring_hf.parallel import all_gather, join
 
-from ..batch_metadata import KEY, ContextParallelBatch
+from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -58,14 +58,14 @@ def router_output_error(model: PreTrainedModel, kwargs: dict[str, Any]) -> str |
 
 def gather_router_logits(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the inner model: its router logits become those of the whole sequence."""
-    batch = kwargs.get(KEY)
+    batch = kwargs.get(METADATA_KEY)
     logits = getattr(output, "router_logits", None)
-    if isinstance(batch, ContextParallelBatch) and logits is not None:
+    if isinstance(batch, ContextParallelMetadata) and logits is not None:
         output.router_logits = tuple(_whole(layer, batch) for layer in logits)
     return output
 
 
-def share(model: PreTrainedModel, output: Any, batch: ContextParallelBatch) -> Any:
+def share(model: PreTrainedModel, output: Any, batch: ContextParallelMetadata) -> Any:
     """The rank's loss with its part of the auxiliary loss, so that the losses of all ranks add up."""
     aux_loss = getattr(output, "aux_loss", None)
     if not isinstance(aux_loss, torch.Tensor) or output.loss is None:
@@ -75,7 +75,7 @@ def share(model: PreTrainedModel, output: Any, batch: ContextParallelBatch) -> A
     return output.loss - factor * (1 - 1 / num_ranks) * aux_loss.detach().to(output.loss.device)
 
 
-def _whole(logits: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+def _whole(logits: torch.Tensor, batch: ContextParallelMetadata) -> torch.Tensor:
     """[B * C, E] of this rank to [T, E] of all ranks."""
     num_experts, sequence = logits.shape[-1], batch.sequence
     gathered = (logits,) if sequence.num_ranks == 1 else _Gather.apply(logits.contiguous(), batch.group, batch.rank)

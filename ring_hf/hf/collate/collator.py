@@ -2,7 +2,7 @@
 
 An inner collator makes the plain batch. Here the labels are shifted (globally, before anything is cut), documents and
 padding are found, everything is padded to the layout's multiple, and this rank's segments are taken. What the shard
-cannot tell travels beside it as a `ContextParallelBatch`. Without context parallelism the inner batch is returned as
+cannot tell travels beside it as `ContextParallelMetadata`. Without context parallelism the inner batch is returned as
 it is, so one script serves both (with prefixes, which no plain batch can carry, it is one shard of one).
 
 To the Trainer a shard is a batch of its own with distinct target tokens, so its token-weighted mean of the loss over
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ring_hf.geometry import WholeSequence, padded_length
+from ring_hf.geometry import ShardedSequence, padded_length
 from ring_hf.parallel import cut
 
 from .. import context as process
 from ..attn_names import BACKENDS, attention_name
-from ..batch_metadata import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
+from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..checks import padded_targets
 from ..checks.argument_rules import check_weights
 from ..degrees import resolve
@@ -38,13 +38,13 @@ from ..documents import (
     shift_left,
     shift_right,
 )
-from .default_collator import PadOrPack
+from .default_collator import PadOrPackCollator
 from .prefix_lm import prefixes_of_documents, refuse_column, take_prefixes, targets_inside
 
 logger = logging.getLogger(__name__)
 
 # One process that holds whole sequences, for what only the description of a batch can carry.
-ALONE = process.ProcessContext(size=1, rank=0, num_replicas=1, replica=0, group="", replica_group=None)
+SINGLE_PROCESS = process.ProcessContext(size=1, rank=0, num_replicas=1, replica=0, group="", replica_group=None)
 
 PER_TOKEN = ("input_ids", "labels", "shift_labels", "loss_weights", "attention_mask", "position_ids", "seq_idx")
 DESCRIPTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -96,7 +96,7 @@ class ContextParallelCollator:
         if pad_token_id is None:
             pad_token_id = getattr(self._config, "pad_token_id", None)
         self._pad_token_id = _valid_padding(pad_token_id, self._config)
-        self.inner = inner if inner is not None else PadOrPack(packing, self._pad_token_id)
+        self.inner = inner if inner is not None else PadOrPackCollator(packing, self._pad_token_id)
         self.prefix_lm = prefix_lm
         self._warned = False
         self._sent_context: process.ProcessContext | None = None
@@ -109,7 +109,7 @@ class ContextParallelCollator:
         return process.current() or self._sent_context
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
-        """The batch of this rank. A batch that cannot be sharded becomes a `RefusedBatch`: raising here, perhaps in a
+        """The batch of this rank. A batch that cannot be sharded becomes a `InvalidBatch`: raising here, perhaps in a
         loader worker of one rank only, would leave the other ranks waiting."""
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors={return_tensors!r}: only PyTorch tensors ('pt') can be sharded.")
@@ -127,7 +127,7 @@ class ContextParallelCollator:
             logger.warning("batch refused: %s", error)
             nothing = torch.full((max(len(features), 1), 1), IGNORE_INDEX)
             empty = {"labels": nothing, "shift_labels": nothing.clone()}
-            return {"input_ids": torch.zeros_like(nothing), **empty, KEY: RefusedBatch(str(error))}
+            return {"input_ids": torch.zeros_like(nothing), **empty, METADATA_KEY: InvalidBatch(str(error))}
 
     def _refuse_padded_targets(self, whole: Mapping[str, Any]) -> None:
         """In one process as with several, a ring backend is not asked for predictions of padding."""
@@ -155,7 +155,7 @@ class ContextParallelCollator:
                 "auxiliary loss, which only the ranks of a shared sequence leave out. Set "
                 "model.config.output_router_logits = False."
             )
-        return self._shard(features, ALONE)
+        return self._shard(features, SINGLE_PROCESS)
 
     def _shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:
         split = resolve(self._config, context)
@@ -192,10 +192,10 @@ class ContextParallelCollator:
             if documents is not None:
                 documents = tuple((*row, padded) for row in documents)
                 prefixes = prefixes and tuple((*row, 0) for row in prefixes)
-        sequence = WholeSequence(
+        sequence = ShardedSequence(
             split.layout, padded, split.size, documents, num_tokens, prefixes=prefixes, ulysses=split.ulysses_size
         )
-        description = ContextParallelBatch(
+        description = ContextParallelMetadata(
             sequence=sequence,
             group=context.group,
             rank=context.rank,
@@ -209,7 +209,7 @@ class ContextParallelCollator:
             head_chunks=split.head_chunks,
         )
         segments = sequence.segments(context.rank)
-        return {**{key: cut(value, segments, 1) for key, value in whole.items()}, KEY: description}
+        return {**{key: cut(value, segments, 1) for key, value in whole.items()}, METADATA_KEY: description}
 
     def _warn_of_visible_targets(
         self, whole: Mapping[str, torch.Tensor], documents: Documents | None, prefixes: Documents

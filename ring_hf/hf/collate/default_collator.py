@@ -21,7 +21,7 @@ FILL = {
 }
 
 
-class PadOrPack:
+class PadOrPackCollator:
     """Collates lists of token ids (keys input_ids, labels, shift_labels, attention_mask, position_ids) and of
     loss_weights, one number per label.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ring_hf.memory.lazy_logits import DeferredLogits
+from ring_hf.memory.lazy_logits import LazyLogits
 
 from ..context import ProcessContext
 from .pass_message import NO_FINGERPRINT, PassMessage, groups_of
@@ -66,7 +66,7 @@ class LossMonitor:
         if isinstance(value, tuple | list):
             parts = [self._alias(name, x, num_ranks, allowed) for x in value] if _is_plain(value) else value
             return type(value)(parts) if _is_plain(value) else value
-        if isinstance(value, DeferredLogits):
+        if isinstance(value, LazyLogits):
             value.on_compute = lambda logits: self._alias(name, logits, num_ranks, allowed)
             return value
         if not isinstance(value, torch.Tensor) or not value.requires_grad:

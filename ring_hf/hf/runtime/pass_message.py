@@ -26,7 +26,7 @@ class PassMessage:
     """The message of one rank.
 
     Attributes:
-        fingerprint: 32 hex digits, the hash of the whole batch (see `ContextParallelBatch`).
+        fingerprint: 32 hex digits, the hash of the whole batch (see `ContextParallelMetadata`).
         is_training: the mode of the model.
         needs_agreement: whether this rank wants all ranks to compare their facts and errors.
         num_targets: target tokens of this rank's shard (or the sum of their weights).

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..batch_metadata import ContextParallelBatch
+from ..batch_metadata import ContextParallelMetadata
 from .loss_monitor import LossMonitor
 from .token_reads import TokenReads
 
@@ -24,7 +24,7 @@ class RuntimeState:
         token_reads: during a trial step, notes reads of tokens outside the model.
     """
 
-    batch: ContextParallelBatch | None = None
+    batch: ContextParallelMetadata | None = None
     monitor: LossMonitor = field(default_factory=LossMonitor)
     captured: list[torch.Tensor] | None = None
     token_reads: TokenReads | None = None

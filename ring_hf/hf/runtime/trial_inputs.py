@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from ring_hf.parallel import all_gather
 
 from .. import context as process
-from ..attention.backend import NOT_FROM_COLLATOR
-from ..batch_metadata import IGNORE_INDEX, KEY, ContextParallelBatch, RefusedBatch
+from ..attention.backend import MISSING_METADATA_ERROR
+from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..collate.collator import ContextParallelCollator
 from ..documents import shift_left
-from ..refusal import refuse_together
+from ..refusal import raise_on_all_ranks
 
 TOKENS_PER_RANK = 12
 # Tokens that the two examples are shorter than the shards together, so that padding has its part in the trial: that of
@@ -42,23 +42,23 @@ def make_inputs(model: PreTrainedModel, inputs: dict[str, Any], context: process
     Raises:
         ValueError: if the ranks do not hold shards of one batch (on every rank), or the tokens cannot be sharded.
     """
-    batch = inputs.get(KEY)
-    is_sharded = isinstance(batch, ContextParallelBatch)
-    fingerprint = batch.fingerprint if isinstance(batch, ContextParallelBatch) else None
-    error = None if is_sharded else getattr(batch, "message", NOT_FROM_COLLATOR)
-    refuse_together(error, {"the batch (hash of its tokens, labels and documents)": fingerprint}, context)
-    assert isinstance(batch, ContextParallelBatch)
+    batch = inputs.get(METADATA_KEY)
+    is_sharded = isinstance(batch, ContextParallelMetadata)
+    fingerprint = batch.fingerprint if isinstance(batch, ContextParallelMetadata) else None
+    error = None if is_sharded else getattr(batch, "message", MISSING_METADATA_ERROR)
+    raise_on_all_ranks(error, {"the batch (hash of its tokens, labels and documents)": fingerprint}, context)
+    assert isinstance(batch, ContextParallelMetadata)
     tokens_Bk = inputs["input_ids"][:1, :TOKENS_PER_RANK]
     tokens_n = torch.cat(all_gather(tokens_Bk, context.group), 1)[0].cpu()
     weighted = "loss_weights" in inputs
     examples = [_make_example(x[n:], weighted) for x, n in zip((tokens_n, tokens_n.flip(0)), SHORTER_BY, strict=True)]
     is_packed = batch.sequence.documents is not None
     collate = ContextParallelCollator(model.config, packing=is_packed)
-    if isinstance(refusal := collate(examples)[KEY], RefusedBatch):
+    if isinstance(refusal := collate(examples)[METADATA_KEY], InvalidBatch):
         raise ValueError(refusal.message)
     _thin_out_labels(examples, refusal, is_packed)
     sharded = collate(examples)
-    sharded[KEY] = replace(sharded[KEY], kernel="auto")  # one for half precision would not take fp32
+    sharded[METADATA_KEY] = replace(sharded[METADATA_KEY], kernel="auto")  # one for half precision would not take fp32
     with process.whole_sequences():
         whole = dict(collate(examples))
     whole["shift_labels"] = shift_left(whole["labels"])
@@ -77,7 +77,7 @@ def _make_example(tokens_n: torch.Tensor, weighted: bool) -> dict[str, torch.Ten
     return example
 
 
-def _thin_out_labels(examples: list[dict[str, torch.Tensor]], batch: ContextParallelBatch, is_packed: bool) -> None:
+def _thin_out_labels(examples: list[dict[str, torch.Tensor]], batch: ContextParallelMetadata, is_packed: bool) -> None:
     """Keep 1, 3, 5, ... targets of ranks 0, 1, 2, ... in the first row and one more in the second."""
     owner = torch.empty(batch.sequence.length, dtype=torch.long)
     for rank in range(batch.sequence.num_ranks):

@@ -28,8 +28,8 @@ from ring_hf.memory.sharded_weights import is_dtensor
 from ring_hf.parallel import all_reduce
 
 from .. import context as process
-from ..batch_metadata import KEY
-from ..refusal import refuse_together
+from ..batch_metadata import METADATA_KEY
+from ..refusal import raise_on_all_ranks
 from . import full_precision
 from .gradients import BY_AUTOGRAD, GradientMethod, Take, compute_dtype, local
 from .preserved_state import preserved
@@ -75,7 +75,7 @@ def try_model(
     Raises:
         ValueError: on every rank, if the two losses or gradients differ.
     """
-    known = {KEY, "input_ids", "labels", "shift_labels", "position_ids", "loss_weights", "num_items_in_batch"}
+    known = {METADATA_KEY, "input_ids", "labels", "shift_labels", "position_ids", "loss_weights", "num_items_in_batch"}
     more = {key: value for key, value in kwargs.items() if key not in known}
 
     def step(inputs: Inputs, num_items: float | None) -> Tensor:
@@ -138,7 +138,7 @@ def run_trial(
             f"{reason}: something there computes from one shard what it should from the whole sequence. Leave it "
             "out, or let it take sums over the shard's targets (shift_labels) divided by num_items_in_batch."
         )
-    refuse_together(error, {}, context)
+    raise_on_all_ranks(error, {}, context)
     if context.replica == context.rank == 0:
         logger.info(
             "trial step (%s): loss differs by %.1e, gradients by %.1e from one process; %.2f s",
@@ -184,7 +184,7 @@ def _attempt(
     finally:
         runtime_state.monitor.recording = runtime_state.token_reads = None
     _agree_on_failure(sharded, "on shards", context)
-    refuse_together(error, {}, context)
+    raise_on_all_ranks(error, {}, context)
     assert not isinstance(whole, str) and not isinstance(sharded, str)
     return whole, sharded, frozenset(recording)
 
@@ -205,7 +205,7 @@ def _run(step: Callable[[], Tensor], take: Take, parameters: dict[str, nn.Parame
 
 
 def _agree_on_failure(result: Gradients | str, where: str, context: process.ProcessContext) -> None:
-    refuse_together(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, {}, context)
+    raise_on_all_ranks(f"A trial step {where} failed: {result}" if isinstance(result, str) else None, {}, context)
 
 
 @contextlib.contextmanager

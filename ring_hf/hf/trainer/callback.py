@@ -21,7 +21,7 @@ from ..checks.liger import check_liger
 from ..checks.model_rules import MODEL_RULES
 from ..checks.trainer_rules import TRAINER_RULES
 from ..degrees import resolve, split_error
-from ..refusal import refuse_together
+from ..refusal import raise_on_all_ranks
 from ..runtime.runtime_state import runtime_state
 from . import counters, evaluation_loss
 from .engines import blocks_error, checkpoints_layers, engine_of, messages, weights_error
@@ -76,7 +76,7 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
-            guard_model(model).prove_again()
+            guard_model(model).recheck_next_forward()
 
             # Accelerate marks a model that it prepared for evaluation, and would not wrap it for training later.
             if hasattr(model, "_is_accelerate_prepared"):
@@ -124,11 +124,11 @@ class ContextParallelCallback(TrainerCallback):
         trainer = find_trainer()
         error = error or (None if trainer is None else first_error(TRAINER_RULES, trainer))
         split = None if error is not None else resolve(inner.config, context)
-        refuse_together(error, {"the way sequences are split": str(split)}, context)
+        raise_on_all_ranks(error, {"the way sequences are split": str(split)}, context)
         assert split is not None
         # Once for a split: here, so that evaluation without training finds it done, too.
         warm_up(group_of(context.group), args.device, split.ulysses_size, split.inner_ring_size)
-        guard_model(model).prove_again()
+        guard_model(model).recheck_next_forward()
         if trainer is not None:
             evaluation_loss.install(trainer, inner, guard_model(model))
             counters.install(trainer, context)

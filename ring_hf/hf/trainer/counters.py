@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..batch_metadata import KEY, ContextParallelBatch
+from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
 from ..context import ProcessContext
 from .exact_evaluation import current_evaluator
 
@@ -28,7 +28,7 @@ def install(trainer: Trainer, context: ProcessContext) -> None:
         _correct_sft_tokens(trainer)
 
 
-def count_tokens(batch: ContextParallelBatch, num_rows: int, with_padding: bool) -> int:
+def count_tokens(batch: ContextParallelMetadata, num_rows: int, with_padding: bool) -> int:
     """Return the tokens of a whole batch: as the inner collator made it, or without its padding."""
     if with_padding or batch.sequence.num_tokens is None:
         return num_rows * batch.unpadded_length
@@ -61,8 +61,8 @@ def _correct_input_tokens(trainer: Trainer) -> None:
         return
 
     def track(inputs: dict[str, Any]) -> None:
-        batch, counts = inputs.get(KEY), trainer.args.include_num_input_tokens_seen
-        if counts == "no" or not isinstance(batch, ContextParallelBatch):
+        batch, counts = inputs.get(METADATA_KEY), trainer.args.include_num_input_tokens_seen
+        if counts == "no" or not isinstance(batch, ContextParallelMetadata):
             return stock(inputs)
         tokens = count_tokens(batch, inputs["input_ids"].shape[0], with_padding=counts == "all")
         trainer.state.num_input_tokens_seen += _sum_over_replicas(trainer, tokens, batch)
@@ -95,10 +95,10 @@ def _correct_sft_tokens(trainer: Any) -> None:
     stock = trainer.training_step
 
     def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        batch, before = inputs.get(KEY), trainer._total_train_tokens
+        batch, before = inputs.get(METADATA_KEY), trainer._total_train_tokens
         num_rows = inputs["input_ids"].shape[0]
         loss = stock(model, inputs, *args, **kwargs)
-        if isinstance(batch, ContextParallelBatch) and trainer._total_train_tokens != before:
+        if isinstance(batch, ContextParallelMetadata) and trainer._total_train_tokens != before:
             trainer._total_train_tokens = before + _sum_over_replicas(
                 trainer, count_tokens(batch, num_rows, with_padding=False), batch
             )
@@ -108,7 +108,7 @@ def _correct_sft_tokens(trainer: Any) -> None:
     trainer.training_step = training_step
 
 
-def _sum_over_replicas(trainer: Trainer, tokens: int, batch: ContextParallelBatch) -> int:
+def _sum_over_replicas(trainer: Trainer, tokens: int, batch: ContextParallelMetadata) -> int:
     """Return the sum of the tokens of all batches, of which several ranks hold a shard each."""
     mine = torch.tensor(tokens if batch.rank == 0 else 0, device=trainer.args.device, dtype=torch.int64)
     return int(trainer.accelerator.gather(mine).sum())

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, Trainer
 from ring_hf.parallel import all_reduce
 
 from .. import context as process
-from ..batch_metadata import KEY, ContextParallelBatch
-from ..refusal import refuse_together
+from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
+from ..refusal import raise_on_all_ranks
 from ..runtime.preserved_state import preserved
 from ..runtime.runtime_state import runtime_state
 from ..runtime.trial_inputs import make_inputs
@@ -39,13 +39,13 @@ def install(trainer: Trainer, model: PreTrainedModel, guard: Guard) -> None:
     def compute_loss(wrapped: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal is_proven
         context, evaluator = process.current(), current_evaluator()
-        sharded = isinstance(inputs.get(KEY), ContextParallelBatch) and inputs.get("labels") is not None
+        sharded = isinstance(inputs.get(METADATA_KEY), ContextParallelMetadata) and inputs.get("labels") is not None
         if model.training or context is None or evaluator is None or not sharded:
             return stock(wrapped, inputs, *args, **kwargs)
         if not is_proven:
             _try(trainer, stock, model, guard, inputs, context, evaluator)
             is_proven = True
-        kwargs["num_items_in_batch"] = evaluator.prepare(inputs[KEY], inputs)["num_items_in_batch"]
+        kwargs["num_items_in_batch"] = evaluator.prepare(inputs[METADATA_KEY], inputs)["num_items_in_batch"]
         result = stock(wrapped, inputs, *args, **kwargs)
         if isinstance(result, tuple):
             return evaluator.mean_over_ranks(result[0]), *result[1:]
@@ -89,7 +89,7 @@ def _try(
     finally:
         guard.in_trial = False
         runtime_state.batch = None
-    refuse_together(error, {}, context)
+    raise_on_all_ranks(error, {}, context)
     sharded = float(all_reduce(torch.tensor(sharded, dtype=torch.float64), context.group)) / context.size
     bar = TOLERANCES.get(model.dtype, LOW_PRECISION)[0]
     if abs(sharded - whole) > bar * abs(whole):
@@ -98,4 +98,4 @@ def _try(
             f"shards, {whole:.7g} on whole sequences of {few.num_targets} targets. Set eval_strategy='no', or let "
             "compute_loss take the sum over shift_labels divided by num_items_in_batch."
         )
-    refuse_together(error, {}, context)
+    raise_on_all_ranks(error, {}, context)

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 from ring_hf.parallel import all_gather, join
 
 from .. import context as process
-from ..batch_metadata import IGNORE_INDEX, ContextParallelBatch
+from ..batch_metadata import IGNORE_INDEX, ContextParallelMetadata
 from ..context import ProcessContext
 from ..runtime.loss_monitor import find_other_loss
 from ..runtime.pass_message import exchange
@@ -96,7 +96,7 @@ class Evaluator:
             )
         return None
 
-    def prepare(self, batch: ContextParallelBatch, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, batch: ContextParallelMetadata, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The model's arguments, with repeated examples masked out and the targets of all ranks counted."""
         runtime_state.batch = batch
         shift_labels_BC = kwargs.get("shift_labels")
@@ -137,7 +137,7 @@ class Evaluator:
         per_replica = state.active_dataloader.total_batch_size // self.context.num_replicas
         return min(max(state.remainder - self.context.replica * per_replica, 0), per_replica)
 
-    def _mask_repeated(self, shift_labels_BC: torch.Tensor, batch: ContextParallelBatch) -> torch.Tensor:
+    def _mask_repeated(self, shift_labels_BC: torch.Tensor, batch: ContextParallelMetadata) -> torch.Tensor:
         num_real = self._num_real_examples()
         if num_real is None:
             return shift_labels_BC

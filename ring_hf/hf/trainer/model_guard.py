@@ -22,15 +22,15 @@ from ring_hf.memory import applied_to
 
 from .. import context as process
 from ..attention import announcements
-from ..attention.backend import call_count
+from ..attention.backend import attention_calls
 from ..attn_names import BACKENDS, attention_name
-from ..batch_metadata import IGNORE_INDEX, KEY, ContextParallelBatch
+from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata
 from ..checks import padded_targets
 from ..checks.argument_rules import first_error
 from ..checks.batch_rules import find_batch_error
 from ..checks.model_rules import MODEL_RULES, text_config
 from ..checks.moe_aux_loss import gather_router_logits, share
-from ..refusal import refuse_together
+from ..refusal import raise_on_all_ranks
 from ..runtime.loss_monitor import find_other_loss
 from ..runtime.pass_message import NO_FINGERPRINT, PassMessage, exchange, find_disagreement, groups_of
 from ..runtime.proven_classes import find_unproven
@@ -142,7 +142,7 @@ class Guard:
         self._scaled_by_trainer = False
         self._counted_here = False
 
-    def prove_again(self, mode: str | None = None) -> None:
+    def recheck_next_forward(self, mode: str | None = None) -> None:
         """Compare all facts at the next forward pass of a mode (default: each): another loader may come."""
         self._proven -= {mode} if mode is not None else {"training", "evaluation"}
 
@@ -161,7 +161,7 @@ class Guard:
         if context is None or evaluator is None:
             padded_targets.refuse(model, kwargs)
             return None
-        batch = kwargs.get(KEY)
+        batch = kwargs.get(METADATA_KEY)
         runtime_state.batch = None
         if batch is None and not (model.training and kwargs.get("labels") is not None):
             return None  # whole sequences: generation, samples
@@ -172,11 +172,11 @@ class Guard:
         error = error or find_batch_error(model, args, kwargs, context)
         error = error or (None if model.training else evaluator.error(batch))
         messages = self._compare(model, kwargs, error, context)
-        assert isinstance(batch, ContextParallelBatch)
+        assert isinstance(batch, ContextParallelMetadata)
         if model.training and mode not in self._proven and not (self.trainer_takes_trial or self.in_trial):
             self._take_trial(model, kwargs, context)
         if mode not in self._proven:
-            call_count.start()
+            attention_calls.start()
         announcements.register(model)
         announcements.announce(model, batch)
         if not model.training:
@@ -194,18 +194,18 @@ class Guard:
     def after(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Count attention calls on the first pass; give every rank the loss of the whole evaluation batch."""
         context, evaluator = process.current(), current_evaluator()
-        if context is None or evaluator is None or kwargs.get(KEY) is None:
+        if context is None or evaluator is None or kwargs.get(METADATA_KEY) is None:
             return None
         if runtime_state.token_reads is not None:
             runtime_state.token_reads.inside_model = False
         mode = _mode(model)
         if mode not in self._proven:
-            _check_calls(model, call_count.stop())
+            _check_calls(model, attention_calls.stop())
             if not self.in_trial:
                 self._proven.add(mode)
         has_labels = kwargs.get("labels") is not None
         if has_labels and getattr(output, "loss", None) is not None:
-            output.loss = share(model, output, kwargs[KEY])
+            output.loss = share(model, output, kwargs[METADATA_KEY])
         if model.training:
             if has_labels and self._counted_here:
                 # The engine takes the mean over ranks, of which each has a share of the group's loss.
@@ -223,7 +223,7 @@ class Guard:
         context: process.ProcessContext,
     ) -> list[PassMessage]:
         """Exchange messages with all ranks; raise the same error on each if anything is wrong or differs."""
-        batch = kwargs.get(KEY)
+        batch = kwargs.get(METADATA_KEY)
         is_first = _mode(model) not in self._proven
         targets = _count_targets(kwargs) if model.training and error is None and _needs_count(kwargs) else 0.0
         mine = PassMessage(
@@ -236,7 +236,7 @@ class Guard:
         )
         messages = exchange(mine, kwargs["input_ids"].device if "input_ids" in kwargs else model.device)
         if any(message.needs_agreement for message in messages):
-            refuse_together(error, _facts(model, batch), context)
+            raise_on_all_ranks(error, _facts(model, batch), context)
         different = find_disagreement(messages, context)
         if different is not None:
             raise ValueError(f"{self._when()}{different}. {_advice(different)}")
@@ -309,7 +309,7 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
     }
     levers = applied_to(model)
     facts["the levers on memory"] = None if levers is None else str(levers.config)  # recomputing exchanges again
-    if isinstance(batch, ContextParallelBatch):
+    if isinstance(batch, ContextParallelMetadata):
         sequence = batch.sequence
         facts["the layout"] = f"{sequence.layout}, {sequence.num_ranks} ranks, ulysses_size {sequence.ulysses}"
         facts["the transport"] = f"{batch.transport}, inner_ring_size {batch.inner_ring_size}"
