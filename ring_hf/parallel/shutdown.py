@@ -145,7 +145,7 @@ def _workers() -> dict[str, tuple[str, int]]:
             if (task / "comm").read_text().strip() == _WORKER:
                 status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
                 switches = int(status["voluntary_ctxt_switches"]) + int(status["nonvoluntary_ctxt_switches"])
-                workers[task.name] = status["OutLseAccumulator"].split()[0], switches
+                workers[task.name] = status["State"].split()[0], switches
         except (FileNotFoundError, ProcessLookupError):  # the thread has ended
             continue
     return workers
