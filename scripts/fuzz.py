@@ -28,7 +28,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, head_split, multiple
+from ring_hf.geometry import (
+    LAYOUTS,
+    TRANSPORTS,
+    AttentionSpec,
+    Mask,
+    RingOptions,
+    ShardedSequence,
+    head_split,
+    multiple,
+)
 from ring_hf.parallel import ring_attention
 from ring_hf.parallel.sharding import cut, join
 from tests.dense import dense_attention, dense_mask, with_gradients
@@ -161,17 +170,9 @@ def worst_difference(case: Case, run: Callable[..., list[Any]]) -> float:
                 v,
                 sequence=s,
                 group=group if s.num_ranks > 1 else "",
-                causal=case.mask.causal,
-                window=case.mask.window,
-                chunk=case.mask.chunk,
-                scale=scale,
-                softcap=case.softcap,
+                spec=AttentionSpec(**vars(case.mask), scale=scale, softcap=case.softcap),
+                options=RingOptions(case.transport, case.inner, None, case.head_chunks, case.kernel, case.overlap),
                 sinks=sinks,
-                kernel=case.kernel,
-                transport=case.transport,
-                inner_ring_size=case.inner,
-                head_chunks=case.head_chunks,
-                overlap=case.overlap,
             )
 
         mine = [cut(x, shard, dim=2) for x in (q, k, v)]

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from ring_hf.parallel import buffers, streams, transport
 
 Clock = dict[int, int]
-POISONED = buffers.Pool.take  # as the harness has made it: the poison would be written without a wait
-TAKE = getattr(POISONED, "__wrapped__", POISONED)
+POISONED = buffers.Pool.acquire  # as the harness has made it: the poison would be written without a wait
+ACQUIRE = getattr(POISONED, "__wrapped__", POISONED)
 
 
 def _later(one: Clock, other: Clock) -> Clock:
@@ -133,8 +133,8 @@ class Machine(TorchDispatchMode):
         self._live: dict[int, tuple[int, StorageWeakRef, Stream]] = {}  # by address: token, weak reference, home
         self._tokens = 0
         self._shared: dict[int, set[Stream]] = {}  # by token: streams that record_stream named
-        self.lane = streams.CudaCommStream(torch.device("cpu"), Cuda(self))
-        self.pool = buffers.Pool(torch.device("cpu"), self.lane)
+        self.stream = streams.CudaCommStream(torch.device("cpu"), Cuda(self))
+        self.pool = buffers.Pool(torch.device("cpu"), self.stream)
 
     def token(self, x: torch.Tensor) -> int:
         storage = x.untyped_storage()
@@ -280,7 +280,7 @@ def record(
     }
     ours = {
         "dedicated_group": lambda group, ranks, purpose, device: Group(size, purpose),
-        "comm_stream_of": lambda device: _machine.lane,
+        "comm_stream_of": lambda device: _machine.stream,
         "pool_of": lambda device: _machine.pool,
         "_all_gather": collective("all_gather"),
         "_reduce_scatter": collective("reduce_scatter"),
@@ -289,7 +289,9 @@ def record(
     with (
         mock.patch.multiple(dist, **stand_ins),
         mock.patch.multiple(transport, **ours),
-        mock.patch.object(buffers.Pool, "take", TAKE if buffers.Pool.take is POISONED else buffers.Pool.take),
+        mock.patch.object(
+            buffers.Pool, "acquire", ACQUIRE if buffers.Pool.acquire is POISONED else buffers.Pool.acquire
+        ),
         mock.patch.object(torch.Tensor, "record_stream", lambda x, stream: _machine.share(x, stream)),
     ):
         for rank in range(size):

@@ -57,16 +57,16 @@ def poison_empty() -> None:
     torch.empty = poisoned(torch.empty)
     torch.empty_like = poisoned(torch.empty_like)
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
-    take = buffers.Pool.take
+    acquire = buffers.Pool.acquire
 
-    @functools.wraps(take)
-    def poisoned_take(*args: Any) -> buffers.Buffer:
-        buffer = take(*args)
+    @functools.wraps(acquire)
+    def poisoned_acquire(*args: Any) -> buffers.Buffer:
+        buffer = acquire(*args)
         if buffer.flat.is_floating_point():
             buffer.flat.fill_(torch.nan)
         return buffer
 
-    buffers.Pool.take = poisoned_take  # type: ignore[method-assign]
+    buffers.Pool.acquire = poisoned_acquire  # type: ignore[method-assign]
 
 
 def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:

@@ -33,8 +33,8 @@ def measure(
     if size == 1:
         return speeds(job, device, say), []
     say(MEETING)
-    with bandwidth.joined(rank, size, device, store, job.seconds):
-        links = bandwidth.measure_links(device, job.messages, job.repeats, say)
+    with bandwidth.process_group(rank, size, device, store, job.seconds):
+        links = bandwidth.measure_p2p(device, job.messages, job.repeats, say)
         found = speeds(job, device, say)
         return [_slowest(bandwidth.gather([speed])) for speed in found], links
 

@@ -18,19 +18,22 @@ from .layout import (
     shard_index,
     unshard_index,
 )
-from .plan import TRANSPORTS, Move, Plan, Slice, Step, make_plan, sent_tokens
+from .plan import Move, Plan, Slice, Step, make_plan, sent_tokens
 from .sequence import Mask, RowRegions, ShardedSequence
+from .spec import TRANSPORTS, AttentionSpec, RingOptions, check_transport, divisors, either_of
 from .tiles import Tile, tiles
 
 __all__ = [
     "LAYOUTS",
     "TRANSPORTS",
+    "AttentionSpec",
     "HeadChunk",
     "HeadShare",
     "Mask",
     "Move",
     "Piece",
     "Plan",
+    "RingOptions",
     "RowRegions",
     "Segment",
     "ShardedSequence",
@@ -42,7 +45,10 @@ __all__ = [
     "balanced_owners",
     "check_head_chunks",
     "check_length",
+    "check_transport",
     "chunk_heads",
+    "divisors",
+    "either_of",
     "farthest",
     "head_split",
     "make_plan",

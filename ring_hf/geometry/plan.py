@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from .dependencies import farthest, needed
 from .layout import Segment, slice_segments
 from .sequence import Mask, ShardedSequence
+from .spec import check_transport
 from .tiles import Tile, tiles
-
-TRANSPORTS = ("ring", "double_ring", "allgather", "direct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +141,8 @@ def _gathered_block(sequence: ShardedSequence) -> tuple[Slice, ...]:
 def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inner: int) -> list[tuple[Slice, ...]]:
     """The blocks of keys that `rank` holds, step by step; the same number of steps on every rank."""
     size = sequence.ring_size
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport={transport!r} is not known. Choose one of auto, {', '.join(TRANSPORTS)}.")
+    check_transport(transport)
+    assert transport != "auto", "the caller resolves it"
     if size % inner or (transport == "double_ring" and inner in (1, size) and size > 1):
         raise ValueError(
             f"inner_ring_size={inner} does not cut a ring of {size} into several equal rings of several ranks. Choose "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ring_hf.parallel import agree, group_of
+from ring_hf.parallel import assert_equal_across_ranks, group_of
 
 from .context import ProcessContext
 
@@ -13,10 +13,10 @@ def raise_on_all_ranks(error: str | None, facts: dict[str, Any], context: Proces
     A collective call of all processes.
     """
     try:
-        agree(facts, error, group_of(context.group))
+        assert_equal_across_ranks(facts, error, group_of(context.group))
     except ValueError as refusal:
         error = str(refusal)
     if context.num_replicas > 1:
-        agree({}, error)
+        assert_equal_across_ranks({}, error)
     elif error is not None:
         raise ValueError(error)

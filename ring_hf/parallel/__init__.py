@@ -1,9 +1,9 @@
 """Everything that talks to other processes: groups, transports, the schedule, Ulysses, and the operator on top.
 
-Start at `ring_attention`; `agree` is how ranks refuse together.
+Start at `ring_attention`; `assert_equal_across_ranks` is how all ranks raise the same error.
 """
 
-from .consensus import agree, gather_numbers, num_processes
+from .consensus import assert_equal_across_ranks, gather_numbers, num_processes
 from .functional import context_attention
 from .group_warm_up import warm_up
 from .groups import (
@@ -20,9 +20,9 @@ from .sharded_attention import check_tensors, local_attention, ring_attention
 from .sharding import cut, join, shard, unshard
 
 __all__ = [
-    "agree",
     "all_gather",
     "all_reduce",
+    "assert_equal_across_ranks",
     "broadcast_object",
     "check_tensors",
     "context_attention",

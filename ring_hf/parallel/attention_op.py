@@ -1,9 +1,9 @@
 """Attention over a shared sequence as one PyTorch operator, `torch.ops.ring_hf.ring_attention`.
 
-Being one operator, activation checkpointing can save it (a checkpointed layer then does not exchange anything again),
+As one operator it can be saved by activation checkpointing (a checkpointed layer then exchanges nothing again),
 FLOP counters and `torch.compile` see a single opaque call, and nothing about a batch lives outside its arguments.
 
-Letters: B batch, H query heads, K key/value heads, C tokens of this rank's place of the ring, D and E head dims.
+Letters: B batch, H query heads, K key/value heads, C tokens of this ring rank, D and E head dims.
 """
 
 from typing import Any
@@ -14,32 +14,31 @@ from torch import Tensor
 from ..geometry import Plan, make_plan
 from ..kernels import accumulate_dtype, choose
 from .groups import group_of
-from .op_arguments import Call, decode
-from .schedule import ring_backward, ring_forward, sinks_gradient
-from .transport import Ring
+from .op_arguments import AttentionOpArgs, from_json
+from .schedule import ring_backward, ring_forward, sinks_gradient, transport_of
+from .transport import RingComm, Transport
 
 
-def prepare(call: Call, num_rows: int, num_queries: int, device: torch.device) -> tuple[Plan, Ring | None]:
-    """The plan of this rank, for so many queries of its place, and the ring that carries it out."""
-    ring = None
-    if call.sequence.ring_size > 1:
-        ring = Ring(group_of(call.group), device, call.sequence.ulysses, call.transport == "double_ring")
-    place = ring.rank if ring else 0
-    plan = make_plan(call.sequence, call.mask, place, num_rows, num_queries, call.transport, call.inner)
-    return plan, ring
+def prepare(args: AttentionOpArgs, num_rows: int, num_queries: int, device: torch.device) -> tuple[Plan, Transport]:
+    """Return this ring rank's plan for `num_queries` tokens, and the transport that carries it out."""
+    sequence, options, comm = args.sequence, args.options, None
+    if sequence.ring_size > 1:
+        comm = RingComm(group_of(args.group), device, sequence.ulysses, options.transport == "double_ring")
+    rank = comm.rank if comm else 0
+    plan = make_plan(sequence, args.spec.mask, rank, num_rows, num_queries, options.transport, options.inner_ring_size)
+    return plan, transport_of(options.transport, comm, options.overlap)
 
 
 @torch.library.custom_op("ring_hf::ring_attention", mutates_args=())
 def ring_attention_op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: str) -> tuple[Tensor, Tensor]:
     """`(out [B, H, C, E], lse [B, H, C])` for `q [B, H, C, D]`, `k [B, K, C, D]`, `v [B, K, C, E]`, `sinks [H]`.
 
-    `call` is the text form of a `Call`.
+    `call` is the text form of `AttentionOpArgs`.
     """
-    settings = decode(call)
-    plan, ring = prepare(settings, q.shape[0], q.shape[2], q.device)
-    kernel = choose(settings.kernel, q, v, settings.softcap)
-    maths = settings.scale, settings.softcap, sinks
-    out, lse = ring_forward(q, k, v, plan, ring, kernel, *maths, settings.overlap)
+    args = from_json(call)
+    plan, transport = prepare(args, q.shape[0], q.shape[2], q.device)
+    kernel = choose(args.options.kernel, q, v, args.spec.softcap)
+    out, lse = ring_forward(q, k, v, plan, transport, kernel, args.spec, sinks)
     return out.to(q.dtype), lse
 
 
@@ -54,13 +53,12 @@ def _(q, k, v, sinks, call):
 def _ring_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, call: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = decode(call)
-    plan, ring = prepare(settings, q.shape[0], q.shape[2], q.device)
-    kernel = choose(settings.kernel, q, v, settings.softcap)
-    # A query that saw nothing has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
+    args = from_json(call)
+    plan, transport = prepare(args, q.shape[0], q.shape[2], q.device)
+    kernel = choose(args.options.kernel, q, v, args.spec.softcap)
+    # A query that sees no key has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    maths = settings.scale, settings.softcap
-    grads = ring_backward(dout, q, k, v, out, lse, plan, ring, kernel, *maths, settings.overlap)
+    grads = ring_backward(dout, q, k, v, out, lse, plan, transport, kernel, args.spec)
     return *grads, q.new_empty(0) if sinks is None else sinks_gradient(dout, out, lse, sinks)
 
 

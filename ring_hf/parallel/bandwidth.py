@@ -1,6 +1,6 @@
-"""What links between ranks carry: every rank sends to its neighbour at once, as a ring does, through `Ring` itself.
+"""The bandwidth of the links between ranks: each rank sends to its neighbour at the same time, as a ring does.
 
-For `ring-hf doctor`; training never comes here.
+Measured through `RingComm` itself, for `ring-hf doctor`; training does not use this module.
 """
 
 import contextlib
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .transport import KEYS_AND_VALUES, Ring
+from .transport import KEYS_AND_VALUES, RingComm
+
+NUM_WARM_UPS = 2
 
 
 @contextlib.contextmanager
-def joined(rank: int, size: int, device: torch.device, store: str | None, seconds: float) -> Iterator[None]:
-    """Inside, this process is one of `size` ranks; they meet in the file `store`, or by the launcher's variables."""
+def process_group(rank: int, size: int, device: torch.device, store: str | None, seconds: float) -> Iterator[None]:
+    """Make this process one of `size` ranks, which meet in the file `store` or by the launcher's variables."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options: dict[str, Any] = {} if store is None else {"init_method": f"file://{store}", "rank": rank}
-    options |= {"world_size": size} if store is not None else {}
-    options |= {"device_id": device} if device.type == "cuda" else {}
+    options: dict[str, Any] = {}
+    if store is not None:
+        options = {"init_method": f"file://{store}", "rank": rank, "world_size": size}
+    if device.type == "cuda":
+        options["device_id"] = device
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **options)
     try:
         yield
@@ -30,53 +34,54 @@ def joined(rank: int, size: int, device: torch.device, store: str | None, second
         dist.destroy_process_group()
 
 
-def measure_links(
-    device: torch.device, sizes: Sequence[int], repeats: int, say: Callable[[str], None]
+def measure_p2p(
+    device: torch.device, sizes: Sequence[int], repeats: int, report_status: Callable[[str], None]
 ) -> list[tuple[int, float]]:
-    """Per message size in bytes the seconds of one exchange, median of `repeats`; the slowest rank's, on every rank.
+    """Return `(bytes, seconds)` per message size: the median of `repeats` exchanges, of the slowest rank.
 
-    Every rank of the default group calls this. `say` is told what is tried next.
+    A collective call of the default group; every rank gets the same numbers. `report_status` is told what comes next.
+
+    Raises:
+        RuntimeError: if an exchange does not deliver what was sent.
     """
     group = dist.group.WORLD
     assert group is not None
-    ring = Ring(group, device)
-    found = []
+    comm = RingComm(group, device)
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    results = []
     for size in sizes:
-        say(f"exchanging {size:,} bytes with its neighbours")
-        send, receive = (ring.take(((size,),), torch.uint8, compute=True) for _ in range(2))
+        report_status(f"exchanging {size:,} bytes with its neighbours")
+        send, receive = (comm.acquire(((size,),), torch.uint8, compute=True) for _ in range(2))
         send.flat.fill_(1)
         receive.flat.zero_()
-        ring.touched(send)
-        ring.touched(receive)
+        comm.record_use(send)
+        comm.record_use(receive)
         seconds = []
-        for repeat in range(repeats + 2):  # the first two warm up
-            gather([None])
-            _finish(device)
-            begin = time.perf_counter()
-            exchange = ring.post(
-                send, (ring.rank + 1) % ring.size, receive, (ring.rank - 1) % ring.size, KEYS_AND_VALUES
-            )
-            exchange.wait()
-            _finish(device)
-            seconds += [time.perf_counter() - begin] if repeat >= 2 else []
+        for repeat in range(NUM_WARM_UPS + repeats):
+            gather([None])  # a barrier
+            _synchronize(device)
+            start = time.perf_counter()
+            comm.isend_irecv(send, to, receive, source, KEYS_AND_VALUES).wait()
+            _synchronize(device)
+            if repeat >= NUM_WARM_UPS:
+                seconds.append(time.perf_counter() - start)
         if not bool(receive.flat.all()):
             raise RuntimeError(f"an exchange of {size} bytes did not bring what was sent")
-        ring.touched(receive)
-        ring.give(send, receive)
-        slowest = max(gather([statistics.median(seconds)]))
-        found.append((size, slowest))
-    return found
+        comm.record_use(receive)
+        comm.release(send, receive)
+        results.append((size, max(gather([statistics.median(seconds)]))))
+    return results
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """The values of all ranks, one list after the other; all ranks call this."""
+    """Return the values of all ranks, one list after the other. A collective call, if there is a process group."""
     if not dist.is_initialized():
         return values
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, values)
-    return [value for theirs in said for value in theirs]
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for of_rank in lists for value in of_rank]
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,16 +1,17 @@
 """Ulysses a few heads at a time: headwise chunking as in Untied Ulysses (UPipe; Ghadia et al. 2026, arXiv 2602.21196).
 
 Ulysses holds queries, keys, values and results twice: a rank's tokens of all heads, and its heads of all tokens. Here
-the second is of one chunk of heads at a time: queries, keys and values of a chunk are exchanged, attended with, and
-the result goes back before the next chunk comes. Key/value heads that several chunks share are sent once and kept for
-them. For backward a rank keeps its tokens alone, and the lse of its heads; each chunk is exchanged again, together
-with its result and the gradient of that. The paper's projections in chunks are not here: the layer makes q, k and v.
+the second copy is of one chunk of heads at a time: queries, keys and values of a chunk are exchanged, attention runs,
+and the result goes back before the next chunk is exchanged. Key/value heads that several chunks share are sent once
+and kept for them. For backward a rank keeps only its own tokens and the lse of its heads; each chunk is exchanged
+again, together with its result and the gradient of that. The paper also chunks the projections; here the layer makes
+q, k, v.
 
 All of it is one operator, whose result activation checkpointing can save (`ring_hf.memory`): then neither attention
 nor an exchange of the forward pass runs again.
 
-Letters: B batch, H query heads, K key/value heads, C tokens of this rank, u ranks of a place, h query heads of this
-rank (`one_*`: of one chunk), S = u * C tokens of the place, D and E head dims.
+Letters: B batch, H query heads, K key/value heads, C tokens of this rank, u ranks of a Ulysses group, h query heads of
+this rank (`chunk_*`: of one chunk), S = u * C tokens of the Ulysses group, D and E head dims.
 """
 
 from typing import Any
@@ -23,60 +24,61 @@ from ..geometry import HeadChunk, HeadShare, chunk_heads, head_split
 from ..kernels import accumulate_dtype, choose
 from .attention_op import prepare
 from .groups import group_of
-from .op_arguments import Call, decode
+from .op_arguments import AttentionOpArgs, from_json
 from .schedule import ring_backward, ring_forward, sinks_gradient
 from .ulysses import exchange_heads, exchange_tokens
 
 
 class _Heads:
-    """Which heads this rank and the others of its place attend with, chunk by chunk, and what is held of them.
+    """The heads of each rank of the Ulysses group, chunk by chunk, and the keys and values held for them.
 
-    Each exchange is of one tensor like q, or of keys and values: together they would need twice the memory at once.
+    An exchange carries one tensor like q, or keys and values: together they would need twice the memory at once.
 
     Attributes:
-        share: this rank's heads, of all chunks.
-        chunks: for each chunk that of every rank of the place.
-        kv: keys and values of the chunk at hand, `[B, heads, S, D]` and `[B, heads, S, E]`.
+        share: this rank's heads of all chunks.
+        chunks: for each chunk, that of every rank of the Ulysses group.
+        kv: keys and values of the current chunk, `[B, heads, S, D]` and `[B, heads, S, E]`.
     """
 
-    def __init__(self, call: Call, q: Tensor, k: Tensor) -> None:
-        # Numbers of heads are never symbolic: what each rank computes depends on them.
-        shares = head_split(int(q.shape[1]), int(k.shape[1]), call.sequence.ulysses)
-        self._group = call.group
-        self._rank = dist.get_rank(group_of(call.group)) % len(shares)
+    def __init__(self, args: AttentionOpArgs, q: Tensor, k: Tensor) -> None:
+        # Numbers of heads are never symbolic: the work of each rank depends on them.
+        shares = head_split(int(q.shape[1]), int(k.shape[1]), args.sequence.ulysses)
+        self._group = args.group
+        self._rank = dist.get_rank(group_of(args.group)) % len(shares)
         self.share = shares[self._rank]
-        self.chunks = list(zip(*(chunk_heads(share, call.head_chunks) for share in shares), strict=True))
+        num_chunks = args.options.head_chunks
+        self.chunks = list(zip(*(chunk_heads(share, num_chunks) for share in shares), strict=True))
         self.kv: list[Tensor] = []
         self._grads: list[Tensor] = []  # of `kv`, summed over the chunks that share it
 
-    def of(self, chunks: tuple[HeadChunk, ...]) -> HeadShare:
-        """This rank's heads of a chunk."""
+    def own(self, chunks: tuple[HeadChunk, ...]) -> HeadShare:
+        """Return this rank's heads of a chunk."""
         return chunks[self._rank].share
 
     def fetch_keys(self, chunks: tuple[HeadChunk, ...], k: Tensor, v: Tensor) -> None:
-        """Make `kv` that of the chunk, if the chunk before had another."""
+        """Exchange the keys and values of a chunk into `kv`, unless the previous chunk had the same."""
         fetched = [chunk.fetched for chunk in chunks]
         if not any(fetched):
             return
         if fetched[self._rank]:
-            self.kv = []  # before the exchange makes others
+            self.kv = []  # freed before the exchange allocates
         arrived = exchange_tokens([(k, fetched), (v, fetched)], self._group)
         if fetched[self._rank]:
             self.kv = arrived
 
     def fetch(self, chunks: tuple[HeadChunk, ...], x: Tensor) -> Tensor:
-        """This rank's heads of a chunk of a tensor like q, over all tokens of the place."""
-        (one_x,) = exchange_tokens([(x, _queries(chunks))], self._group)
-        return one_x
+        """Return this rank's heads of a chunk of a tensor like q: `[B, heads, S, D]`."""
+        (chunk_x,) = exchange_tokens([(x, _queries(chunks))], self._group)
+        return chunk_x
 
-    def give_back(self, chunks: tuple[HeadChunk, ...], one_x: Tensor, x: Tensor) -> None:
-        """Put a chunk of this rank's heads, of all tokens of the place, where they belong in `x [B, H, C, ...]`."""
-        (parts,) = exchange_heads([(one_x, _queries(chunks))], self._group)
+    def give_back(self, chunks: tuple[HeadChunk, ...], chunk_x: Tensor, x: Tensor) -> None:
+        """Exchange a chunk `[B, heads, S, ...]` of every rank, and copy this rank's tokens into `x [B, H, C, ...]`."""
+        (parts,) = exchange_heads([(chunk_x, _queries(chunks))], self._group)
         for chunk, part in zip(chunks, parts, strict=True):
             _heads_of(x, chunk.share).copy_(part)
 
     def add_gradients(self, chunks: tuple[HeadChunk, ...], *grads: Tensor) -> None:
-        """Add a chunk's dk and dv to those of the chunks before that share them."""
+        """Add a chunk's dk and dv to the sums of the previous chunks that share its keys and values."""
         if chunks[self._rank].fetched:
             self._grads = list(grads)
             return
@@ -88,10 +90,10 @@ class _Heads:
         if chunks[self._rank].finished:
             self.kv = []
 
-    def give_back_gradients(self, chunks: tuple[HeadChunk, ...], like: Tensor, home: list[Tensor]) -> None:
-        """Add dk and dv that are complete to `home`, those of this rank's tokens and all heads.
+    def give_back_gradients(self, chunks: tuple[HeadChunk, ...], like: Tensor, dkv: list[Tensor]) -> None:
+        """Exchange the dk and dv that are complete, and add them to `dkv`: this rank's tokens of all heads.
 
-        `like` is the chunk's dq. Several ranks, or distant chunks, may have had a copy of the same head.
+        `like` is the chunk's dq. Several ranks, or distant chunks, may have used a copy of the same head.
         """
         finished = [chunk.finished for chunk in chunks]
         if not any(finished):
@@ -100,10 +102,10 @@ class _Heads:
             grads = [grad.to(like.dtype) for grad in self._grads]
             self._grads = []
         else:
-            grads = [like.new_empty(like.shape[0], 0, like.shape[2], x.shape[-1]) for x in home]
+            grads = [like.new_empty(like.shape[0], 0, like.shape[2], x.shape[-1]) for x in dkv]
         arrived = exchange_heads([(grad, finished) for grad in grads], self._group)
         del grads
-        for total, parts in zip(home, arrived, strict=True):
+        for total, parts in zip(dkv, arrived, strict=True):
             for heads, part in zip(finished, parts, strict=True):
                 for number, head in enumerate(heads):
                     total[:, head].add_(part[:, number])
@@ -114,89 +116,79 @@ def _queries(chunks: tuple[HeadChunk, ...]) -> list[tuple[int, ...]]:
 
 
 def _heads_of(x: Tensor, share: HeadShare, first: int = 0, dim: int = 1) -> Tensor:
-    """A view of the share's query heads in a tensor whose first head is `first`."""
+    """Return a view of the share's query heads in a tensor whose first head is `first`."""
     return x.narrow(dim, share.q_start - first, share.num_q)
 
 
 def chunked_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, text: str) -> tuple[Tensor, Tensor]:
     """`(out [B, H, C, E], lse [B, h, S])` for `q [B, H, C, D]`, `k [B, K, C, D]`, `v [B, K, C, E]`, `sinks [H]`.
 
-    `text` is the text form of a `Call`.
+    `text` is the text form of `AttentionOpArgs`.
     """
-    call = decode(text)
-    heads = _Heads(call, q, k)
-    out, lse = _empty_results(q, k, v, call)
-    plan, ring = prepare(call, q.shape[0], lse.shape[2], q.device)
+    args = from_json(text)
+    heads = _Heads(args, q, k)
+    out, lse = _empty_results(q, k, v, args)
+    plan, transport = prepare(args, q.shape[0], lse.shape[2], q.device)
     for chunks in heads.chunks:
         heads.fetch_keys(chunks, k, v)
-        one_q, mine = heads.fetch(chunks, q), heads.of(chunks)
+        chunk_q, mine = heads.fetch(chunks, q), heads.own(chunks)
         if mine.num_q:
-            kernel = choose(call.kernel, one_q, heads.kv[1], call.softcap)
+            kernel = choose(args.options.kernel, chunk_q, heads.kv[1], args.spec.softcap)
             own_sinks = None if sinks is None else _heads_of(sinks, mine, dim=0)
-            maths = call.scale, call.softcap, own_sinks
-            one_out, one_lse = ring_forward(one_q, heads.kv[0], heads.kv[1], plan, ring, kernel, *maths, call.overlap)
-            _heads_of(lse, mine, heads.share.q_start).copy_(one_lse)
-            del one_lse
-            one_out = one_out.to(q.dtype)
-        else:  # fewer heads than chunks: all ranks of this ring sit out, but stay in the exchange
-            one_out = one_q.new_empty(*one_q.shape[:3], v.shape[-1])
-        del one_q
+            chunk_out, chunk_lse = ring_forward(
+                chunk_q, heads.kv[0], heads.kv[1], plan, transport, kernel, args.spec, own_sinks
+            )
+            _heads_of(lse, mine, heads.share.q_start).copy_(chunk_lse)
+            del chunk_lse
+            chunk_out = chunk_out.to(q.dtype)
+        else:  # fewer heads than chunks: all ranks of this ring have no work, but take part in the exchange
+            chunk_out = chunk_q.new_empty(*chunk_q.shape[:3], v.shape[-1])
+        del chunk_q
         heads.release_keys(chunks)
-        heads.give_back(chunks, one_out, out)
-        del one_out
+        heads.give_back(chunks, chunk_out, out)
+        del chunk_out
     return out, lse
 
 
 def chunked_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, text: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv, dsinks)` from what `chunked_forward` was given and returned, and the gradient of its `out`.
+    """Return `(dq, dk, dv, dsinks)` from the inputs and results of `chunked_forward` and the gradient of its `out`.
 
     Without sinks, `dsinks` is empty.
     """
-    call = decode(text)
-    heads = _Heads(call, q, k)
-    plan, ring = prepare(call, q.shape[0], lse.shape[2], q.device)
+    args = from_json(text)
+    heads = _Heads(args, q, k)
+    plan, transport = prepare(args, q.shape[0], lse.shape[2], q.device)
     dq = torch.empty_like(q)
-    home: list[Tensor] = []
+    dkv: list[Tensor] = []
     dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     for chunks in heads.chunks:
         heads.fetch_keys(chunks, k, v)
-        one_dq, one_out, one_dout = (heads.fetch(chunks, x) for x in (q, out, dout))
-        mine = heads.of(chunks)
+        chunk_dq, chunk_out, chunk_dout = (heads.fetch(chunks, x) for x in (q, out, dout))
+        mine = heads.own(chunks)
         if mine.num_q:
-            one_q, one_lse = one_dq, _heads_of(lse, mine, heads.share.q_start)
-            # A query that saw nothing has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
-            one_lse = one_lse.masked_fill(one_lse == -torch.inf, torch.inf)
+            chunk_q, chunk_lse = chunk_dq, _heads_of(lse, mine, heads.share.q_start)
+            # A query that sees no key has lse -inf; with +inf its weights exp(score - lse) are 0 instead of NaN.
+            chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, torch.inf)
             if sinks is not None:
-                own = sinks_gradient(one_dout, one_out, one_lse, _heads_of(sinks, mine, dim=0))
+                own = sinks_gradient(chunk_dout, chunk_out, chunk_lse, _heads_of(sinks, mine, dim=0))
                 _heads_of(dsinks, mine, dim=0).copy_(own)
-            kernel = choose(call.kernel, one_q, heads.kv[1], call.softcap)
-            one_dq, one_dk, one_dv = ring_backward(
-                one_dout,
-                one_q,
-                heads.kv[0],
-                heads.kv[1],
-                one_out,
-                one_lse,
-                plan,
-                ring,
-                kernel,
-                call.scale,
-                call.softcap,
-                call.overlap,
+            kernel = choose(args.options.kernel, chunk_q, heads.kv[1], args.spec.softcap)
+            chunk_dq, chunk_dk, chunk_dv = ring_backward(
+                chunk_dout, chunk_q, heads.kv[0], heads.kv[1], chunk_out, chunk_lse, plan, transport, kernel, args.spec
             )
-            del one_q, one_lse
-            heads.add_gradients(chunks, one_dk, one_dv)
-            del one_dk, one_dv
-        del one_dout, one_out
+            del chunk_q, chunk_lse
+            heads.add_gradients(chunks, chunk_dk, chunk_dv)
+            del chunk_dk, chunk_dv
+        del chunk_dout, chunk_out
         heads.release_keys(chunks)
-        heads.give_back(chunks, one_dq, dq)
-        if not home and any(chunk.finished for chunk in chunks):  # no earlier: the sums may have been all of them
-            home = [torch.zeros_like(k), torch.zeros_like(v)]
-        heads.give_back_gradients(chunks, one_dq, home)
-        del one_dq
-    return dq, home[0], home[1], dsinks
+        heads.give_back(chunks, chunk_dq, dq)
+        if not dkv and any(chunk.finished for chunk in chunks):  # not earlier: until now the sums may be all there is
+            dkv = [torch.zeros_like(k), torch.zeros_like(v)]
+        heads.give_back_gradients(chunks, chunk_dq, dkv)
+        del chunk_dq
+    return dq, dkv[0], dkv[1], dsinks
 
 
 @torch.library.custom_op("ring_hf::chunked_ulysses", mutates_args=())
@@ -207,14 +199,14 @@ def chunked_ulysses_op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ca
 
 @chunked_ulysses_op.register_fake
 def _(q, k, v, sinks, call):
-    return _empty_results(q, k, v, decode(call))
+    return _empty_results(q, k, v, from_json(call))
 
 
-def _empty_results(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, args: AttentionOpArgs) -> tuple[Tensor, Tensor]:
     batch, num_heads, tokens, _ = q.shape
-    # BSHD in memory: the order in which models go on reading the output.
+    # BSHD in memory: the order in which models read the output.
     out = q.new_empty(batch, tokens, num_heads, v.shape[-1]).transpose(1, 2)
-    shape = batch, _Heads(call, q, k).share.num_q, tokens * call.sequence.ulysses
+    shape = batch, _Heads(args, q, k).share.num_q, tokens * args.sequence.ulysses
     return out, q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
 
 

@@ -1,7 +1,8 @@
-"""All ranks refuse together.
+"""Errors that all ranks raise together.
 
-A rank that raises alone leaves its peers waiting in the next exchange. So before the first one, every rank says what
-it found wrong and what it is about to run; if anything is wrong or differs, all raise the same error.
+A rank that raises alone leaves its peers waiting in the next exchange. So before the first one, every rank sends its
+error, if it has one, and the values that must be equal everywhere; if there is an error or a difference, all ranks
+raise the same exception.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,36 +15,39 @@ from torch.distributed import ProcessGroup
 from .groups import messages_group
 
 
-def agree(facts: Mapping[str, Any], error: str | None = None, group: ProcessGroup | None = None) -> None:
-    """Compares `facts` (small, picklable) over all ranks of `group` (default: all processes). A collective call.
+def assert_equal_across_ranks(
+    values: Mapping[str, Any], error: str | None = None, group: ProcessGroup | None = None
+) -> None:
+    """Compare `values` (small, picklable) over all ranks of `group` (default: all processes). A collective call.
 
     Raises:
-        ValueError: the same on every rank, if any rank passed an `error`, or the facts are not equal everywhere.
+        ValueError: the same on every rank, if any rank passed an `error`, or values are not equal everywhere.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         if error is not None:
             raise ValueError(error)
         return
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, (error, dict(facts)), group=group)
-    names = [dist.get_global_rank(group, rank) if group is not None else rank for rank in range(len(said))]
+    messages: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, (error, dict(values)), group=group)
+    ranks = range(len(messages))
+    global_ranks = [rank if group is None else dist.get_global_rank(group, rank) for rank in ranks]
     errors: dict[str, list[int]] = {}
-    for rank, (found, _) in zip(names, said, strict=True):
-        if found is not None:
-            errors.setdefault(found, []).append(rank)
+    for rank, (rank_error, _) in zip(global_ranks, messages, strict=True):
+        if rank_error is not None:
+            errors.setdefault(rank_error, []).append(rank)
     if errors:
-        raise ValueError("; ".join(f"{_ranks(ranks, len(said))}{found}" for found, ranks in errors.items()))
-    for key in facts:
-        values = [their.get(key) for _, their in said]
-        if any(value != values[0] for value in values):
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in zip(names, values, strict=True))
+        raise ValueError("; ".join(f"{_prefix(of, len(messages))}{text}" for text, of in errors.items()))
+    for name in values:
+        of_ranks = [rank_values.get(name) for _, rank_values in messages]
+        if any(value != of_ranks[0] for value in of_ranks):
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in zip(global_ranks, of_ranks, strict=True))
             raise ValueError(
-                f"The ranks disagree about {key} ({listed}). They must all run the same model on the same batch."
+                f"The ranks disagree about {name} ({listed}). They must all run the same model on the same batch."
             )
 
 
-def _ranks(ranks: list[int], total: int) -> str:
-    return "" if len(ranks) == total else f"rank {', '.join(map(str, ranks))}: "
+def _prefix(ranks: list[int], num_ranks: int) -> str:
+    return "" if len(ranks) == num_ranks else f"rank {', '.join(map(str, ranks))}: "
 
 
 def num_processes() -> int:
@@ -54,14 +58,13 @@ def num_processes() -> int:
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """Return the `numbers` (64-bit integers, equally many everywhere) of all processes, in the order of their ranks.
 
-    A collective call of the default group. On a GPU it waits for what the device computes, since its caller acts on
-    the result.
+    A collective call of the default group. On a GPU it waits for the device, since its caller acts on the result.
     """
     if num_processes() == 1:
         return [list(numbers)]
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     world = dist.group.WORLD
     assert world is not None
-    dist.all_gather(gathered, mine, group=messages_group(world, device))
+    dist.all_gather(gathered, own, group=messages_group(world, device))
     return torch.stack(gathered).tolist()

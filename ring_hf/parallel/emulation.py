@@ -5,39 +5,39 @@ What is exact here is what the kernels and the geometry give on this device; wha
 Letters: B batch, H query heads, K key/value heads, S tokens of the sequence, C of a rank, D and E head dims.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..geometry import Mask, Plan, ShardedSequence, head_split, make_plan
+from ..geometry import AttentionSpec, Plan, RingOptions, ShardedSequence, head_split, make_plan
 from ..kernels import choose
 from .schedule import ring_backward, ring_forward, sinks_gradient
 from .sharding import cut, join
-from .single_device import Residents
+from .single_device import Residents, SingleDeviceTransport
+
+WHOLE_SHARDS = RingOptions(transport="ring")
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """A ring and what it computes; `scale` and the rest as in `ring_attention`."""
+    """A ring and what it computes; `options.transport` says how blocks are cut, and must not be "auto"."""
 
     sequence: ShardedSequence
-    mask: Mask
-    scale: float
-    softcap: float | None = None
-    kernel: str = "auto"
-    transport: str = "ring"
-    inner: int = 1
+    spec: AttentionSpec
+    options: RingOptions = WHOLE_SHARDS
 
     def __post_init__(self) -> None:
         if self.sequence.ring_size == 1:
             raise ValueError("num_ranks=1 is no ring. Emulate at least 2 ranks, or call local_attention.")
 
     def plan(self, rank: int, num_rows: int) -> Plan:
-        """What `rank` computes, with all blocks at hand."""
-        plan = make_plan(self.sequence, self.mask, rank, num_rows, None, self.transport, self.inner)
-        return replace(plan, transport="resident")
+        """Return the plan of ring rank `rank`."""
+        options = self.options
+        return make_plan(
+            self.sequence, self.spec.mask, rank, num_rows, None, options.transport, options.inner_ring_size
+        )
 
     def shards(self, x_BHSD: Tensor) -> list[Tensor]:
         """The shards of all ranks."""
@@ -52,10 +52,9 @@ class Emulation:
     ) -> tuple[Tensor, Tensor]:
         """One rank's `(out, lse)`, as its operator would return them."""
         k, v = residents.k[rank], residents.v[rank]
-        kernel = choose(self.kernel, q_BHCD, v, self.softcap)
-        ring: Any = residents
-        plan = self.plan(rank, q_BHCD.shape[0])
-        out, lse = ring_forward(q_BHCD, k, v, plan, ring, kernel, self.scale, self.softcap, sinks, True)
+        kernel = choose(self.options.kernel, q_BHCD, v, self.spec.softcap)
+        plan, transport = self.plan(rank, q_BHCD.shape[0]), SingleDeviceTransport(residents)
+        out, lse = ring_forward(q_BHCD, k, v, plan, transport, kernel, self.spec, sinks)
         return out.to(q_BHCD.dtype), lse
 
     def backward(
@@ -63,12 +62,10 @@ class Emulation:
     ) -> Tensor:
         """One rank's dq; its shares of dk and dv go into `residents.sums`."""
         k, v = residents.k[rank], residents.v[rank]
-        kernel = choose(self.kernel, q_BHCD, v, self.softcap)
-        ring: Any = residents
-        plan = self.plan(rank, q_BHCD.shape[0])
+        kernel = choose(self.options.kernel, q_BHCD, v, self.spec.softcap)
+        plan, transport = self.plan(rank, q_BHCD.shape[0]), SingleDeviceTransport(residents)
         lse = lse_BHC.masked_fill(lse_BHC == -torch.inf, torch.inf)
-        tensors = dout_BHCE, q_BHCD, k, v, out_BHCE, lse
-        dq, _, _ = ring_backward(*tensors, plan, ring, kernel, self.scale, self.softcap, True)
+        dq, _, _ = ring_backward(dout_BHCE, q_BHCD, k, v, out_BHCE, lse, plan, transport, kernel, self.spec)
         return dq
 
 
@@ -99,8 +96,8 @@ class _Emulated(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, emulation: Emulation
     ) -> tuple[Tensor, Tensor]:
         residents = Residents(emulation.shards(k), emulation.shards(v))
-        found = [emulation.forward(rank, x, residents, sinks) for rank, x in enumerate(emulation.shards(q))]
-        out, lse = (emulation.whole(list(column)) for column in zip(*found, strict=True))
+        results = [emulation.forward(rank, x, residents, sinks) for rank, x in enumerate(emulation.shards(q))]
+        out, lse = (emulation.whole(list(column)) for column in zip(*results, strict=True))
         ctx.emulation = emulation
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.mark_non_differentiable(lse)

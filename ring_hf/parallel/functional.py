@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..geometry import ShardedSequence
+from ..geometry import AttentionSpec, RingOptions, ShardedSequence
 from .groups import group_of, register_group
 from .sharded_attention import ring_attention
 from .sharding import Boundaries, documents_of
@@ -82,36 +82,22 @@ def context_attention(
         raise ValueError(f'input_layout={input_layout!r} is not known. Choose "BHSD" or "BSHD".')
     if input_layout == "BSHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    name = register_group(group) if group is not None else _everybody()
+    name = register_group(group) if group is not None else _world_group()
     num_ranks = dist.get_world_size(group_of(name)) if name else 1
     documents = documents_of(cu_seqlens, k.shape[0])
     rows = None if prefixes is None else tuple(tuple(row) for row in prefixes)
     length = k.shape[2] * num_ranks
     sequence = ShardedSequence(layout, length, num_ranks, documents, None, rows, ulysses_size)
+    spec = AttentionSpec(causal, window, chunk, scale, softcap)
+    options = RingOptions(transport, inner_ring_size, ulysses_size, head_chunks, kernel, overlap)
     out, lse = ring_attention(
-        q,
-        k,
-        v,
-        sequence=sequence,
-        group=name,
-        causal=causal,
-        window=window,
-        chunk=chunk,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        kernel=kernel,
-        transport=transport,
-        inner_ring_size=inner_ring_size,
-        head_chunks=head_chunks,
-        overlap=overlap,
-        return_lse=return_lse,
+        q, k, v, sequence=sequence, group=name, spec=spec, options=options, sinks=sinks, return_lse=return_lse
     )
     out = out.transpose(1, 2) if input_layout == "BSHD" else out
     return (out, lse) if return_lse else out
 
 
-def _everybody() -> str:
+def _world_group() -> str:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ""
     assert dist.group.WORLD is not None

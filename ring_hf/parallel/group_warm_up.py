@@ -1,9 +1,9 @@
-"""The first exchanges, made before the first batch: it should not pay for connections, and a rank that cannot reach
-another should say so early.
+"""The first exchanges, before the first batch: a batch should not pay for connections, and a rank that cannot reach
+another should fail early.
 
-NCCL makes a connection when two ranks first talk, and the first call on a group must come from all of its members. So
-all ranks that share a sequence do what their layers will: messages between all pairs of a ring and to the next node,
-both collectives of a ring, the exchange of heads; with a few numbers each.
+NCCL connects two ranks when they first exchange something, and the first call on a group must come from all of its
+members. So all ranks that share a sequence do with a few numbers what their layers will do: messages between all pairs
+of a ring and to the next node, both collectives of a ring, and the exchange of heads.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from torch.distributed import ProcessGroup
 
 from .groups import warmed_up_splits
 from .streams import comm_stream_of
-from .transport import GRADIENTS, KEYS_AND_VALUES, PendingExchange, Ring
-from .ulysses import place_of
+from .transport import GRADIENTS, KEYS_AND_VALUES, PendingExchange, RingComm
+from .ulysses import ulysses_group
 
-PATIENCE = timedelta(seconds=180)
-_meetings = 0
+TIMEOUT = timedelta(seconds=180)
+_num_warm_ups = 0
 
 
 def warm_up(
@@ -28,105 +28,111 @@ def warm_up(
     device: torch.device,
     ulysses_size: int = 1,
     inner_ring_size: int = 1,
-    patience: timedelta = PATIENCE,
+    timeout: timedelta = TIMEOUT,
 ) -> None:
-    """Makes all connections that attention over `group` may need, once. A collective call of the group.
+    """Make all connections that attention over `group` may need, once. A collective call of the group.
 
     Args:
         group: the ranks that share a sequence.
         device: of the tensors that will be exchanged.
         ulysses_size: neighbouring ranks that exchange heads.
         inner_ring_size: ranks of the inner ring of a double ring.
-        patience: how long to wait for the other ranks, and for each exchange.
+        timeout: how long to wait for the other ranks, and for each exchange.
 
     Raises:
-        RuntimeError: if ranks do not come, or an exchange does not end; names the ranks, and what to check.
+        RuntimeError: if ranks do not arrive, or an exchange does not end; names the ranks, and what to check.
     """
-    global _meetings
+    global _num_warm_ups
     split = device, ulysses_size, inner_ring_size
     if split in warmed_up_splits(group) or dist.get_world_size(group) == 1:
         return
-    _meetings += 1
-    _meet(group, patience)
+    _num_warm_ups += 1
+    _barrier_via_store(group, timeout)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     first = rank // ulysses_size * ulysses_size
     if ulysses_size > 1:
-        with _explained("the exchange of heads", group, range(first, first + ulysses_size), patience):
-            _trade(group, ulysses_size, device, patience)
+        with _explained("the exchange of heads", group, range(first, first + ulysses_size), timeout):
+            _all_to_all_once(group, ulysses_size, device, timeout)
     if size > ulysses_size:
-        with _explained("the ring", group, range(rank % ulysses_size, size, ulysses_size), patience):
-            _go_round(Ring(group, device, ulysses_size, inner_ring_size > 1), inner_ring_size, patience)
+        with _explained("the ring", group, range(rank % ulysses_size, size, ulysses_size), timeout):
+            comm = RingComm(group, device, ulysses_size, inner_ring_size > 1)
+            _exchange_with_all_pairs(comm, inner_ring_size, timeout)
+            _run_collectives(comm, timeout)
     warmed_up_splits(group).add(split)  # only now: making our groups may have ended what was warm
 
 
-def _meet(group: ProcessGroup, patience: timedelta) -> None:
-    """All ranks say that they are here, in the store that made the group."""
+def _barrier_via_store(group: ProcessGroup, timeout: timedelta) -> None:
+    """Wait until every rank has written its name into the store that made the group."""
     if not hasattr(group, "get_group_store"):  # older than torch 2.7
         return
     store, ranks = group.get_group_store(), range(dist.get_world_size(group))
-    names = [f"ring_hf/warm_up/{_meetings}/{rank}" for rank in ranks]
+    names = [f"ring_hf/warm_up/{_num_warm_ups}/{rank}" for rank in ranks]
     store.set(names[dist.get_rank(group)], "here")
     try:
-        store.wait(names, patience)
+        store.wait(names, timeout)
     except RuntimeError as error:
         missing = [dist.get_global_rank(group, rank) for rank in ranks if not store.check([names[rank]])]
         raise RuntimeError(
             f"Rank {_listed(missing)} did not come to the warm-up of context parallelism within "
-            f"{patience.total_seconds():g} s; {len(ranks)} ranks share a sequence. Look for an error in the output of "
+            f"{timeout.total_seconds():g} s; {len(ranks)} ranks share a sequence. Look for an error in the output of "
             "the missing ones, and check that every rank runs the same script and reaches the Trainer at about the "
-            "same time (or warm up with more patience)."
+            "same time (or warm up with a longer timeout)."
         ) from error
 
 
 @contextlib.contextmanager
-def _explained(what: str, group: ProcessGroup, places: range, patience: timedelta) -> Iterator[None]:
+def _explained(subject: str, group: ProcessGroup, members: range, timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        ranks = [dist.get_global_rank(group, place) for place in places]
+        ranks = [dist.get_global_rank(group, member) for member in members]
         raise RuntimeError(
-            f"The warm-up of {what} between ranks {_listed(ranks)} did not end within {patience.total_seconds():g} s "
-            f"on rank {dist.get_rank()} ({error}). Check that none of these ranks has failed, that their hosts reach "
+            f"The warm-up of {subject} between ranks {_listed(ranks)} did not end within "
+            f"{timeout.total_seconds():g} s on rank {dist.get_rank()} ({error}). Check that none of these ranks has "
+            "failed, that their hosts reach "
             "each other on the interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, and that each process "
             "has a GPU of its own (torch.cuda.set_device); NCCL_DEBUG=INFO shows which connection is missing."
         ) from error
 
 
-def _trade(group: ProcessGroup, ulysses_size: int, device: torch.device, patience: timedelta) -> None:
+def _all_to_all_once(group: ProcessGroup, ulysses_size: int, device: torch.device, timeout: timedelta) -> None:
     x = torch.arange(ulysses_size, dtype=torch.float32, device=device)
-    got, place = torch.empty_like(x), place_of(group, ulysses_size, device)
-    work = dist.all_to_all_single(got, x, group=place, async_op=True)
-    comm_stream_of(device).finish([work], patience)
-    assert (got == dist.get_rank(group) % ulysses_size).all()
+    received = torch.empty_like(x)
+    work = dist.all_to_all_single(received, x, group=ulysses_group(group, ulysses_size, device), async_op=True)
+    comm_stream_of(device).wait_works([work], timeout)
+    assert (received == dist.get_rank(group) % ulysses_size).all()
 
 
-def _go_round(ring: Ring, inner: int, patience: timedelta) -> None:
-    """Every hop of the ring in both directions (one of R - n places ahead goes n back), then the collectives."""
-    node, place = divmod(ring.rank, inner)
-    ways = [((ring.rank + hop) % ring.size, (ring.rank - hop) % ring.size, False) for hop in range(1, ring.size)]
+def _exchange_with_all_pairs(comm: RingComm, inner: int, timeout: timedelta) -> None:
+    """Every hop of the ring in both directions (R - n ranks ahead is n ranks back), and the hop to the next node."""
+    peers = [((comm.rank + hop) % comm.size, (comm.rank - hop) % comm.size, False) for hop in range(1, comm.size)]
     if inner > 1:
-        nodes = ring.size // inner
-        ways.append(((node + 1) % nodes * inner + place, (node - 1) % nodes * inner + place, True))
-    for to, source, between in ways:
+        node, inner_rank = divmod(comm.rank, inner)
+        nodes = comm.size // inner
+        peers.append(((node + 1) % nodes * inner + inner_rank, (node - 1) % nodes * inner + inner_rank, True))
+    for to, source, inter_node in peers:
         for tag in (KEYS_AND_VALUES, GRADIENTS):
-            send, receive = (ring.take(((1,),), torch.float32, compute=True) for _ in range(2))
-            send.flat.fill_(ring.rank)
-            ring.touched(send)
-            ring.post(send, to, receive, source, tag, between).wait(patience)
+            send, receive = (comm.acquire(((1,),), torch.float32, compute=True) for _ in range(2))
+            send.flat.fill_(comm.rank)
+            comm.record_use(send)
+            comm.isend_irecv(send, to, receive, source, tag, inter_node).wait(timeout)
             assert receive.flat.item() == source
-            ring.touched(receive)
-            ring.give(send, receive)
-    gathered = ring.all_gather(torch.full((1,), float(ring.rank), device=ring.device))
-    _check(ring, gathered, range(ring.size), patience)
+            comm.record_use(receive)
+            comm.release(send, receive)
+
+
+def _run_collectives(comm: RingComm, timeout: timedelta) -> None:
+    gathered = comm.all_gather(torch.full((1,), float(comm.rank), device=comm.device))
+    _check(gathered, range(comm.size), timeout)
     assert gathered.receive is not None
-    summed = ring.reduce_scatter(gathered.receive)
-    _check(ring, summed, [ring.rank * ring.size], patience)
-    ring.give(gathered.receive)
+    summed = comm.reduce_scatter(gathered.receive)
+    _check(summed, [comm.rank * comm.size], timeout)
+    comm.release(gathered.receive)
 
 
-def _check(ring: Ring, exchange: PendingExchange, wanted: Sequence[int], patience: timedelta) -> None:
-    exchange.wait(patience)
-    assert exchange.receive is not None and exchange.receive.flat.tolist() == list(wanted)
+def _check(exchange: PendingExchange, expected: Sequence[int], timeout: timedelta) -> None:
+    exchange.wait(timeout)
+    assert exchange.receive is not None and exchange.receive.flat.tolist() == list(expected)
 
 
 def _listed(ranks: Sequence[int]) -> str:

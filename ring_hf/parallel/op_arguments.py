@@ -7,38 +7,40 @@ from typing import Any
 
 import torch
 
-from ..geometry import Mask, ShardedSequence
+from ..geometry import AttentionSpec, RingOptions, ShardedSequence
 
 
 @dataclass(frozen=True)
-class Call:
-    """The settings of one call of the operator; `transport` is resolved, `group` a registered name or empty."""
+class AttentionOpArgs:
+    """The arguments of one call of the operator.
+
+    Attributes:
+        sequence: the whole batch as all ranks see it.
+        spec: the maths; `scale` is a number here.
+        options: the algorithm; `transport` is resolved here.
+        group: the registered name of the group that shares the sequence; empty with one rank.
+    """
 
     sequence: ShardedSequence
-    mask: Mask
-    scale: float
-    softcap: float | None
+    spec: AttentionSpec
+    options: RingOptions
     group: str
-    kernel: str
-    transport: str
-    inner: int
-    overlap: bool
-    head_chunks: int = 1
 
 
 @torch.compiler.disable
 @functools.lru_cache(maxsize=32)
-def encode(call: Call) -> str:
-    """The call as JSON, cached: a layer pays for a hash."""
-    return json.dumps(asdict(call))
+def to_json(args: AttentionOpArgs) -> str:
+    """Return the arguments as JSON. Cached, so that a layer pays for a hash only."""
+    return json.dumps(asdict(args))
 
 
 @functools.lru_cache(maxsize=32)
-def decode(text: str) -> Call:
-    """Inverse of `encode`, cached."""
+def from_json(text: str) -> AttentionOpArgs:
+    """Return the arguments that `to_json` wrote. Cached."""
     fields: dict[str, Any] = json.loads(text)
     sequence = {name: _tuples(value) for name, value in fields["sequence"].items()}
-    return Call(**{**fields, "sequence": ShardedSequence(**sequence), "mask": Mask(**fields["mask"])})
+    spec, options = AttentionSpec(**fields["spec"]), RingOptions(**fields["options"])
+    return AttentionOpArgs(ShardedSequence(**sequence), spec, options, fields["group"])
 
 
 def _tuples(value: Any) -> Any:

@@ -1,112 +1,109 @@
-"""The schedule, forward and backward: post the next exchange, compute the tiles that are here, wait, swap.
+"""The schedule, forward and backward: start the next exchange, compute the tiles of this block, finish the exchange.
 
-Ring Attention (Liu et al. 2023, arXiv 2310.01889) for any layout, mask and transport: what to compute in a step comes
-from the plan alone, and how its block gets here from the transport. Backward brings keys and values again; the
-gradients of a block travel in fp32 and come home to its owner.
+Ring Attention (Liu et al. 2023, arXiv 2310.01889) for any layout, mask and transport: the plan alone says what to
+compute in a step, and the transport how its block gets here. Backward moves keys and values again; the gradients of a
+block travel in fp32 to the owner of its keys.
 
 An attention sink (Xiao et al. 2023, arXiv 2309.17453, learned per head as in gpt-oss) is one more key with a score and
-no value: it joins the softmax once, after the last step, and needs nothing but the final lse in backward.
+no value: it joins the softmax once, after the last step, and backward needs nothing for it but the final lse.
 
-Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D head dim.
+Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D and E head dims.
 """
-
-from types import ModuleType
 
 import torch
 
-from ..geometry import Plan, split
+from ..geometry import AttentionSpec, Plan, split
 from ..kernels import GradAccumulator, Kernel, OutLseAccumulator, accumulate_dtype
-from . import all_gather, direct_fetch, single_device
-from . import ring as ring_transport
-from .transport import Ring
+from .all_gather import AllGatherTransport
+from .direct_fetch import DirectFetchTransport
+from .ring import RingTransport
+from .transport import RingComm, Transport
 
-TRANSPORTS: dict[str, ModuleType] = {
-    "ring": ring_transport,
-    "double_ring": ring_transport,
-    "allgather": all_gather,
-    "direct": direct_fetch,
+TRANSPORTS: dict[str, type[RingTransport] | type[AllGatherTransport] | type[DirectFetchTransport]] = {
+    "ring": RingTransport,
+    "double_ring": RingTransport,
+    "allgather": AllGatherTransport,
+    "direct": DirectFetchTransport,
 }
-TRANSPORTS["resident"] = single_device  # of a plan whose every block is in this process (`emulation`)
 
 
-def _transport(plan: Plan) -> ModuleType:
-    return TRANSPORTS[plan.transport] if plan.num_ranks > 1 else ring_transport
+def transport_of(name: str, comm: RingComm | None, overlap: bool = True) -> Transport:
+    """Return the transport called `name`; with one rank (`comm` is None) nothing travels."""
+    return RingTransport(None) if comm is None else TRANSPORTS[name](comm, overlap)
 
 
 def ring_forward(
     q_BHCD: torch.Tensor,
     k_BKCD: torch.Tensor,
-    v_BKCD: torch.Tensor,
+    v_BKCE: torch.Tensor,
     plan: Plan,
-    ring: Ring | None,
+    transport: Transport,
     kernel: Kernel,
-    scale: float,
-    softcap: float | None,
-    sinks_H: torch.Tensor | None,
-    overlap: bool,
+    spec: AttentionSpec,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's `(out [B, H, C, D], lse [B, H, C])` in at least fp32."""
-    state = OutLseAccumulator(q_BHCD, v_BKCD.shape[-1])
-    blocks = _transport(plan).Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
-    # Results are as large as the shard: each is dropped before the next one is made.
+    """Return this rank's `(out [B, H, C, E], lse [B, H, C])` in at least fp32."""
+    scale = spec.scale_for(q_BHCD.shape[-1])
+    result = OutLseAccumulator(q_BHCD, v_BKCE.shape[-1])
+    blocks = transport.blocks(k_BKCD, v_BKCE, plan)
+    # Partial results are as large as the shard: each is dropped before the next one is made.
     for number, step in enumerate(plan.steps):
-        k, v = blocks.post(number)
-        for queries, out, lse in kernel.forward(q_BHCD, k, v, step.tiles, scale, softcap):
-            state.add(queries, out, lse)
+        k, v = blocks.start_step(number)
+        for queries, out, lse in kernel.forward(q_BHCD, k, v, step.tiles, scale, spec.softcap):
+            result.add(queries, out, lse)
             del out, lse
         del k, v
-        blocks.wait(number)
+        blocks.finish_step(number)
     if sinks_H is not None:
-        state.add_sinks(sinks_H)
-    return state.out, state.lse
+        result.add_sinks(sinks_H)
+    return result.out, result.lse
 
 
 def ring_backward(
-    dout_BHCD: torch.Tensor,
+    dout_BHCE: torch.Tensor,
     q_BHCD: torch.Tensor,
     k_BKCD: torch.Tensor,
-    v_BKCD: torch.Tensor,
-    out_BHCD: torch.Tensor,
+    v_BKCE: torch.Tensor,
+    out_BHCE: torch.Tensor,
     lse_BHC: torch.Tensor,
     plan: Plan,
-    ring: Ring | None,
+    transport: Transport,
     kernel: Kernel,
-    scale: float,
-    softcap: float | None,
-    overlap: bool,
+    spec: AttentionSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's `(dq, dk, dv)` in the dtypes of q, k and v, from the global `out` and `lse` of its queries."""
+    """Return this rank's `(dq, dk, dv)` in the dtypes of q, k and v; `out` and `lse` are global."""
+    scale = spec.scale_for(q_BHCD.shape[-1])
     dq = GradAccumulator(q_BHCD, _sum_dtype(plan, q_BHCD.dtype))
-    blocks = _transport(plan).Blocks(k_BKCD, v_BKCD, plan, ring, overlap)
-    grads = _transport(plan).Gradients(k_BKCD, v_BKCD, plan, ring, overlap)
-    # As in forward, nothing as large as the shard is held by a name longer than it is needed.
+    blocks = transport.blocks(k_BKCD, v_BKCE, plan)
+    grads = transport.gradients(k_BKCD, v_BKCE, plan)
+    # As in forward, no name keeps a tensor as large as the shard longer than it is needed.
     for number, step in enumerate(plan.steps):
-        k, v = blocks.post(number)
-        dk, dv = grads.share(number)
-        tensors = dout_BHCD, q_BHCD, k, v, out_BHCD, lse_BHC
-        for queries, keys, one_dq, one_dk, one_dv in kernel.backward(*tensors, step.tiles, scale, softcap):
-            dq.add(queries, one_dq)
-            del one_dq
-            dk.add(keys, one_dk)
-            dv.add(keys, one_dv)
-            del one_dk, one_dv
+        k, v = blocks.start_step(number)
+        dk, dv = grads.for_step(number)
+        tensors = dout_BHCE, q_BHCD, k, v, out_BHCE, lse_BHC
+        for queries, keys, dq_part, dk_part, dv_part in kernel.backward(*tensors, step.tiles, scale, spec.softcap):
+            dq.add(queries, dq_part)
+            del dq_part
+            dk.add(keys, dk_part)
+            dv.add(keys, dv_part)
+            del dk_part, dv_part
         del tensors
         del k, v, dk, dv
         grads.send(number)
-        blocks.wait(number)
-    return dq.total.to(q_BHCD.dtype), *grads.home()
+        blocks.finish_step(number)
+    return dq.total.to(q_BHCD.dtype), *grads.finish()
 
 
 def sinks_gradient(
-    dout_BHCD: torch.Tensor, out_BHCD: torch.Tensor, lse_BHC: torch.Tensor, sinks_H: torch.Tensor
+    dout_BHCE: torch.Tensor, out_BHCE: torch.Tensor, lse_BHC: torch.Tensor, sinks_H: torch.Tensor
 ) -> torch.Tensor:
-    """`d sinks [H]` from this rank's queries: each sink took `exp(sink - lse)` of a row's weight and gave nothing."""
-    taken_BHC = torch.exp(sinks_H.to(lse_BHC.dtype)[:, None] - lse_BHC)
-    delta_BHC = (dout_BHCD.to(lse_BHC.dtype) * out_BHCD).sum(-1)
-    return -(taken_BHC * delta_BHC).sum((0, 2)).to(sinks_H.dtype)
+    """Return `d sinks [H]` from this rank's queries: a sink takes `exp(sink - lse)` of a row's weight and adds 0."""
+    weight_BHC = torch.exp(sinks_H.to(lse_BHC.dtype)[:, None] - lse_BHC)
+    delta_BHC = (dout_BHCE.to(lse_BHC.dtype) * out_BHCE).sum(-1)
+    return -(weight_BHC * delta_BHC).sum((0, 2)).to(sinks_H.dtype)
 
 
 def _sum_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
-    """fp32, unless no query gets more than two results: their sum is rounded once either way."""
-    pieces = sum(len(split(tile.num_q, tile.num_k, tile.lo, tile.hi)) for step in plan.steps for tile in step.tiles)
-    return accumulate_dtype(dtype) if pieces > 2 else dtype
+    """fp32, unless no query gets more than two partial results: their sum is rounded once either way."""
+    num_parts = sum(len(split(tile.num_q, tile.num_k, tile.lo, tile.hi)) for step in plan.steps for tile in step.tiles)
+    return accumulate_dtype(dtype) if num_parts > 2 else dtype

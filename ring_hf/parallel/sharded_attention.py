@@ -5,21 +5,24 @@ Letters: B batch, H query heads, K key/value heads, C tokens of this rank, D and
 
 import logging
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..costmodel.devices import Shape, hardware_of
 from ..costmodel.pass_cost import choose_transport
-from ..geometry import TRANSPORTS, HeadShare, Mask, ShardedSequence, check_head_chunks, head_split
+from ..geometry import AttentionSpec, HeadShare, Mask, RingOptions, ShardedSequence, check_head_chunks, head_split
 from ..kernels import accumulate_dtype, choose
 from .attention_op import ring_attention_op
 from .chunked_ulysses import chunked_ulysses_op
 from .groups import group_of
-from .op_arguments import Call, encode
-from .ulysses import to_heads, to_tokens
+from .op_arguments import AttentionOpArgs, to_json
+from .ulysses import heads_to_seq, seq_to_heads
 
 logger = logging.getLogger("ring_hf")
+
+DEFAULT_SPEC, DEFAULT_OPTIONS = AttentionSpec(), RingOptions()
 
 
 def ring_attention(
@@ -29,20 +32,12 @@ def ring_attention(
     *,
     sequence: ShardedSequence,
     group: str = "",
-    causal: bool = True,
-    window: int | None = None,
-    chunk: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    spec: AttentionSpec = DEFAULT_SPEC,
+    options: RingOptions = DEFAULT_OPTIONS,
     sinks: Tensor | None = None,
-    kernel: str = "auto",
-    transport: str = "auto",
-    inner_ring_size: int = 1,
-    head_chunks: int = 1,
-    overlap: bool = True,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention over a sequence whose tokens are dealt to the ranks of `group`; every rank calls it.
+    """Exact attention over a sequence whose tokens are dealt to the ranks of `group`. Every rank calls it.
 
     Args:
         q: this rank's queries `[B, H, C, D]`, C = sequence.shard_length; any strides.
@@ -50,16 +45,9 @@ def ring_attention(
         sequence: the whole batch as all ranks see it: layout, padded length, documents, right padding, prefixes, and
             how many ranks exchange heads (`ulysses`).
         group: name from `register_group`; unused with one rank.
-        causal, window, chunk: the mask, see `geometry.Mask`.
-        scale: factor on the scores, `D ** -0.5` by default.
-        softcap: bends the scores to `softcap * tanh(scores / softcap)`.
+        spec: mask, scale and softcap.
+        options: transport, kernel and so on; `ulysses_size` is that of the sequence, or None.
         sinks: `[H]`, per head the score of one more key without a value; gets a gradient from this rank's queries.
-        kernel: "auto", or a key of `kernels.KERNELS` or `FAMILIES`.
-        transport: how keys and values travel, one of `geometry.TRANSPORTS`, or "auto" for the cheapest by estimate.
-        inner_ring_size: ranks of an inner ring, for "double_ring" and what "auto" chooses from.
-        head_chunks: with Ulysses, in how many chunks a rank's heads are exchanged and attended with, one after the
-            other (`chunked_ulysses`): less memory, more bytes exchanged.
-        overlap: compute while the next block travels; False only to measure what that is worth.
         return_lse: False saves an exchange with Ulysses; the lse is then an empty tensor.
 
     Returns:
@@ -70,42 +58,48 @@ def ring_attention(
             be shorter than k: the queries are then the last ones.
     """
     check_tensors(q, k, v, sequence)
-    mask = Mask(causal, window, chunk)
-    choose(kernel, q, v, softcap)
-    _check_maths(q, softcap, sinks)
-    check_head_chunks(head_chunks, q.shape[1], k.shape[1], sequence.ulysses)
+    choose(options.kernel, q, v, spec.softcap)
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}, but there are {q.shape[1]} query heads: one per head."
+        )
+    if options.ulysses_size not in (None, sequence.ulysses):
+        raise ValueError(
+            f"options.ulysses_size={options.ulysses_size!r}, but the sequence was dealt with ulysses="
+            f"{sequence.ulysses}. Describe the sequence with the same number, or leave ulysses_size out."
+        )
+    check_head_chunks(options.head_chunks, q.shape[1], k.shape[1], sequence.ulysses)
     if sequence.num_ranks > 1 and (size := group_of(group).size()) != sequence.num_ranks:
         raise ValueError(
             f"The sequence is dealt to {sequence.num_ranks} ranks, but the group has {size}. Describe the sequence "
             f"with num_ranks={size}, or pass the group of the ranks that hold it."
         )
-    transport = resolve_transport(transport, inner_ring_size, sequence, mask, q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    settings = group, kernel, transport, inner_ring_size, overlap, head_chunks
-    call = encode(Call(sequence, mask, scale, softcap, *settings))
+    options = replace(options, transport=resolve_transport(options, sequence, spec.mask, q, k, v))
+    spec = replace(spec, scale=spec.scale_for(q.shape[-1]))
+    args = to_json(AttentionOpArgs(sequence, spec, options, group))
     if sequence.ulysses == 1:
-        out, lse = ring_attention_op(q, k, v, sinks, call)
+        out, lse = ring_attention_op(q, k, v, sinks, args)
         return out, lse if return_lse else lse.new_empty(0)
     shares = head_split(q.shape[1], k.shape[1], sequence.ulysses)
-    if head_chunks > 1:
-        out, lse = chunked_ulysses_op(q, k, v, sinks, call)
+    if options.head_chunks > 1:
+        out, lse = chunked_ulysses_op(q, k, v, sinks, args)
     else:
-        out, lse = _attend_with_share(q, k, v, sinks, call, shares, group)
-        out = to_tokens(out, shares, group)
+        out, lse = _attend_with_share(q, k, v, sinks, args, shares, group)
+        out = heads_to_seq(out, shares, group)
     with torch.no_grad():
-        lse = to_tokens(lse, shares, group) if return_lse else lse.new_empty(0)
+        lse = heads_to_seq(lse, shares, group) if return_lse else lse.new_empty(0)
     return out, lse
 
 
 def _attend_with_share(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: str, shares: tuple[HeadShare, ...], group: str
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, args: str, shares: tuple[HeadShare, ...], group: str
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` of this rank's heads over all tokens of its place."""
+    """Return `(out, lse)` of this rank's heads over all tokens of its Ulysses group."""
     mine = shares[torch.distributed.get_rank(group_of(group)) % len(shares)]
-    q, k, v = to_heads(q, k, v, shares, group)
+    q, k, v = seq_to_heads(q, k, v, shares, group)
     if mine.num_q:
         sinks = None if sinks is None else sinks[mine.q_start : mine.q_start + mine.num_q]
-        out, lse = ring_attention_op(q, k, v, sinks, call)
+        out, lse = ring_attention_op(q, k, v, sinks, args)
         return out, lse
     # Fewer units of heads than ranks: all ranks of this ring sit out, but stay in the graph and the exchange.
     out = q.new_zeros(*q.shape[:3], v.shape[-1]) + q[..., :1] + k[:, :0].sum() + v[:, :0].sum()
@@ -136,52 +130,33 @@ def local_attention(
         prefixes: per batch row and document the tokens at its start that all see each other.
     """
     sequence = ShardedSequence("contiguous", k.shape[2], 1, documents, None, prefixes)
-    mask = {"causal": causal, "window": window, "chunk": chunk}
-    maths = {"scale": scale, "softcap": softcap, "sinks": sinks, "kernel": kernel}
-    return ring_attention(q, k, v, sequence=sequence, **mask, **maths)  # type: ignore[arg-type]
+    spec = AttentionSpec(causal, window, chunk, scale, softcap)
+    return ring_attention(q, k, v, sequence=sequence, spec=spec, options=RingOptions(kernel=kernel), sinks=sinks)
 
 
-_told: set[tuple[str, str, bool, Mask]] = set()
+_logged: set[tuple[str, str, bool, Mask]] = set()
 
 
 @torch.compiler.disable
 def resolve_transport(
-    transport: str, inner: int, sequence: ShardedSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
+    options: RingOptions, sequence: ShardedSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
 ) -> str:
-    """The transport to use, the same on every rank; says in the log why, once for each kind of mask.
-
-    Raises:
-        ValueError: if the name is unknown, or `inner` says something that the transport would ignore.
-    """
-    if transport not in ("auto", *TRANSPORTS):
-        raise ValueError(f"transport={transport!r} is not known. Choose one of auto, {', '.join(TRANSPORTS)}.")
-    if inner > 1 and transport not in ("auto", "double_ring"):
-        raise ValueError(
-            f'inner_ring_size={inner} means a double ring, but transport={transport!r}. Use transport="double_ring" '
-            'or "auto", or set inner_ring_size=1.'
-        )
+    """Return the transport to use, the same on every rank. The log says why, once for each kind of mask."""
     if sequence.ring_size == 1:
         return "ring"
-    if transport != "auto":
-        return transport
+    if options.transport != "auto":
+        return options.transport
     shape = Shape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.element_size(), q.shape[0])
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
-    choice = choose_transport(sequence, mask, shape, inner, hardware_of(q.device.type, ranks_per_node))
+    choice = choose_transport(
+        sequence, mask, shape, options.inner_ring_size, hardware_of(q.device.type, ranks_per_node)
+    )
     # The numbers of the reason change with every batch of documents; what it is about does not.
     subject = choice.transport, sequence.layout, sequence.documents is not None, mask
-    if subject not in _told:
-        _told.add(subject)
+    if subject not in _logged:
+        _logged.add(subject)
         logger.info("transport %s: %s", choice.transport, choice.reason)
     return choice.transport
-
-
-def _check_maths(q: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive. Use None for no soft-capping.")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(
-            f"sinks has shape {tuple(sinks.shape)}, but there are {q.shape[1]} query heads: one per head."
-        )
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence) -> None:

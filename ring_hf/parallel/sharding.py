@@ -1,4 +1,4 @@
-"""Cutting tensors into shards and putting them together again, by the segments of the geometry."""
+"""Cut tensors into shards and put them together again, by the segments of the geometry."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,24 +12,27 @@ Boundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def cut(x: torch.Tensor, shard: Shard, dim: int = 1) -> torch.Tensor:
-    """The part of a global tensor that one rank holds, as `ShardedSequence.segments(rank)` says."""
+    """Return the part of a global tensor that one rank holds: `[..., s, ...]` to `[..., C, ...]` along `dim`.
+
+    `shard` is `ShardedSequence.segments(rank)`.
+    """
     before = (slice(None),) * (dim % x.ndim)
     parts = [x[(*before, segment.slice)] for segment in shard]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
 def join(parts: Sequence[torch.Tensor], shards: Sequence[Shard], dim: int = 1) -> torch.Tensor:
-    """The global tensor from the shards of all ranks, in rank order: the inverse of `cut`."""
+    """Return the global tensor from the shards of all ranks, in rank order: the inverse of `cut`."""
     dim %= parts[0].ndim
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     whole = parts[0].new_empty(shape)
     before = (slice(None),) * dim
     for part, shard in zip(parts, shards, strict=True):
-        place = 0
+        start = 0
         for segment in shard:
-            whole[(*before, segment.slice)] = part.narrow(dim, place, segment.length)
-            place += segment.length
+            whole[(*before, segment.slice)] = part.narrow(dim, start, segment.length)
+            start += segment.length
     return whole
 
 
@@ -43,14 +46,14 @@ def shard(
     cu_seqlens: Boundaries | None = None,
     ulysses_size: int = 1,
 ) -> torch.Tensor:
-    """The part of a global tensor that `rank` holds: `[..., s, ...]` to `[..., s / num_ranks, ...]` along `dim`.
+    """Return the part of a global tensor that `rank` holds: `[..., s, ...]` to `[..., C, ...]`, C = s / num_ranks.
 
     Args:
         cu_seqlens: document boundaries, as in `context_attention`; the balanced layout deals by them.
-        ulysses_size: ranks at each place of the ring, as in `context_attention`.
+        ulysses_size: ranks of each Ulysses group, as in `context_attention`.
 
     Raises:
-        ValueError: if the length cannot be dealt so.
+        ValueError: if the layout cannot deal this length to so many ranks.
     """
     documents = documents_of(cu_seqlens, 1)
     return cut(
@@ -66,14 +69,14 @@ def unshard(
     cu_seqlens: Boundaries | None = None,
     ulysses_size: int = 1,
 ) -> torch.Tensor:
-    """The global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
+    """Return the global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
     length = sum(part.shape[dim] for part in shards)
     whole = ShardedSequence(layout, length, len(shards), documents_of(cu_seqlens, 1), ulysses=ulysses_size)
     return join(shards, [whole.segments(rank) for rank in range(len(shards))], dim)
 
 
 def documents_of(cu_seqlens: Boundaries | None, num_rows: int) -> tuple[tuple[int, ...], ...] | None:
-    """Boundaries per batch row, from one list for all rows or one list per row."""
+    """Return the boundaries of each batch row, from one list for all rows or one list per row."""
     if cu_seqlens is None:
         return None
     bounds: list[Any] = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)

@@ -1,4 +1,4 @@
-"""The end of a process: its process groups are destroyed, in order, while the interpreter is still alive.
+"""Destroy process groups in order when a process exits, while the interpreter is still alive.
 
 A worker thread of gloo drops its reference to the tensors of a collective some time after the caller's `wait` has
 returned. Where the caller has dropped its own by then, the thread needs the interpreter to free the Python objects.
@@ -10,7 +10,7 @@ the threads are joined by the destructor of the group, which a DDP model or a de
 2. the threads of groups that others hold get the time to free their tensors and go to sleep.
 
 Neither is a collective call, so no rank waits for one that has died. Both happen in a thread of their own, and the
-exit waits for it at most `PATIENCE`. If a collective is still under way then, because its peer is alive and does not
+exit waits for it at most `TIMEOUT`. If a collective is still under way then, because its peer is alive and does not
 come, that thread stays in the destructor, and the interpreter does not run it again, where nothing would bound it.
 After an exception a collective may well be under way: then gloo's groups are kept to the very end instead, and the
 process exits at once, which is what tells the other ranks.
@@ -23,7 +23,7 @@ inherit the hook and no thread; only a process that registered a group acts.
 
 NCCL (read, not run): `destroy_process_group`, without which torch warns, flushes the communicators and destroys them,
 which the ranks of a node do together. They all come here with the same groups in the same order, the latest first, and
-whoever waits for a rank that is late or gone stops waiting after `PATIENCE`. After an exception NCCL's groups are left
+whoever waits for a rank that is late or gone stops waiting after `TIMEOUT`. After an exception NCCL's groups are left
 to torch, whose destructor aborts the communicators.
 """
 
@@ -43,8 +43,8 @@ import torch
 
 logger = logging.getLogger("ring_hf")
 
-PATIENCE = timedelta(seconds=10)
-_LOOKS_APART = 0.02  # seconds; a thread that waits for the interpreter wakes up every 0.005
+TIMEOUT = timedelta(seconds=10)
+_POLL_INTERVAL = 0.02  # seconds; a thread that waits for the interpreter wakes up every 0.005
 _GRACE = 0.1  # seconds for threads without a name: before torch 2.11, and on systems other than Linux
 _WORKER = "pt_gloo_runloop"
 _TASKS = Path("/proc/self/task")
@@ -52,10 +52,10 @@ _TASKS = Path("/proc/self/task")
 
 @dataclass
 class _Shutdown:
-    """How the groups of a process end, and the thread in which they will."""
+    """How the groups of a process are destroyed, and the thread that does it."""
 
     end: Callable[[bool], list[Any]]
-    patience: float
+    timeout: float
     process: int = field(default_factory=os.getpid)
     begin: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
@@ -64,8 +64,8 @@ class _Shutdown:
 
     def run(self) -> None:
         self.begin.wait()
-        deadline = time.monotonic() + self.patience
-        threads_have_names, kept = bool(_workers()), []
+        deadline = time.monotonic() + self.timeout
+        threads_have_names, kept = bool(_worker_states()), []
         try:
             if self.device is not None:
                 torch.cuda.set_device(self.device)
@@ -85,12 +85,12 @@ _shutdown: _Shutdown | None = None
 _hooked_process = os.getpid()
 
 
-def register_shutdown(end: Callable[[bool], list[Any]], patience: timedelta = PATIENCE) -> None:
-    """Have `end` called when this process exits, and gloo's threads waited for. Only the first call counts.
+def register_shutdown(end: Callable[[bool], list[Any]], timeout: timedelta = TIMEOUT) -> None:
+    """Call `end` when this process exits, and wait for gloo's threads. Only the first call counts.
 
     Args:
-        end: is called with whether an exception ends the script; destroys groups, or returns those to be kept alive.
-        patience: the longest time that the exit waits.
+        end: gets whether an exception ends the script; destroys groups, or returns those that must be kept alive.
+        timeout: the longest time that the exit waits.
     """
     global _shutdown, _hooked_process
     if _shutdown is not None and _shutdown.process == os.getpid():
@@ -98,24 +98,24 @@ def register_shutdown(end: Callable[[bool], list[Any]], patience: timedelta = PA
     if _hooked_process != os.getpid():  # multiprocessing clears the hooks of a forked process
         atexit.register(run_shutdown)
         _hooked_process = os.getpid()
-    _shutdown = _Shutdown(end, patience.total_seconds())
+    _shutdown = _Shutdown(end, timeout.total_seconds())
     threading.Thread(target=_shutdown.run, name="ring_hf shutdown", daemon=True).start()
 
 
 def run_shutdown() -> None:
-    """Do now what the exit of this process would do. Nothing happens the second time, or in another process."""
+    """Run the shutdown that the exit of this process would run. A second call, or one in a fork, does nothing."""
     shutdown = _shutdown
     if shutdown is None or shutdown.process != os.getpid() or shutdown.begin.is_set():
         return
     shutdown.failed = getattr(sys, "last_type", None) is not None  # the exception that has reached the top
     shutdown.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     shutdown.begin.set()
-    if not shutdown.done.wait(shutdown.patience):
+    if not shutdown.done.wait(shutdown.timeout):
         logger.warning(
             "rank %s: the process groups did not end within %g s, because a collective that this rank has started "
             "still waits for another rank. The process exits without them.",
             os.environ.get("RANK", "0"),
-            shutdown.patience,
+            shutdown.timeout,
         )
 
 
@@ -125,19 +125,19 @@ atexit.register(run_shutdown)
 def wait_for_workers(deadline: float) -> None:
     """Return when the worker threads of all gloo groups of this process sleep, or at `deadline` (`time.monotonic`).
 
-    A thread that sleeps at two looks and was not scheduled in between waits for work or for a peer: not for a
-    processor, and not for the interpreter, which this thread does not hold between the looks.
+    A thread that sleeps at two polls and was not scheduled in between waits for work or for a peer: not for a
+    processor, and not for the interpreter, which this thread does not hold between the polls.
     """
-    before = _workers()
+    before = _worker_states()
     while before and time.monotonic() < deadline:
-        time.sleep(_LOOKS_APART)
-        now = _workers()
+        time.sleep(_POLL_INTERVAL)
+        now = _worker_states()
         if now == before and all(state == "S" for state, _ in now.values()):
             return
         before = now
 
 
-def _workers() -> dict[str, tuple[str, int]]:
+def _worker_states() -> dict[str, tuple[str, int]]:
     """Return by id of each worker thread its state and how often it has left a processor."""
     workers = {}
     for task in _TASKS.iterdir() if _TASKS.is_dir() else ():

@@ -1,13 +1,13 @@
-"""A transport without a wire: one process holds the blocks of all ranks, and computes for one after the other.
+"""A transport without a network: one process holds the blocks of all ranks, and computes for one rank after the other.
 
-The plan, the schedule and the kernels are those of a real ring; only what `post` returns comes from memory. So one
-device shows that its kernels are exact on every tile that any rank would get, and what they take (`emulation`).
+The plan, the schedule and the kernels are those of a real ring; only the blocks come from memory. So a single device
+shows that its kernels are exact on every tile that any rank would get, and how long they take (`emulation`).
 
 Letters: B batch, K key/value heads, C tokens of a rank, D head dim.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -53,7 +53,7 @@ class Residents:
         return self._blocks[block]
 
     def prepare(self, plans: Iterable[Plan]) -> None:
-        """Makes everything that exists before a rank computes: what is timed afterwards is compute alone."""
+        """Build everything that exists before a rank computes, so that a timing afterwards is of the compute alone."""
         for plan in plans:
             for step in plan.steps:
                 self.block(step.block)
@@ -64,34 +64,47 @@ class Residents:
         return len(block) == 1 and block[0].stop - block[0].start == self.k[0].shape[2]
 
 
-class Blocks:
+@dataclass(frozen=True)
+class SingleDeviceTransport:
+    """A transport whose blocks are all in this process."""
+
+    residents: Residents
+
+    def blocks(self, k_BKCD: torch.Tensor, v_BKCE: torch.Tensor, plan: Plan) -> "KVBlocks":
+        return KVBlocks(plan, self.residents)
+
+    def gradients(self, k_BKCD: torch.Tensor, v_BKCE: torch.Tensor, plan: Plan) -> "KVGradients":
+        return KVGradients(plan, self.residents)
+
+
+class KVBlocks:
     """Keys and values that never travel."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Residents, overlap: bool) -> None:
-        self._plan, self._residents = plan, ring
+    def __init__(self, plan: Plan, residents: Residents) -> None:
+        self._plan, self._residents = plan, residents
 
-    def post(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block of this step."""
+    def start_step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the block of this step."""
         return self._residents.block(self._plan.steps[step].block)
 
-    def wait(self, step: int) -> None:
-        """Everything is here."""
+    def finish_step(self, step: int) -> None:
+        """Every block is here already."""
 
 
-class Gradients:
-    """dK and dV, added to the sums of their owners."""
+class KVGradients:
+    """dK and dV, added to the sums of the owners of the keys."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, ring: Residents, overlap: bool) -> None:
-        self._plan, self._residents = plan, ring
-        self._here: tuple[GradAccumulator, GradAccumulator] | None = None
+    def __init__(self, plan: Plan, residents: Residents) -> None:
+        self._plan, self._residents = plan, residents
+        self._current: tuple[GradAccumulator, GradAccumulator] | None = None
 
-    def share(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
-        """The sums of the block's owner if it is a whole shard, else empty ones."""
+    def for_step(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
+        """Return the sums of the block's owner if it is a whole shard, else empty ones."""
         block, residents = self._plan.steps[step].block, self._residents
         dk, dv = (
             self._sum(x, of_ranks, block) for x, of_ranks in zip(residents.block(block), residents.sums, strict=True)
         )
-        self._here = dk, dv
+        self._current = dk, dv
         return dk, dv
 
     def _sum(self, x: torch.Tensor, of_ranks: list[torch.Tensor], block: Block) -> GradAccumulator:
@@ -100,22 +113,20 @@ class Gradients:
         return GradAccumulator(x, of_ranks[0].dtype)
 
     def send(self, step: int) -> None:
-        """After a step: a block of several ranks' keys gives every owner its part."""
-        block, here = self._plan.steps[step].block, self._here
-        self._here = None
-        if here is None or self._residents.whole(block):
+        """Split the sums of a block that several ranks own among them."""
+        block, current = self._plan.steps[step].block, self._current
+        self._current = None
+        if current is None or self._residents.whole(block):
             return
-        for own, of_ranks in zip(here, self._residents.sums, strict=True):
-            place, total = 0, own.total
+        for own, of_ranks in zip(current, self._residents.sums, strict=True):
+            offset, total = 0, own.total
             for part in block:
                 size = part.stop - part.start
-                of_ranks[part.rank][:, :, part.start : part.stop].add_(total[:, :, place : place + size])
-                place += size
+                of_ranks[part.rank][:, :, part.start : part.stop].add_(total[:, :, offset : offset + size])
+                offset += size
 
-    def home(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's `(dk, dv)` so far, rounded: whole when all ranks have computed."""
-        found: list[Any] = [
-            of_ranks[self._plan.rank].to(shards[0].dtype)
-            for of_ranks, shards in zip(self._residents.sums, (self._residents.k, self._residents.v), strict=True)
-        ]
-        return found[0], found[1]
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's `(dk, dv)` so far, rounded; complete when all ranks have computed."""
+        dk, dv = self._residents.sums
+        k, v = self._residents.k, self._residents.v
+        return dk[self._plan.rank].to(k[0].dtype), dv[self._plan.rank].to(v[0].dtype)

@@ -1,14 +1,14 @@
-"""In which order a device does what was queued: the stream that exchanges are posted on, and marks between streams.
+"""The communication stream of a device, and the events that order it against the compute stream.
 
 A CUDA stream runs its operations in order; two streams are unordered unless one waits for an event of the other. NCCL
 makes an exchange wait for everything on the stream that is current when it is posted, and `Work.wait()` makes the
-stream wait that is current then. So exchanges are posted and waited for on a side stream, which itself waits for
-*marks*: the points where the block to be sent was written and where the buffer to be received into was last used. The
-compute stream waits for a mark of the side stream just before the first tile that reads what came.
+stream wait that is current at that time. So exchanges are posted and waited for on a side stream, which itself waits
+for *events*: the points where the block to send was written and where the buffer to receive into was last used. The
+compute stream waits for an event of the side stream just before the first tile that reads the received block.
 
-On a CPU operations happen when they are called: the same calls, and nothing to order. (Rules of CUDA's streams: the
+On a CPU an operation is complete when its call returns: the same calls, and nothing to order. (CUDA's rules: the
 documentation of `torch.cuda.Stream` and `torch.distributed.batch_isend_irecv`. Not yet run on a GPU: the order is
-proven on a model of streams, `tests/streams.py`.)
+proven on a model of streams, `tests/cuda_streams.py`.)
 """
 
 import contextlib
@@ -25,79 +25,80 @@ Events = tuple[Any, ...]  # events of streams; empty where there is nothing to w
 
 
 class CommStream:
-    """A device whose operations are done when their call returns."""
+    """The communication "stream" of a device whose operations are complete when their call returns."""
 
-    def mark(self) -> Events:
-        """What the current stream was given so far."""
+    def record_event(self) -> Events:
+        """Return events that complete when everything queued on the current stream so far is done."""
         return ()
 
-    def wait(self, marks: Events) -> None:
-        """Whatever the current stream is given next happens after these marks."""
+    def wait_events(self, events: Events) -> None:
+        """Make the current stream wait for these events, not the host."""
 
-    def side(self, marks: Events) -> contextlib.AbstractContextManager[None]:
-        """Inside, operations go to the side stream, after these marks."""
+    def on_comm_stream(self, events: Events) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which operations go to the communication stream, after these events."""
         return contextlib.nullcontext()
 
-    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Events:
-        """Both streams go on after these exchanges; the mark of their end. With `patience` the host waits so long.
+    def wait_works(self, works: Iterable[Work], timeout: timedelta | None = None) -> Events:
+        """Make both streams wait for these exchanges, and return events that mark their end.
+
+        With a `timeout` the host waits, too.
 
         Raises:
-            RuntimeError: if they do not end in that time.
+            RuntimeError: if the exchanges do not end in that time.
         """
         for work in works:
-            work.wait(*(() if patience is None else (patience,)))
+            work.wait(*(() if timeout is None else (timeout,)))
         return ()
 
-    def share(self, x: torch.Tensor) -> None:
-        """Keeps the memory of `x`, should it be freed early, until the side stream has done what it was given."""
+    def record_stream(self, x: torch.Tensor) -> None:
+        """Keep the memory of `x`, if it is freed early, until the communication stream is done with its queue."""
 
 
 class CudaCommStream(CommStream):
-    """A device with streams: one side stream beside whichever stream is current."""
+    """One communication stream beside whichever stream is current."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._cuda, self._device = cuda, device
         self._side = cuda.Stream(device=device)
 
-    def mark(self) -> Events:
-        """An event on the current stream."""
+    def record_event(self) -> Events:
         event = self._cuda.Event()
         event.record(self._cuda.current_stream(self._device))
         return (event,)
 
-    def wait(self, marks: Events) -> None:
-        """The current stream waits, not the host."""
-        for event in marks:
+    def wait_events(self, events: Events) -> None:
+        for event in events:
             self._cuda.current_stream(self._device).wait_event(event)
 
     @contextlib.contextmanager
-    def side(self, marks: Events) -> Iterator[None]:
-        """The side stream is current inside."""
-        for event in marks:
+    def on_comm_stream(self, events: Events) -> Iterator[None]:
+        for event in events:
             self._side.wait_event(event)
         with self._cuda.stream(self._side):
             yield
 
-    def finish(self, works: Iterable[Work], patience: timedelta | None = None) -> Events:
-        """The side stream waits for the works, the current one for the side stream: one event serves both and all
-        that use the buffers later, so that no work is waited for twice."""
+    def wait_works(self, works: Iterable[Work], timeout: timedelta | None = None) -> Events:
+        """The communication stream waits for the works, and the current one for the communication stream.
+
+        One event serves both streams and all later users of the buffers, so that no work is waited for twice.
+        """
         with self._cuda.stream(self._side):
-            super().finish(works)  # without patience: on a GPU this only orders streams
-            marks = self.mark()
-        self.wait(marks)
-        deadline = None if patience is None else time.monotonic() + patience.total_seconds()
-        while deadline is not None and not all(event.query() for event in marks):
+            super().wait_works(works)  # without a timeout: on a GPU this only orders streams
+            events = self.record_event()
+        self.wait_events(events)
+        deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        while deadline is not None and not all(event.query() for event in events):
             if time.monotonic() > deadline:
                 raise RuntimeError("timed out on the device")
             time.sleep(0.001)
-        return marks
+        return events
 
-    def share(self, x: torch.Tensor) -> None:
-        """For passes that end in an error: in all others the compute stream has waited for every exchange."""
+    def record_stream(self, x: torch.Tensor) -> None:
+        """Needed by passes that end in an error; in all others the compute stream has waited for every exchange."""
         x.record_stream(self._side)
 
 
 @functools.cache
 def comm_stream_of(device: torch.device) -> CommStream:
-    """The lane of a device, one per process."""
+    """Return the communication stream of a device, one per process."""
     return CudaCommStream(device) if device.type == "cuda" else CommStream()

@@ -1,10 +1,12 @@
 """Ulysses: u neighbouring ranks trade tokens for heads, attend, and trade back (Jacobs et al. 2023, arXiv 2309.14509).
 
-Every rank sends each of the u its heads' part of queries, keys and values, and gets its own heads of all tokens of
-their place of the ring: one all-to-all there, one back. Key/value heads that several ranks need are sent to each;
-their gradients add up in backward, because indexing does so. Head counts need not divide (`geometry.head_split`).
+Each rank sends every rank of its Ulysses group that rank's heads of queries, keys and values, and receives its own
+heads of all tokens of the group: one all-to-all before attention, one after it. Key/value heads that several ranks
+need are sent to each; backward adds their gradients, because they were indexed. Head counts need not divide evenly
+(`geometry.head_split`).
 
-Letters: B batch, H query heads, K key/value heads, C tokens of this rank, u ranks of a place, D and E head dims.
+Letters: B batch, H query heads, K key/value heads, C tokens of this rank, u ranks of a Ulysses group, h heads of this
+rank, D and E head dims.
 """
 
 from collections.abc import Sequence
@@ -18,11 +20,11 @@ from torch.distributed import ProcessGroup
 from ..geometry import HeadShare
 from .groups import dedicated_group, group_of
 
-Heads = Sequence[Sequence[int]]  # of each rank of a place
+Heads = Sequence[Sequence[int]]  # of each rank of a Ulysses group
 
 
-def place_of(group: ProcessGroup, ulysses: int, device: torch.device) -> ProcessGroup:
-    """The ranks of a group that exchange heads with this one, on a group of their own."""
+def ulysses_group(group: ProcessGroup, ulysses: int, device: torch.device) -> ProcessGroup:
+    """Return the dedicated group of the ranks that exchange heads with this one. A collective call the first time."""
     first = dist.get_rank(group) // ulysses * ulysses
     return dedicated_group(group, range(first, first + ulysses), "ulysses", device)
 
@@ -30,7 +32,7 @@ def place_of(group: ProcessGroup, ulysses: int, device: torch.device) -> Process
 @torch.library.custom_op("ring_hf::all_to_all", mutates_args=())
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     out = x.new_empty(sum(received))
-    dist.all_to_all_single(out, x, received, sent, group=place_of(group_of(group), len(sent), x.device))
+    dist.all_to_all_single(out, x, received, sent, group=ulysses_group(group_of(group), len(sent), x.device))
     return out
 
 
@@ -50,54 +52,53 @@ def _backward(ctx, grad):
 _all_to_all.register_autograd(_backward, setup_context=_setup_context)
 
 
-def to_heads(
+def seq_to_heads(
     q_BHCD: Tensor, k_BKCD: Tensor, v_BKCE: Tensor, shares: tuple[HeadShare, ...], group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(q, k, v)` of this rank's share of the heads, over the tokens of all ranks of its place, in their order."""
+    """Return `(q, k, v)` of this rank's heads over all tokens of its Ulysses group: `[B, h, u * C, D]` and so on."""
     queries, kv = [share.queries for share in shares], [share.kv for share in shares]
     q, k, v = exchange_tokens([(q_BHCD, queries), (k_BKCD, kv), (v_BKCE, kv)], group)
     return q, k, v
 
 
-def to_tokens(out_BhSE: Tensor, shares: tuple[HeadShare, ...], group: str) -> Tensor:
-    """`[B, H, C, ...]`: this rank's tokens of all heads, from its heads `[B, h, u * C, ...]` of all tokens."""
+def heads_to_seq(out_BhSE: Tensor, shares: tuple[HeadShare, ...], group: str) -> Tensor:
+    """Return this rank's tokens of all heads, `[B, H, C, ...]`, from its heads of all tokens, `[B, h, u * C, ...]`."""
     (parts,) = exchange_heads([(out_BhSE, [share.queries for share in shares])], group)
     return torch.cat(parts, dim=1)
 
 
 def exchange_tokens(tensors: list[tuple[Tensor, Heads]], group: str) -> list[Tensor]:
-    """One all-to-all that trades tokens for heads.
+    """Trade tokens for heads in one all-to-all.
 
     Args:
-        tensors: each `[B, H, C, ...]`, this rank's tokens, and which of its heads each rank of the place attends with.
-            All of one dtype.
+        tensors: each `[B, H, C, ...]`, this rank's tokens, and the heads that each rank of the group attends
+            with. All of one dtype.
         group: name of the registered group.
 
     Returns:
-        Of each tensor this rank's heads, `[B, h, u * C, ...]`, over the tokens of all ranks in their order.
+        For each tensor this rank's heads, `[B, h, u * C, ...]`, over the tokens of all ranks in their order.
     """
     ranks = range(len(tensors[0][1]))
     mine = dist.get_rank(group_of(group)) % len(ranks)
-    sent = [_pick(x, heads[rank]) for rank in ranks for x, heads in tensors]
+    sent = [_select_heads(x, heads[rank]) for rank in ranks for x, heads in tensors]
     sizes = [sum(x.numel() for x in sent[n : n + len(tensors)]) for n in range(0, len(sent), len(tensors))]
     shapes = [(x.shape[0], len(heads[mine]), *x.shape[2:]) for x, heads in tensors]
-    each = [torch.Size(shape).numel() for shape in shapes]
-    arrived = _all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [sum(each)] * len(ranks), group)
-    parts = arrived.split(each * len(ranks))
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    received = _all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [sum(numels)] * len(ranks), group)
+    parts = received.split(numels * len(ranks))
     return [torch.cat([x.view(shape) for x in parts[n :: len(tensors)]], dim=2) for n, shape in enumerate(shapes)]
 
 
 def exchange_heads(tensors: list[tuple[Tensor, Heads]], group: str) -> list[list[Tensor]]:
-    """One all-to-all that trades heads for tokens: the inverse of `exchange_tokens`.
+    """Trade heads for tokens in one all-to-all: the inverse of `exchange_tokens`.
 
     Args:
-        tensors: each `[B, h, u * C, ...]`, this rank's heads, and which heads each rank of the place has. All of one
-            dtype.
+        tensors: each `[B, h, u * C, ...]`, this rank's heads, and the heads that each rank of the group has. All of
+            one dtype.
         group: name of the registered group.
 
     Returns:
-        Of each tensor, for each rank of the place, the heads that this rank has: `[B, h of it, C, ...]`, this rank's
-        tokens.
+        For each tensor, and for each rank of the group, this rank's tokens of that rank's heads: `[B, h, C, ...]`.
     """
     ranks = range(len(tensors[0][1]))
     tokens = [x.shape[2] // len(ranks) for x, _ in tensors]
@@ -108,15 +109,15 @@ def exchange_heads(tensors: list[tuple[Tensor, Heads]], group: str) -> list[list
         for rank in ranks
         for (x, heads), length in zip(tensors, tokens, strict=True)
     ]
-    each = [torch.Size(shape).numel() for shape in shapes]
-    sizes = [sum(each[n : n + len(tensors)]) for n in range(0, len(each), len(tensors))]
-    arrived = _all_to_all(sent, [sent.numel() // len(ranks)] * len(ranks), sizes, group)
-    parts = [x.view(shape) for x, shape in zip(arrived.split(each), shapes, strict=True)]
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    sizes = [sum(numels[n : n + len(tensors)]) for n in range(0, len(numels), len(tensors))]
+    received = _all_to_all(sent, [sent.numel() // len(ranks)] * len(ranks), sizes, group)
+    parts = [x.view(shape) for x, shape in zip(received.split(numels), shapes, strict=True)]
     return [parts[n :: len(tensors)] for n in range(len(tensors))]
 
 
-def _pick(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Heads of `x [B, H, ...]`: a view if they are neighbours."""
+def _select_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Return heads of `x [B, H, ...]`: a view if they are consecutive."""
     if not heads or list(heads) == list(range(heads[0], heads[-1] + 1)):
         return x[:, heads[0] : heads[-1] + 1] if heads else x[:, :0]
     return x[:, list(heads)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence
+from ring_hf.geometry import LAYOUTS, AttentionSpec, Mask, RingOptions, ShardedSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 
@@ -225,7 +225,8 @@ def check(
             if reason is not None:
                 yield f"{kernel}, {name}: {reason}"
                 continue
-            emulation = Emulation(sequence, problem.rules, scale, problem.softcap, kernel, problem.transport, inner)
+            spec = AttentionSpec(**vars(problem.rules), scale=scale, softcap=problem.softcap)
+            emulation = Emulation(sequence, spec, RingOptions(problem.transport, inner, kernel=kernel))
             attention = functools.partial(emulated_attention, emulation=emulation)
             try:
                 got = results(attention, tensors, dtype)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ring_hf.geometry import Mask, ShardedSequence
+from ring_hf.geometry import AttentionSpec, RingOptions, ShardedSequence
 from ring_hf.kernels import accumulate_dtype, choose
 from ring_hf.parallel.emulation import Emulation
 from ring_hf.parallel.single_device import Residents
@@ -44,7 +44,8 @@ class Repeated(Residents):
 
 def emulation_of(num_tokens: int, num_ranks: int, scale: float) -> Emulation:
     """The ring that all shares are taken from."""
-    return Emulation(ShardedSequence(LAYOUT, num_tokens, num_ranks), Mask(), scale, transport=TRANSPORT)
+    sequence = ShardedSequence(LAYOUT, num_tokens, num_ranks)
+    return Emulation(sequence, AttentionSpec(scale=scale), RingOptions(TRANSPORT))
 
 
 class _Share(torch.autograd.Function):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ring_hf.geometry import Mask, ShardedSequence
+from ring_hf.geometry import AttentionSpec, RingOptions, ShardedSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel import local_attention
 from ring_hf.parallel.emulation import Emulation
@@ -122,7 +122,7 @@ def variants(shape: Shape, tensors: list[torch.Tensor]) -> dict[str, Callable[[C
             )
     for layout, transport in RINGS:
         sequence = ShardedSequence(layout, shape.tokens, shape.ranks)
-        emulation = Emulation(sequence, Mask(), shape.head_dim**-0.5, None, "auto", transport)
+        emulation = Emulation(sequence, AttentionSpec(), RingOptions(transport))
         found[f"{layout}, {transport}"] = lambda clock, emulation=emulation: emulated(emulation, tensors, clock)
     return found
 

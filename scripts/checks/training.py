@@ -36,7 +36,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ring_hf
-from ring_hf.geometry import Mask, ShardedSequence
+from ring_hf.geometry import AttentionSpec, ShardedSequence
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 
 LOSS, GRAD_NORM = 1e-5, 1e-4  # relative, every step, in fp32
@@ -74,7 +74,7 @@ def register_emulated(layout: str, ranks: int, apart: bool = False) -> None:
         documents = ((0, length // 2, length),) * num_rows if apart else None
         sequence = ShardedSequence(layout, length, ranks, documents)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, RoPE gives fp32
-        out, _ = emulated_attention(query, key, value, Emulation(sequence, Mask(), scaling))
+        out, _ = emulated_attention(query, key, value, Emulation(sequence, AttentionSpec(scale=scaling)))
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(EMULATED, attention)

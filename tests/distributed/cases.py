@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ring_hf.geometry import Mask, ShardedSequence, multiple
+from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, multiple
 from ring_hf.parallel import cut, register_group, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import rms_ratio
@@ -95,16 +95,9 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
             v,
             sequence=case.sequence,
             group=name,
-            causal=case.causal,
-            window=case.window,
-            chunk=case.chunk,
-            softcap=case.softcap,
+            spec=AttentionSpec(case.causal, case.window, case.chunk, softcap=case.softcap),
+            options=RingOptions(case.transport, case.inner, None, case.head_chunks, case.kernel, case.overlap),
             sinks=sinks[0] if sinks else None,
-            kernel=case.kernel,
-            transport=case.transport,
-            inner_ring_size=case.inner,
-            head_chunks=case.head_chunks,
-            overlap=case.overlap,
         )
 
     q, k, v, dout = shards(case, rank, *problem(case))

@@ -15,7 +15,10 @@ destroyed: list[str] = []  # by torch, in this order
 
 @atexit.register
 def report() -> None:  # registered before the hook of ring_hf, so run after it
-    print(f"initialized={dist.is_initialized()} workers={len(shutdown._workers())} destroyed={destroyed}", flush=True)
+    print(
+        f"initialized={dist.is_initialized()} workers={len(shutdown._worker_states())} destroyed={destroyed}",
+        flush=True,
+    )
 
 
 from ring_hf.parallel import groups, register_group, shutdown  # noqa: E402
@@ -32,7 +35,7 @@ def recorded(group: dist.ProcessGroup | None = None) -> None:
 def join(timeout: float = 60) -> None:
     method = f"file://{store}-{len(destroyed)}"
     dist.init_process_group("gloo", method, timedelta(seconds=timeout), world_size, rank)
-    while len(shutdown._workers()) < 2:  # a thread has no name before it runs
+    while len(shutdown._worker_states()) < 2:  # a thread has no name before it runs
         time.sleep(0.01)
 
 
@@ -46,7 +49,7 @@ def starve_workers(num_groups: int) -> list[dist.ProcessGroup]:
     processor = {min(os.sched_getaffinity(0))}
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), processor)
-    for thread in shutdown._workers():
+    for thread in shutdown._worker_states():
         os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     sys.setswitchinterval(1000)  # nor the interpreter
     tensors = [([torch.empty(1000)], torch.ones(1000)) for _ in made]

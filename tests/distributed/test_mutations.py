@@ -17,50 +17,50 @@ from tests.harness import run_distributed
 
 
 def _stale_block(patch):
-    original = ring.Blocks.wait
+    original = ring.KVBlocks.finish_step
 
-    def wait(self, step):
-        before = self._held[step].flat.clone() if step in self._held else None
+    def finish_step(self, step):
+        before = self._blocks[step].flat.clone() if step in self._blocks else None
         original(self, step)
-        if before is not None and step + 1 in self._held:
-            self._held[step + 1].flat.copy_(before)
+        if before is not None and step + 1 in self._blocks:
+            self._blocks[step + 1].flat.copy_(before)
 
-    patch.setattr(ring.Blocks, "wait", wait)
+    patch.setattr(ring.KVBlocks, "finish_step", finish_step)
 
 
 def _gradients_stay_abroad(patch):
-    original = ring.Gradients.home
+    original = ring.KVGradients.finish
 
-    def home(self):
-        for exchange in self._coming[len(self._plan.steps)]:
+    def finish(self):
+        for exchange in self._pending[len(self._plan.steps)]:
             exchange.wait()
             exchange.receive.flat.zero_()
         return original(self)
 
-    patch.setattr(ring.Gradients, "home", home)
+    patch.setattr(ring.KVGradients, "finish", finish)
 
 
 def _last_gradient_hop_goes_to_a_neighbour(patch):
-    original = transport.Ring.post
+    original = transport.RingComm.isend_irecv
 
-    def post(self, send, to, receive, source, tag, between):
+    def isend_irecv(self, send, to, receive, source, tag, inter_node=False):
         if tag == transport.GRADIENTS:
             to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        return original(self, send, to, receive, source, tag, between)
+        return original(self, send, to, receive, source, tag, inter_node)
 
     # Two hops in a ring of four: home is two ranks back, not one ahead.
-    patch.setattr(transport.Ring, "post", post)
+    patch.setattr(transport.RingComm, "isend_irecv", isend_irecv)
 
 
 def _arriving_gradients_dropped(patch):
-    original = ring.Gradients.send
+    original = ring.KVGradients.send
 
     def send(self, step):
-        for exchange in self._coming.pop(step, ()):
+        for exchange in self._pending.pop(step, ()):
             exchange.wait()
         original(self, step)
 
-    patch.setattr(ring.Gradients, "send", send)
+    patch.setattr(ring.KVGradients, "send", send)
 
 
 def _outer_block_is_the_last_of_the_turn(patch):
@@ -81,12 +81,12 @@ def _fetched_gradients_land_at_the_start(patch):
 
 
 def _gathered_in_rank_order(patch):
-    patch.setattr(gather_transport.Blocks, "_slices", lambda self, x: list(x))
+    patch.setattr(gather_transport.KVBlocks, "_slices", lambda self, x: list(x))
 
 
 def _heads_of_a_neighbour(patch):
-    original = sharded_attention.to_tokens
-    patch.setattr(sharded_attention, "to_tokens", lambda x, shares, group: original(x.flip(1), shares, group))
+    original = sharded_attention.heads_to_seq
+    patch.setattr(sharded_attention, "heads_to_seq", lambda x, shares, group: original(x.flip(1), shares, group))
 
 
 def _keys_of_the_chunk_before(patch):

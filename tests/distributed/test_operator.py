@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, make_plan, sent_tokens
+from ring_hf.geometry import LAYOUTS, AttentionSpec, RingOptions, ShardedSequence, make_plan, sent_tokens
 from ring_hf.parallel import (
-    agree,
+    assert_equal_across_ranks,
     context_attention,
     group_of,
     local_attention,
@@ -20,8 +20,8 @@ from ring_hf.parallel import (
     shard,
     unshard,
 )
-from ring_hf.parallel.op_arguments import Call, decode, encode
-from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, Ring
+from ring_hf.parallel.op_arguments import AttentionOpArgs, from_json, to_json
+from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, RingComm
 from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import assert_close, run_distributed
 
@@ -31,16 +31,16 @@ OPERATOR = torch.ops.ring_hf.ring_attention.default
 def count_exchanges(rank: int, world_size: int, case: Case) -> tuple[int, int, int]:
     """`(key/value exchanges, gradient exchanges, bytes sent)` of one forward and backward."""
     tags, sent = [], []
-    original = Ring.post
+    original = RingComm.isend_irecv
 
-    def post(self, send, to, receive, source, tag, **more):
+    def isend_irecv(self, send, to, receive, source, tag, **more):
         if send is not None:
             tags.append(tag)
             sent.append(send.nbytes)
         return original(self, send, to, receive, source, tag, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ring, "post", post)
+        patch.setattr(RingComm, "isend_irecv", isend_irecv)
         ring_result(rank, case)
     return tags.count(KEYS_AND_VALUES), tags.count(GRADIENTS), sum(sent)
 
@@ -120,7 +120,7 @@ def test_selective_checkpointing_can_save_the_operator(save, calls):
 def test_operator_passes_pytorchs_own_checks():
     q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2))
     sequence = ShardedSequence("contiguous", 8, 1, ((0, 3, 8),))
-    call = encode(Call(sequence, Mask(), 0.5, None, "", "auto", "ring", 1, True))
+    call = to_json(AttentionOpArgs(sequence, AttentionSpec(scale=0.5), RingOptions("ring"), ""))
     for sinks in (None, torch.randn(4, requires_grad=True)):
         result = torch.library.opcheck(OPERATOR, (q, k, v, sinks, call), raise_exception=True)
         assert set(result.values()) == {"SUCCESS"}
@@ -128,11 +128,13 @@ def test_operator_passes_pytorchs_own_checks():
 
 def test_calls_survive_their_text_form():
     sequence = ShardedSequence("balanced", 24, 6, ((0, 3, 24), (0, 24)), (20, 24), ((2, 1), (0,)), ulysses=3)
-    for call in (
-        Call(sequence, Mask(window=4), 1 / 3, 50.0, "7", "cpu", "double_ring", 2, False, 3),
-        Call(ShardedSequence("zigzag", 8, 2), Mask(False, chunk=3), 0.5, None, "", "auto", "direct", 1, True),
+    spec, options = AttentionSpec(True, 4, None, 1 / 3, 50.0), RingOptions("double_ring", 2, 3, 3, "cpu", False)
+    chunked = AttentionSpec(False, chunk=3, scale=0.5)
+    for args in (
+        AttentionOpArgs(sequence, spec, options, "7"),
+        AttentionOpArgs(ShardedSequence("zigzag", 8, 2), chunked, RingOptions("direct"), ""),
     ):
-        assert decode(encode(call)) == call
+        assert from_json(to_json(args)) == args
 
 
 def compiled_matches_eager(rank: int, world_size: int, ulysses: int, head_chunks: int) -> float:
@@ -164,7 +166,7 @@ def test_compiled_attention_matches_eager(ulysses, head_chunks):
 def chunked_operator_passes(rank: int, world_size: int) -> None:
     q, k, v = (torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (5, 5, 5))
     sequence, group = ShardedSequence("contiguous", 16, 2, ulysses=2), register_group(dist.group.WORLD)
-    call = encode(Call(sequence, Mask(), 0.5, None, group, "auto", "ring", 1, True, 2))
+    call = to_json(AttentionOpArgs(sequence, AttentionSpec(scale=0.5), RingOptions("ring", head_chunks=2), group))
     for sinks in (None, torch.randn(5, requires_grad=True)):
         operator = torch.ops.ring_hf.chunked_ulysses.default
         result = torch.library.opcheck(operator, (q, k, v, sinks, call), raise_exception=True)
@@ -219,7 +221,7 @@ def functional_hybrid(rank: int, world_size: int) -> None:
     assert_close("prefix", out, shard(want, "zigzag", world_size, rank, dim=2, ulysses_size=2), max_abs=1e-12)
     for settings, message in (
         ({"transport": "pigeon"}, "transport='pigeon' is not known"),
-        ({"transport": "direct", "inner_ring_size": 2}, "inner_ring_size=2 means a double ring"),
+        ({"transport": "direct", "inner_ring_size": 2}, "inner_ring_size=2 belongs to the double ring"),
         ({"ulysses_size": 3}, "ulysses_size=3 does not divide the 4 ranks"),
         ({"head_chunks": 2}, "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1"),
         ({"ulysses_size": 4, "head_chunks": 2}, "head_chunks=2 is more than the 1 query heads that the busiest"),
@@ -250,7 +252,7 @@ def test_rings_in_subgroups_do_not_mix():
 
 def say(rank: int, world_size: int, facts: list[dict], errors: list) -> str:
     try:
-        agree(facts[rank], errors[rank])
+        assert_equal_across_ranks(facts[rank], errors[rank])
     except ValueError as error:
         return str(error)
     return ""
@@ -266,9 +268,9 @@ def test_all_ranks_raise_what_one_rank_found():
 
 
 def test_agreement_works_without_processes():
-    agree({"layout": "zigzag"})
+    assert_equal_across_ranks({"layout": "zigzag"})
     with pytest.raises(ValueError, match=r"^dropout$"):
-        agree({}, "dropout")
+        assert_equal_across_ranks({}, "dropout")
 
 
 def test_unknown_groups_are_refused():

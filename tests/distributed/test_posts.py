@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ring_hf.parallel import buffers, context_attention, transport, warm_up
 from ring_hf.parallel.buffers import Pool
 from ring_hf.parallel.streams import CommStream
+from ring_hf.parallel.transport import RingComm
 from tests.distributed.cases import Case, problem, ring_result, shards
 from tests.harness import rms_ratio, run_distributed
 
@@ -69,17 +70,17 @@ def posts(rank: int, world_size: int, case: Case, checkpointing: str) -> list[tu
 
         return call
 
-    def hop(ring, send, to, receive, source, tag, between=False):
-        inner = case.inner if case.inner > 1 else ring.size
+    def hop(comm, send, to, receive, source, tag, inter_node=False):
+        inner = case.inner if case.inner > 1 else comm.size
 
-        def ahead(one, other):
-            return (other // inner - one // inner) % (ring.size // inner), (other - one) % inner
+        def ahead(rank, peer):
+            return (peer // inner - rank // inner) % (comm.size // inner), (peer - rank) % inner
 
-        return tag, ahead(ring.rank, to), ahead(source, ring.rank), between
+        return tag, ahead(comm.rank, to), ahead(source, comm.rank), inter_node
 
     originals = dist.all_to_all_single, dist.all_reduce
     with (
-        mock.patch.object(transport.Ring, "post", told("exchange", transport.Ring.post, hop)),
+        mock.patch.object(RingComm, "isend_irecv", told("exchange", RingComm.isend_irecv, hop)),
         mock.patch.object(transport, "_all_gather", told("gather", transport._all_gather, _sizes)),
         mock.patch.object(transport, "_reduce_scatter", told("scatter", transport._reduce_scatter, _sizes)),
         mock.patch.object(dist, "all_to_all_single", told("heads", originals[0], _sizes)),
@@ -116,7 +117,7 @@ def exchanges_of_heads(rank: int, world_size: int) -> tuple[int, int]:
         with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as spy:
             found = context_attention(q, k, v, ulysses_size=case.ulysses, return_lse=return_lse)
         outs.append(found[0] if return_lse else found)
-        counts.append(spy.attention_calls)
+        counts.append(spy.call_count)
     assert torch.equal(*outs) and found[1].shape == q.shape[:3]
     return counts[0], counts[1]
 
@@ -174,20 +175,23 @@ def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]
     """`(buffers taken, buffers allocated)` per layer, forward and backward, of four layers and a longer batch."""
     transport.pool_of(torch.device("cpu")).clear()
     taken, allocated = 0, 0
-    take, share = Pool.take, CommStream.share
+    acquire, record_stream = Pool.acquire, CommStream.record_stream
 
-    def count_take(self, shapes, dtype):
+    def count_acquired(self, shapes, dtype):
         nonlocal taken
         taken += 1
-        return take(self, shapes, dtype)
+        return acquire(self, shapes, dtype)
 
-    def count_empty(self, x):  # the pool shares each room it allocates; nobody else calls this for a room
+    def count_empty(self, x):  # the pool calls it for each storage that it allocates, others for other tensors
         nonlocal allocated
         allocated += x.ndim == 1 and x.storage_offset() == 0 and x.is_contiguous() and not x.requires_grad
-        share(self, x)
+        record_stream(self, x)
 
     found = []
-    with mock.patch.object(Pool, "take", count_take), mock.patch.object(CommStream, "share", count_empty):
+    with (
+        mock.patch.object(Pool, "acquire", count_acquired),
+        mock.patch.object(CommStream, "record_stream", count_empty),
+    ):
         for units in (1, 1, 1, 1, 2, 1):
             before = taken, allocated
             _layer(Case(**{**case.__dict__, "units": units, "dtype": "bfloat16"}), rank)
@@ -218,40 +222,40 @@ def _pool() -> Pool:
 def test_idle_buffers_are_bounded_by_what_recent_passes_held_at_once():
     pool = _pool()
     for size in range(100, 200):  # another shape in every batch
-        first, second = (pool.take(((size,), (1,)), torch.float32) for _ in range(2))
-        pool.give(first)
-        pool.give(second)
+        first, second = (pool.acquire(((size,), (1,)), torch.float32) for _ in range(2))
+        pool.release(first)
+        pool.release(second)
         assert pool.idle_bytes <= 2 * 4 * (size + 1) * 2
-    large = pool.take(((10_000,),), torch.float32)
-    pool.give(large)
-    for _ in range(buffers.PASSES):
-        pool.give(pool.take(((10,),), torch.float32))
+    large = pool.acquire(((10_000,),), torch.float32)
+    pool.release(large)
+    for _ in range(buffers.NUM_RECENT_PASSES):
+        pool.release(pool.acquire(((10,),), torch.float32))
     assert pool.idle_bytes <= 4 * 20
 
 
 def test_idle_buffers_are_bounded_in_all(monkeypatch):
-    monkeypatch.setattr(buffers, "IDLE_BYTES", 1000)
+    monkeypatch.setattr(buffers, "MAX_IDLE_BYTES", 1000)
     pool = _pool()
-    lent = [pool.take(((100,),), torch.float32) for _ in range(5)]
+    lent = [pool.acquire(((100,),), torch.float32) for _ in range(5)]
     for buffer in lent:
-        pool.give(buffer)
+        pool.release(buffer)
     assert 0 < pool.idle_bytes <= 1000
     pool.clear()
     assert pool.idle_bytes == 0
 
 
-def test_a_buffer_is_never_lent_twice_at_once_and_one_left_behind_is_not_missed():
+def test_a_buffer_is_never_in_use_twice_and_a_dropped_one_is_not_counted():
     pool = _pool()
-    lent = [pool.take(((8,),), torch.float32) for _ in range(3)]
-    assert len({buffer.room.data_ptr() for buffer in lent}) == 3
-    pool.give(lent[0])
-    with pytest.raises(AssertionError, match="given back twice"):
-        pool.give(lent[0])
-    again = pool.take(((2, 4),), torch.float32)
-    assert again.room is lent[0].room and again.parts[0].shape == (2, 4)
-    assert pool.take(((8,),), torch.float64).room.dtype == torch.float64
+    lent = [pool.acquire(((8,),), torch.float32) for _ in range(3)]
+    assert len({buffer.storage.data_ptr() for buffer in lent}) == 3
+    pool.release(lent[0])
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(lent[0])
+    again = pool.acquire(((2, 4),), torch.float32)
+    assert again.storage is lent[0].storage and again.parts[0].shape == (2, 4)
+    assert pool.acquire(((8,),), torch.float64).storage.dtype == torch.float64
     del lent, again
-    pool.give(pool.take(((1,),), torch.float32))
+    pool.release(pool.acquire(((1,),), torch.float32))
     assert pool.idle_bytes == 4
 
 
@@ -261,10 +265,10 @@ def test_threads_share_a_pool():
 
     def work(number):
         for _ in range(200):
-            buffer = pool.take(((64,),), torch.float32)
+            buffer = pool.acquire(((64,),), torch.float32)
             filled = buffer.flat.fill_(number)
             assert (filled == number).all()
-            pool.give(buffer)
+            pool.release(buffer)
         seen.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

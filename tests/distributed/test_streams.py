@@ -1,6 +1,6 @@
 """Exchanges on streams, proven on a model of CUDA's (`tests/cuda_streams.py`): exact under every schedule, nothing
 read before it is written or written while it is read, exchanges beside compute, no deadlock beside other
-collectives; and each wait, mark and hold is needed."""
+collectives; and each wait, event and hold is needed."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from ring_hf.geometry import make_plan
+from ring_hf.geometry import AttentionSpec, make_plan
 from ring_hf.kernels import reference
 from ring_hf.parallel import buffers, streams, transport
-from ring_hf.parallel.schedule import ring_backward, ring_forward
+from ring_hf.parallel.schedule import ring_backward, ring_forward, transport_of
 from tests import cuda_streams
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.distributed.cases import Case, problem, shards
@@ -81,13 +81,14 @@ def attention(rank: int, case: Case, collectives: bool = False) -> list[tuple[to
     kept, results = [], []
     for layer in range(LAYERS):
         q, k, v, dout = shards(case, rank, *_inputs(case, layer))
-        ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"), 1, nested)
+        comm = transport.RingComm(cuda_streams.Group(case.num_ranks), torch.device("cpu"), 1, nested)
+        carrier = transport_of(case.transport, comm, case.overlap)
         plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
-        kernel, maths = _kernel(layer), (q.shape[-1] ** -0.5, None)
+        kernel, spec = _kernel(layer), AttentionSpec()
         beside()
         cuda_streams.machine().part = f"forward {layer} "
-        out, lse = ring_forward(q, k, v, plan, ring, kernel, *maths, None, case.overlap)
-        kept.append((dout, q, k, v, out, lse, plan, ring, kernel, *maths, case.overlap))
+        out, lse = ring_forward(q, k, v, plan, carrier, kernel, spec)
+        kept.append((dout, q, k, v, out, lse, plan, carrier, kernel, spec))
         del q, k, v, dout, out, lse
     for layer in reversed(range(LAYERS)):
         saved = kept.pop()
@@ -208,12 +209,12 @@ def test_collectives_in_another_order_on_one_rank_deadlock_in_the_model():
 
     def program(rank):
         weights, everyone = torch.ones(4), cuda_streams.Group(case.num_ranks, "sharded")
-        ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
-        send, receive = (ring.take(((2,),), torch.float32, compute=True) for _ in range(2))
-        ring.touched(send)
+        comm = transport.RingComm(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
+        send, receive = (comm.acquire(((2,),), torch.float32, compute=True) for _ in range(2))
+        comm.record_use(send)
         posts = [
             lambda: cuda_streams.collective("all_reduce")(weights, weights, everyone),
-            lambda: ring.post(send, (rank + 1) % ring.size, receive, (rank - 1) % ring.size, 1),
+            lambda: comm.isend_irecv(send, (rank + 1) % comm.size, receive, (rank - 1) % comm.size, 1),
         ]
         for post in reversed(posts) if rank == 0 else posts:
             post()
@@ -227,9 +228,9 @@ def test_results_never_lie_in_a_buffer_of_the_pool():
     for name in ("ring", "direct", "allgather"):
         machines, results = _record(CASES[name])
         for machine, layers in zip(machines, results, strict=True):
-            rooms = {room.untyped_storage().data_ptr() for room, _ in machine.pool._idle}
-            assert rooms, name
-            assert not rooms & {x.untyped_storage().data_ptr() for layer in layers for x in layer}, name
+            idle = {storage.untyped_storage().data_ptr() for storage, _ in machine.pool._idle}
+            assert idle, name
+            assert not idle & {x.untyped_storage().data_ptr() for layer in layers for x in layer}, name
 
 
 class Stop(Exception):
@@ -239,7 +240,7 @@ class Stop(Exception):
 def stopped(rank: int, case: Case) -> None:
     """A forward pass whose kernel fails in step 1: what is under way is dropped, then memory is asked for again."""
     q, k, v, _ = shards(case, rank, *_inputs(case, 0))
-    ring = transport.Ring(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
+    comm = transport.RingComm(cuda_streams.Group(case.num_ranks), torch.device("cpu"))
     plan = make_plan(case.sequence, case.mask, rank, case.rows, None, case.transport, case.inner)
 
     def forward(*args):
@@ -247,8 +248,9 @@ def stopped(rank: int, case: Case) -> None:
         yield
 
     with pytest.raises(Stop):
-        ring_forward(q, k, v, plan, ring, SimpleNamespace(forward=forward), 1.0, None, None, True)
-    del q, k, v, ring, plan
+        carrier = transport_of(case.transport, comm)
+        ring_forward(q, k, v, plan, carrier, SimpleNamespace(forward=forward), AttentionSpec(scale=1.0))
+    del q, k, v, comm, carrier, plan
     gc.collect()
     torch.zeros(3)
 
@@ -264,49 +266,49 @@ def test_a_pass_that_fails_frees_nothing_that_is_in_use(name):
     assert races_of_a_failure(CASES[name]) == []
 
 
-def _finish_on_side_only(self, works, patience=None):
+def _wait_on_side_only(self, works, timeout=None):
     with self._cuda.stream(self._side):
-        streams.CommStream.finish(self, works)
-        return self.mark()
+        streams.CommStream.wait_works(self, works)
+        return self.record_event()
 
 
-def _finish_on_compute_only(self, works, patience=None):
-    return streams.CommStream.finish(self, works)
+def _wait_on_compute_only(self, works, timeout=None):
+    return streams.CommStream.wait_works(self, works)
 
 
 @contextlib.contextmanager
-def _side_without_marks(self, marks):
+def _side_without_events(self, events):
     with self._cuda.stream(self._side):
         yield
 
 
 @contextlib.contextmanager
-def _side_is_current(self, marks):
-    self.wait(marks)
+def _side_is_current(self, events):
+    self.wait_events(events)
     yield
 
 
-def _hold_nothing(self, lane, works, send, receive):
-    self._lane, self._works, self.send, self.receive = lane, works, None, receive
+def _hold_nothing(self, stream, works, send, receive):
+    self._stream, self._works, self.send, self.receive = stream, works, None, receive
 
 
-def _give_without_marks(self, buffer, original=buffers.Pool.give):
-    buffer.marks = ()
+def _release_without_events(self, buffer, original=buffers.Pool.release):
+    buffer.events = ()
     original(self, buffer)
 
 
-def _fresh_without_marks(self, *args):
-    with mock.patch.object(self._lane, "mark", lambda: ()):
-        return cuda_streams.TAKE(self, *args)
+def _fresh_without_events(self, *args):
+    with mock.patch.object(self._stream, "record_event", lambda: ()):
+        return cuda_streams.ACQUIRE(self, *args)
 
 
-def _free_when_posted(self, send, *args, original=transport.Ring.post, **more):
+def _free_when_posted(self, send, *args, original=transport.RingComm.isend_irecv, **more):
     exchange = original(self, send, *args, **more)
-    self._pool._idle.append((send.room, send.marks))
+    self._pool._idle.append((send.storage, send.events))
     return exchange
 
 
-def _one_group(self, *args, original=transport.Ring.__init__):
+def _one_group(self, *args, original=transport.RingComm.__init__):
     original(self, *args)
     groups = cuda_streams.machine().groups
     groups["between inner rings"] = groups.setdefault("ring", cuda_streams.Stream(cuda_streams.machine(), "ring"))
@@ -322,45 +324,69 @@ def _races_of_a_failure(name: str) -> list[str]:
 
 # fault -> (what is broken, by what, the case that shows it, how)
 FAULTS = {
-    "compute does not wait for a block": (streams.CudaCommStream, "finish", _finish_on_side_only, "ring", _races),
+    "compute does not wait for a block": (streams.CudaCommStream, "wait_works", _wait_on_side_only, "ring", _races),
     "the next hop does not wait for a block": (
         streams.CudaCommStream,
-        "finish",
-        _finish_on_compute_only,
+        "wait_works",
+        _wait_on_compute_only,
         "double ring of six",
         _races,
     ),
-    "exchanges wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "ring", _races),
-    "copies to be fetched wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "direct", _races),
-    "gathers wait for no mark": (streams.CudaCommStream, "side", _side_without_marks, "allgather", _races),
-    "compute leaves no mark": (transport.Ring, "touched", lambda self, buffer: None, "ring", _races),
-    "compute leaves no mark on what it fetched": (
-        transport.Ring,
-        "touched",
+    "exchanges wait for no event": (streams.CudaCommStream, "on_comm_stream", _side_without_events, "ring", _races),
+    "copies to be fetched wait for no event": (
+        streams.CudaCommStream,
+        "on_comm_stream",
+        _side_without_events,
+        "direct",
+        _races,
+    ),
+    "gathers wait for no event": (streams.CudaCommStream, "on_comm_stream", _side_without_events, "allgather", _races),
+    "compute records no event": (transport.RingComm, "record_use", lambda self, buffer: None, "ring", _races),
+    "compute records no event on what it fetched": (
+        transport.RingComm,
+        "record_use",
         lambda self, buffer: None,
         "direct",
         _races,
     ),
-    "buffers come back without marks": (buffers.Pool, "give", _give_without_marks, "ring", _races),
-    "buffers are used again before they have left": (transport.Ring, "post", _free_when_posted, "ring", _races),
-    "compute takes buffers without waiting": (
-        streams.CudaCommStream,
-        "wait",
-        lambda self, marks: None,
+    "buffers come back without events": (buffers.Pool, "release", _release_without_events, "ring", _races),
+    "buffers are used again before they have left": (
+        transport.RingComm,
+        "isend_irecv",
+        _free_when_posted,
         "ring",
         _races,
     ),
-    "fresh memory without a mark": (buffers.Pool, "take", _fresh_without_marks, "ring", _races),
+    "compute acquires buffers without waiting": (
+        streams.CudaCommStream,
+        "wait_events",
+        lambda self, events: None,
+        "ring",
+        _races,
+    ),
+    "fresh memory without an event": (buffers.Pool, "acquire", _fresh_without_events, "ring", _races),
     "exchanges do not hold what they send": (transport.PendingExchange, "__init__", _hold_nothing, "ring", _races),
-    "no record_stream": (streams.CudaCommStream, "share", lambda self, x: None, "direct", _races_of_a_failure),
-    "posted on the compute stream": (streams.CudaCommStream, "side", _side_is_current, "ring", _lost_overlap),
-    "fetched on the compute stream": (streams.CudaCommStream, "side", _side_is_current, "direct", _lost_overlap),
-    "one group for near and far": (transport.Ring, "__init__", _one_group, "double ring of six", _lost_overlap),
+    "no record_stream": (streams.CudaCommStream, "record_stream", lambda self, x: None, "direct", _races_of_a_failure),
+    "posted on the compute stream": (
+        streams.CudaCommStream,
+        "on_comm_stream",
+        _side_is_current,
+        "ring",
+        _lost_overlap,
+    ),
+    "fetched on the compute stream": (
+        streams.CudaCommStream,
+        "on_comm_stream",
+        _side_is_current,
+        "direct",
+        _lost_overlap,
+    ),
+    "one group for near and far": (transport.RingComm, "__init__", _one_group, "double ring of six", _lost_overlap),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_wait_mark_and_hold_is_needed(fault):
+def test_each_wait_event_and_hold_is_needed(fault):
     target, attribute, broken, name, judge = FAULTS[fault]
     with mock.patch.object(target, attribute, broken):
         found = judge(name)
@@ -369,17 +395,17 @@ def test_each_wait_mark_and_hold_is_needed(fault):
 
 
 def test_a_missing_wait_also_shows_in_numbers():
-    with mock.patch.object(streams.CudaCommStream, "finish", _finish_on_side_only):
+    with mock.patch.object(streams.CudaCommStream, "wait_works", _wait_on_side_only):
         machines, results = _record(CASES["ring"], hold=True)
     Replay(machines).run(policies(0)["exchanges late"])
     assert worst(CASES["ring"], results) > 1e-3
 
 
-def test_patience_ends_on_the_device_too():
+def test_a_timeout_ends_on_the_device():
     cuda = mock.MagicMock()
-    lane = streams.CudaCommStream(torch.device("cpu"), cuda)
-    lane.finish([], timedelta(seconds=60))  # a mock's event has happened
+    stream = streams.CudaCommStream(torch.device("cpu"), cuda)
+    stream.wait_works([], timedelta(seconds=60))  # a mock's event has happened
     cuda.Event.return_value.query.return_value = False
     with pytest.raises(RuntimeError, match="timed out on the device"):
-        lane.finish([], timedelta(0))
+        stream.wait_works([], timedelta(0))
     assert isinstance(streams.comm_stream_of(torch.device("cpu")), streams.CommStream)

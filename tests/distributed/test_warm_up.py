@@ -62,7 +62,7 @@ def warmed(rank: int, world_size: int, split: tuple[int, int], case: Case) -> tu
 
 def num_groups_of_ours() -> int:
     """Those made for the whole world; other tests leave theirs, made for an axis of a mesh."""
-    return sum(parent is dist.group.WORLD for parent, _ in groups._OWN.values())
+    return sum(parent is dist.group.WORLD for parent, _ in groups._DEDICATED.values())
 
 
 SPLITS = {
@@ -177,18 +177,18 @@ def test_ranks_in_different_numbers_of_groups_find_each_other():
 
 def one_is_missing(rank: int, world_size: int) -> list[str]:
     """What the others are told when rank 1 does not come, fails in the ring, or fails where heads are exchanged."""
-    said, patience = [], timedelta(seconds=1.5)
+    said, limit = [], timedelta(seconds=1.5)
     module = importlib.import_module("ring_hf.parallel.group_warm_up")
     for where, ulysses_size in (("store", 1), ("ring", 1), ("heads", world_size)):
         forget_group(dist.group.WORLD)
         failing = {
-            "store": mock.patch.object(module, "_meet", side_effect=ValueError("rank 1 has failed")),
-            "ring": mock.patch.object(transport.Ring, "post", side_effect=ValueError("rank 1 has failed")),
+            "store": mock.patch.object(module, "_barrier_via_store", side_effect=ValueError("rank 1 has failed")),
+            "ring": mock.patch.object(transport.RingComm, "isend_irecv", side_effect=ValueError("rank 1 has failed")),
             "heads": mock.patch.object(dist, "all_to_all_single", side_effect=ValueError("rank 1 has failed")),
         }[where]
         expected = (ValueError, "rank 1 has failed") if rank == 1 else (RuntimeError, "[Tt]he warm-up")
         with failing if rank == 1 else contextlib.nullcontext(), pytest.raises(expected[0], match=expected[1]) as why:
-            warm_up(dist.group.WORLD, CPU, ulysses_size, patience=patience)
+            warm_up(dist.group.WORLD, CPU, ulysses_size, timeout=limit)
         said.append(str(why.value))
         dist.barrier()
     return said

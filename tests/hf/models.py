@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from ring_hf.geometry import RingOptions
 from ring_hf.hf import context
 
 SIZES: dict[str, Any] = {
@@ -42,9 +44,17 @@ def rows(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
 
 
 def context_of(size: int, rank: int, **more: Any) -> context.ProcessContext:
-    """`rank` of `size` processes that share sequences."""
+    """`rank` of `size` processes that share sequences; names of `RingOptions` go into its options."""
+    options = RingOptions(**{field.name: more.pop(field.name) for field in fields(RingOptions) if field.name in more})
     return context.ProcessContext(
-        size, rank, num_replicas=1, replica=0, group="none", replica_group=None, ranks_per_node=size, **more
+        size,
+        rank,
+        num_replicas=1,
+        replica=0,
+        group="none",
+        replica_group=None,
+        options=options,
+        **{"ranks_per_node": size, **more},
     )
 
 

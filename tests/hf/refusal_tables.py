@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ring_hf.geometry import ShardedSequence
+from ring_hf.geometry import RingOptions, ShardedSequence
 from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from tests.hf.faults import LeftPadding, TwoRows
 from tests.hf.models import SIZES, llama, rows
@@ -160,10 +160,10 @@ COLLATORS = {
     "different keys": ({}, [rows(16)[0], {"input_ids": [1] * 16, "shift_labels": [1] * 16}], "different keys"),
 }
 
-DESCRIPTION = ContextParallelMetadata(ShardedSequence("zigzag", 16, 2), "none", 0, "auto", True, 16, None, "")
+DESCRIPTION = ContextParallelMetadata(ShardedSequence("zigzag", 16, 2), "none", 0, RingOptions(), 16, None, "")
 
 SHARDED = {METADATA_KEY: DESCRIPTION}
-WHOLE = ContextParallelMetadata(ShardedSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, "auto", True, 8, None, "")
+WHOLE = ContextParallelMetadata(ShardedSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, RingOptions(), 8, None, "")
 CALLS = {
     "two-sided window": ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 without a causal mask"),
     "sinks per query": ({"s_aux": torch.ones(4, 8)}, "s_aux .attention sinks. has shape .4, 8. for 4 query heads"),

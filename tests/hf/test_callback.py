@@ -6,10 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
+from ring_hf.geometry import RingOptions
 from ring_hf.hf.degrees import ResolvedDegrees
 from ring_hf.hf.trainer import callback
 
-SPLIT = ResolvedDegrees("ring_zigzag", "zigzag", 8, 2, 2, "auto")
+SPLIT = ResolvedDegrees("ring_zigzag", "zigzag", 8, RingOptions("auto", 2, 2))
 
 
 @pytest.mark.parametrize("error", [None, "dropout"])
@@ -31,8 +32,8 @@ def test_connections_are_made_for_the_resolved_split_once_all_ranks_agree(error)
         "blocks_error": lambda engine, model: None,
         "check_memory": lambda args, model, engine_checkpoints: None,
         "check_liger": lambda args, model, applied: None,
-        "split_error": lambda config, context: None,
-        "resolve": lambda config, context: SPLIT,
+        "find_degrees_error": lambda config, context: None,
+        "resolve_degrees": lambda config, context: SPLIT,
         "raise_on_all_ranks": raise_on_all_ranks,
         "group_of": lambda name: name,
         "warm_up": lambda *args: order.append(args),

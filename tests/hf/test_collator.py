@@ -119,7 +119,11 @@ def test_balanced_shards_follow_the_documents_and_lose_nothing(num_ranks, ulysse
 def test_transport_and_inner_ring_travel_with_the_batch():
     with rank_of(4, 1, transport="double_ring", inner_ring_size=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
-    assert (batch[METADATA_KEY].transport, batch[METADATA_KEY].inner_ring_size, batch[METADATA_KEY].rank) == (
+    assert (
+        batch[METADATA_KEY].options.transport,
+        batch[METADATA_KEY].options.inner_ring_size,
+        batch[METADATA_KEY].rank,
+    ) == (
         "double_ring",
         2,
         1,
@@ -129,7 +133,7 @@ def test_transport_and_inner_ring_travel_with_the_batch():
 def test_chunks_of_heads_travel_with_the_batch():
     with rank_of(4, 1, ulysses_size=2, head_chunks=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
-    assert batch[METADATA_KEY].head_chunks == 2 and batch[METADATA_KEY].sequence.ulysses == 2
+    assert batch[METADATA_KEY].options.head_chunks == 2 and batch[METADATA_KEY].sequence.ulysses == 2
 
 
 def test_flattening_with_and_without_boundaries_equals_our_packing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ring_hf.geometry import LAYOUTS
+from ring_hf.geometry import LAYOUTS, RingOptions
 from ring_hf.hf import ContextParallelCollator, context
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import METADATA_KEY
@@ -112,7 +112,7 @@ def step(rank, world_size, layout, packing, settings):
     """Loss and gradient of this rank's shard, without a Trainer."""
     group = register_group(torch.distributed.group.WORLD)
     model = llama(f"ring_{layout}")
-    context.activate(context.ProcessContext(world_size, rank, 1, 0, group, None, **settings))
+    context.activate(context.ProcessContext(world_size, rank, 1, 0, group, None, RingOptions(**settings)))
     batch = ContextParallelCollator(model, prefix_lm=True, packing=packing)(examples())
     context.activate(None)
     announcements.register(model)

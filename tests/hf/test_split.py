@@ -1,6 +1,5 @@
 """What a model and a config come to: one pure function that every rank, the collator and the guard ask."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ from transformers import LlamaConfig
 
 from ring_hf.geometry import LAYOUTS
 from ring_hf.hf.attn_names import BACKENDS
-from ring_hf.hf.degrees import resolve, split_error
+from ring_hf.hf.degrees import find_degrees_error, resolve_degrees
 from tests.hf.models import SIZES, context_of
 
 # name: (attention, heads, settings of the context, (layout, ring, ulysses, inner ring, transport))
@@ -90,12 +89,13 @@ def config(attention, heads):
 @pytest.mark.parametrize("name", RESOLVED)
 def test_sizes_are_resolved_with_the_model(name):
     attention, heads, settings, want = RESOLVED[name]
-    splits = {resolve(config(attention, heads), replace(context_of(4, rank), **settings)) for rank in range(4)}
+    splits = {resolve_degrees(config(attention, heads), context_of(4, rank, **settings)) for rank in range(4)}
     assert len(splits) == 1
     split = splits.pop()
-    assert (split.layout, split.ring_size, split.ulysses_size, split.inner_ring_size, split.transport) == want
-    assert split.head_chunks == settings.get("head_chunks", 1)
-    assert (f"heads in {split.head_chunks} chunks" in str(split)) == (split.head_chunks > 1)
+    options = split.options
+    assert (split.layout, split.ring_size, split.ulysses_size, options.inner_ring_size, options.transport) == want
+    assert options.head_chunks == settings.get("head_chunks", 1)
+    assert (f"heads in {options.head_chunks} chunks" in str(split)) == (options.head_chunks > 1)
     assert f"ring {want[1]} x ulysses {want[2]}, inner ring {want[3]}, transport {want[4]}" in str(split)
 
 
@@ -103,33 +103,31 @@ def test_sizes_are_resolved_with_the_model(name):
 def test_what_does_not_fit_the_model_is_refused(name):
     attention, heads, settings, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        resolve(config(attention, heads), replace(context_of(4, 0), **settings))
-    assert split_error(config(attention, heads), replace(context_of(4, 0), **settings)) is not None
+        resolve_degrees(config(attention, heads), context_of(4, 0, **settings))
+    assert find_degrees_error(config(attention, heads), context_of(4, 0, **settings)) is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_rank_needs_no_split(backend):
     for transport in ("auto", "double_ring", "direct"):
-        split = resolve(config(backend, (4, 2)), replace(context_of(1, 0), transport=transport))
-        assert (split.ring_size, split.ulysses_size, split.inner_ring_size) == (1, 1, 1)
+        split = resolve_degrees(config(backend, (4, 2)), context_of(1, 0, transport=transport))
+        assert (split.ring_size, split.ulysses_size, split.options.inner_ring_size) == (1, 1, 1)
     assert split.layout in LAYOUTS
 
 
 def test_auto_needs_to_know_the_heads():
     listed = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
-    assert "does not give under their usual names" in split_error(
-        listed, replace(context_of(4, 0), ulysses_size="auto")
-    )
-    split = resolve(listed, replace(context_of(4, 0), ulysses_size=2, head_chunks=9))  # for each layer to judge
-    assert (split.ulysses_size, split.head_chunks) == (2, 9)
+    assert "does not give under their usual names" in find_degrees_error(listed, context_of(4, 0, ulysses_size="auto"))
+    split = resolve_degrees(listed, context_of(4, 0, ulysses_size=2, head_chunks=9))  # for each layer to judge
+    assert (split.ulysses_size, split.options.head_chunks) == (2, 9)
 
 
 def test_every_layer_of_a_model_with_unequal_layers_must_fit():
     unequal = config("ring_zigzag", (4, 4))
     unequal.per_layer_config = {0: {"num_attention_heads": 2, "num_key_value_heads": 2}}  # as in Gemma 4
-    assert resolve(unequal, context_of(4, 0)).ulysses_size == 1
-    assert resolve(unequal, replace(context_of(4, 0), ulysses_size="auto")).ulysses_size == 2
+    assert resolve_degrees(unequal, context_of(4, 0)).ulysses_size == 1
+    assert resolve_degrees(unequal, context_of(4, 0, ulysses_size="auto")).ulysses_size == 2
     with pytest.raises(ValueError, match="ulysses_size=4 deals 2 query heads to 4 ranks"):
-        resolve(unequal, replace(context_of(4, 0), ulysses_size=4))
+        resolve_degrees(unequal, context_of(4, 0, ulysses_size=4))
     with pytest.raises(ValueError, match="head_chunks=2 is more than the 1 query heads"):
-        resolve(unequal, replace(context_of(4, 0), ulysses_size=2, head_chunks=2))
+        resolve_degrees(unequal, context_of(4, 0, ulysses_size=2, head_chunks=2))

@@ -11,13 +11,13 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from ring_hf.geometry import ShardedSequence
+from ring_hf.geometry import RingOptions, ShardedSequence
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import ContextParallelMetadata
 from ring_hf.memory import apply
 from ring_hf.memory.selective_checkpoint import SAVED, CachedMode, CachingMode, SavedResults, name_of, resident
 from ring_hf.parallel import cut
-from ring_hf.parallel.transport import Ring
+from ring_hf.parallel.transport import RingComm
 from tests.hf.models import rank_of
 from tests.memory.models import CountOperators, PeakBytes, apart, batch, gradients, model_of, step
 from tests.threads import threads_as_ranks
@@ -69,23 +69,22 @@ def shards(
     whole["shift_labels"] = torch.nn.functional.pad(whole["labels"], (0, 1), value=-100)[:, 1:]
     whole["position_ids"] = torch.arange(40).expand(2, -1)
     posts: Counter[int] = Counter()
-    original = Ring.post
+    original = RingComm.isend_irecv
 
-    def post(self, send, *more, **named):
+    def isend_irecv(self, send, *more, **named):
         posts[self.rank] += send is not None
         return original(self, send, *more, **named)
 
     def run(rank: int, group: str) -> tuple[Counter, int, tuple]:
-        description = ContextParallelMetadata(
-            sequence, group, rank, "auto", True, 40, None, "", "ring", 1, head_chunks
-        )
+        options = RingOptions("ring", ulysses_size=ulysses, head_chunks=head_chunks)
+        description = ContextParallelMetadata(sequence, group, rank, options, 40, None, "")
         inputs = {key: cut(value, sequence.segments(rank), 1) for key, value in whole.items()}
         announcements.register(models[rank])
         announcements.announce(models[rank], description)
         calls, result = counted(models[rank], {**inputs, "context_parallel": description})
         return calls, posts[rank], result
 
-    with rank_of(2, 0), threads_as_ranks() as start, mock.patch.object(Ring, "post", post):
+    with rank_of(2, 0), threads_as_ranks() as start, mock.patch.object(RingComm, "isend_irecv", isend_irecv):
         return start(2, run)
 
 

@@ -6,16 +6,16 @@ from unittest import mock
 import pytest
 import torch
 
-from ring_hf.geometry import Mask, ShardedSequence, make_plan
+from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, make_plan
 from ring_hf.kernels import choose
 from ring_hf.parallel import buffers, transport
 from ring_hf.parallel.buffers import Pool
 from ring_hf.parallel.chunked_ulysses import chunked_backward, chunked_forward
 from ring_hf.parallel.groups import group_of
-from ring_hf.parallel.op_arguments import Call, encode
-from ring_hf.parallel.schedule import ring_backward, ring_forward
+from ring_hf.parallel.op_arguments import AttentionOpArgs, to_json
+from ring_hf.parallel.schedule import ring_backward, ring_forward, transport_of
 from ring_hf.parallel.streams import comm_stream_of
-from ring_hf.parallel.transport import Ring
+from ring_hf.parallel.transport import RingComm
 from ring_hf.planner import attention_bytes as formulas
 from ring_hf.planner.attention_buffers import (
     Held,
@@ -58,21 +58,22 @@ def held(name, ring, inner, layout, element, idle=0):
         shapes = [(1, TOKENS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
         plan = make_plan(sequence, Mask(), rank, 1, None, name, inner)
-        kernel, exchange = choose("cpu", q, v, None), None
+        kernel, comm = choose("cpu", q, v, None), None
         if ring > 1:
-            exchange = Ring(group_of(group), q.device, nested=name == "double_ring")
-            exchange._pool = Pool(q.device, exchange.lane)  # threads are ranks here: each has its own
+            comm = RingComm(group_of(group), q.device, nested=name == "double_ring")
+            comm._pool = Pool(q.device, comm.stream)  # threads are ranks here: each has its own
+        carrier = transport_of(name, comm)
         with Live(q, k, v) as forward:
-            out, lse = ring_forward(q, k, v, plan, exchange, kernel, DIM**-0.5, None, None, True)
+            out, lse = ring_forward(q, k, v, plan, carrier, kernel, AttentionSpec())
             out = out.to(q.dtype)
         dout = torch.ones_like(out)
         with Live(q, k, v, out, lse, dout) as backward:
-            ring_backward(dout, q, k, v, out, lse, plan, exchange, kernel, DIM**-0.5, None, True)
-        return forward.peak, backward.peak, exchange._pool.idle_bytes if exchange else 0
+            ring_backward(dout, q, k, v, out, lse, plan, carrier, kernel, AttentionSpec())
+        return forward.peak, backward.peak, comm._pool.idle_bytes if comm else 0
 
     with threads_as_ranks() as run:
         stand_ins = {name: uncounted(getattr(transport, name)) for name in ("_all_gather", "_reduce_scatter")}
-        with mock.patch.multiple(transport, **stand_ins), mock.patch.object(buffers, "IDLE_BYTES", idle):
+        with mock.patch.multiple(transport, **stand_ins), mock.patch.object(buffers, "MAX_IDLE_BYTES", idle):
             peaks = run(ring, one)
     return [max(direction) for direction in zip(*peaks, strict=True)]
 
@@ -92,11 +93,11 @@ def test_the_schedule_holds_what_the_planner_says_and_no_more(name, ring, inner,
 
 @pytest.mark.parametrize(("name", "ring", "inner", "layout"), CASES[1:], ids=lambda value: str(value))
 def test_no_more_lies_idle_than_the_planner_says(name, ring, inner, layout):
-    assert formulas.IDLE_BYTES == buffers.IDLE_BYTES
-    *_, idle = held(name, ring, inner, layout, 2, idle=buffers.IDLE_BYTES)
+    assert formulas.IDLE_BYTES == buffers.MAX_IDLE_BYTES
+    *_, idle = held(name, ring, inner, layout, 2, idle=buffers.MAX_IDLE_BYTES)
     said = idle_bytes(WIDTHS, 2, ring, name, TOKENS)
     print(f"{name} of {ring}: {idle:,} of {said:,.0f} bytes idle")
-    assert 0 < idle <= said < idle_bytes(WIDTHS, 2, ring, name, 10**6) == buffers.IDLE_BYTES
+    assert 0 < idle <= said < idle_bytes(WIDTHS, 2, ring, name, 10**6) == buffers.MAX_IDLE_BYTES
 
 
 CHUNKED_HEADS = {"groups": (16, 8), "one group a rank": (16, 2), "no groups": (8, 8)}
@@ -109,7 +110,8 @@ def held_in_chunks(heads, kv_heads, ring, count, element):
         sequence = ShardedSequence("zigzag", 2 * ring * TOKENS, 2 * ring, ulysses=2)
         shapes = [(1, TOKENS, number, DIM) for number in (heads, kv_heads, kv_heads)]
         q, k, v = (torch.ones(shape, dtype=DTYPES[element]).transpose(1, 2) for shape in shapes)
-        call = encode(Call(sequence, Mask(), DIM**-0.5, None, group, "cpu", "ring", 1, True, count))
+        options = RingOptions("ring", head_chunks=count, kernel="cpu")
+        call = to_json(AttentionOpArgs(sequence, AttentionSpec(scale=DIM**-0.5), options, group))
         with Live(q, k, v) as forward:
             out, lse = chunked_forward(q, k, v, None, call)
         dout = torch.ones_like(out)
@@ -123,7 +125,7 @@ def held_in_chunks(heads, kv_heads, ring, count, element):
         return pools.setdefault(threading.get_ident(), Pool(device, comm_stream_of(device)))
 
     stand_in = mock.patch.object(transport, "pool_of", pool_of)
-    with threads_as_ranks() as run, stand_in, mock.patch.object(buffers, "IDLE_BYTES", 0):
+    with threads_as_ranks() as run, stand_in, mock.patch.object(buffers, "MAX_IDLE_BYTES", 0):
         peaks = run(2 * ring, one)
     return [max(direction) for direction in zip(*peaks, strict=True)]
 

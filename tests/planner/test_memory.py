@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ring_hf  # noqa: F401  registers the attention backends
 from ring_hf import memory
+from ring_hf.geometry import RingOptions
 from ring_hf.memory import MemoryConfig
 from ring_hf.memory.selective_checkpoint import CachingMode, SavedResults
 from ring_hf.parallel import ring_attention
@@ -128,8 +129,8 @@ def test_saved_exchanges_of_heads_are_counted(head_chunks):
             return lambda: tensor
 
         with CachingMode(SavedResults(keep)):
-            settings = {"head_chunks": head_chunks, "return_lse": head_chunks == 1}
-            ring_attention(q, k, v, sequence=job.sequence(), group=group, transport="ring", **settings)
+            settings = {"sequence": job.sequence(), "group": group, "return_lse": head_chunks == 1}
+            ring_attention(q, k, v, options=RingOptions("ring", head_chunks=head_chunks), **settings)
         return sum(kept)
 
     with threads_as_ranks() as run:

@@ -204,7 +204,7 @@ def broken_ring(what):
             "stale-block": (single_device.Residents, "block", other_block),
             "sum-of-softmaxes": (merge, "merge_", summed),
             "other-lse-in-backward": (emulation, "ring_backward", other_lse),
-            "gradients-not-sent": (single_device.Gradients, "send", lambda self, step: None),
+            "gradients-not-sent": (single_device.KVGradients, "send", lambda self, step: None),
         }[what]
         patch.setattr(target, name, mistake)
         yield

@@ -203,12 +203,12 @@ def test_a_device_that_the_planner_does_not_know_is_named(monkeypatch):
 
 def test_another_training_than_that_of_sdpa_is_found(monkeypatch):
     monkeypatch.setattr(steps, "STEPS", 3)
-    stock = backend.local_backend
+    stock = backend.local_attention_forward
 
     def wrong(query, key, value, *rest):
         return stock(query, key * 1.5, value, *rest)
 
-    monkeypatch.setattr(backend, "local_backend", wrong)
+    monkeypatch.setattr(backend, "local_attention_forward", wrong)
     rows = {"agreement": steps.agreement(steps.Bench(CPU, "h100", tiny=True, quick=True))}
     compared = steps.compare(rows)
     assert [row["same"] for row in compared] == [False, False] and all(row["against"] == "fp32" for row in compared)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ring_hf.costmodel.devices import HARDWARE, Hardware, Shape, hardware_of
 from ring_hf.costmodel.pass_cost import Problem, choose_transport, chunked_cost, pass_cost
 from ring_hf.costmodel.work_matrices import need_matrix, total_work, work_matrix
-from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, make_plan, multiple, needed, sent_tokens
+from ring_hf.geometry import LAYOUTS, AttentionSpec, Mask, ShardedSequence, make_plan, multiple, needed, sent_tokens
 from ring_hf.parallel import ring_attention, sharded_attention
 from ring_hf.simulate.scenario import mixed_lengths
 from tests.threads import threads_as_ranks
@@ -216,14 +216,14 @@ def test_the_reason_names_both_sides_with_numbers():
 
 
 def test_auto_says_why_once_for_each_kind_of_mask_and_not_for_every_batch(caplog, monkeypatch):
-    monkeypatch.setattr(sharded_attention, "_told", set())
+    monkeypatch.setattr(sharded_attention, "_logged", set())
     batches = [ShardedSequence("zigzag", 64, 2, ((0, end, 64),)) for end in (16, 20, 30)]
 
     def attend(rank, group):
         q = torch.ones(1, 1, 32, 4)
         for batch in batches:
             for window in (None, 3):
-                ring_attention(q, q, q, sequence=batch, group=group, window=window)
+                ring_attention(q, q, q, sequence=batch, group=group, spec=AttentionSpec(window=window))
 
     with caplog.at_level("INFO", "ring_hf"), threads_as_ranks() as run:
         run(2, attend)

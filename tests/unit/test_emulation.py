@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, AttentionSpec, Mask, RingOptions, ShardedSequence
 from ring_hf.parallel.emulation import Emulation, emulated_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 
@@ -27,7 +27,8 @@ def compare(layout, mask, transport="ring", documents=None, ulysses=1, softcap=N
     tensors += [torch.randn(heads[0], dtype=torch.float64)] if sinks else []
     dout = torch.randn(ROWS, heads[0], LENGTH, 6, dtype=torch.float64)
     inner = 2 if transport == "double_ring" else 1
-    emulation = Emulation(sequence, mask, 0.3, softcap, "reference", transport, inner)
+    spec = AttentionSpec(**vars(mask), scale=0.3, softcap=softcap)
+    emulation = Emulation(sequence, spec, RingOptions(transport, inner, kernel="reference"))
     got = with_gradients(lambda q, k, v, s=None: emulated_attention(q, k, v, emulation, s), *tensors, dout=dout)
     seen = dense_mask(sequence, mask, ROWS)
     want = with_gradients(
@@ -55,4 +56,4 @@ def test_heads_sinks_and_softcap_are_emulated_too():
 
 def test_one_rank_is_refused():
     with pytest.raises(ValueError, match=r"num_ranks=1 is no ring. Emulate at least 2 ranks, or call local_attention"):
-        Emulation(ShardedSequence("zigzag", 8, 1), Mask(), 1.0)
+        Emulation(ShardedSequence("zigzag", 8, 1), AttentionSpec())

@@ -58,7 +58,7 @@ def test_a_fault_is_found_and_the_smallest_case_is_shown(fault, monkeypatch, cap
         assert fuzz.main() == 1
     said = capsys.readouterr().out
     assert said.startswith("seed 3\n") and "FAILED after" in said
-    assert "Case(sequence=WholeSequence(layout=" in said and "is off by" in said
+    assert "Case(sequence=ShardedSequence(layout=" in said and "is off by" in said
 
 
 def test_the_script_says_what_it_ran():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ring_hf.geometry import Mask, ShardedSequence, Tile, split
+from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, Tile, split
 from ring_hf.kernels import KERNELS, OutLseAccumulator, choose, cpu, merge_
 from ring_hf.parallel import local_attention, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
@@ -217,7 +217,9 @@ def test_bf16_errors_are_those_of_one_process():
 def _attend(q=None, k=None, v=None, length=37, **settings):
     default_q, default_k, default_v, _ = tensors()
     q, k, v = (mine if mine is not None else other for mine, other in ((q, default_q), (k, default_k), (v, default_v)))
-    return ring_attention(q, k, v, sequence=ShardedSequence("contiguous", length, 1), **settings)
+    sequence, kernel = ShardedSequence("contiguous", length, 1), settings.pop("kernel", "auto")
+    options = RingOptions(kernel=kernel)
+    return ring_attention(q, k, v, sequence=sequence, spec=AttentionSpec(**settings), options=options)
 
 
 REFUSALS = {

@@ -1,10 +1,10 @@
 """The attention backends `ring_<layout>` and `ulysses` for `attn_implementation=...`.
 
-Transformers calls one function per attention layer with queries and keys as [batch, heads, tokens, head dim], key and
-value heads not repeated, and passes every model kwarg on to it. If the batch came from `ContextParallelCollator`, the
-kwarg `context_parallel` describes the whole sequence and the tensors are this rank's shard of it: ring attention. If
-not, the process holds the whole sequence: plain local attention, equal to `attn_implementation="sdpa"` (or "eager"
-where that is all a model has). Whatever would change the result and is not implemented is refused.
+Transformers calls one function per attention layer with queries and keys `[B, H, S, D]`, key and value heads not
+repeated, and passes every model kwarg on to it. If the batch came from `ContextParallelCollator`, the kwarg
+`context_parallel` describes the whole sequence and the tensors are this rank's shard of it: ring attention. Otherwise
+the process holds the whole sequence: local attention, equal to `attn_implementation="sdpa"` (or "eager", if a model
+has no other). An argument that would change the result and is not implemented raises an error.
 
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
 """
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ring_hf.geometry import AttentionSpec
 from ring_hf.parallel import num_processes, ring_attention
 
 from .. import context
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from . import announcements
-from .local import Maths, local_backend
+from .local import local_attention_forward
 
 # Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
 # one score per query (Inkling), unlike `s_aux`, one per head.
@@ -32,8 +33,7 @@ DTYPES = {
 
 
 class AttentionCallRecorder:
-    """Notes which modules call the backend with a shard while switched on: the guard proves with it that all
-    attention layers do."""
+    """Records which modules call the backend with a shard, for the guard's proof that all attention layers do."""
 
     def __init__(self) -> None:
         self.on = False
@@ -60,10 +60,14 @@ def mask_2d(
     config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Mask function of the backends: the 2D padding mask of the keys if it hides any, else None; never 4D.
+    """Return the 2D padding mask `[B, S]` of the keys if it hides any, else None; never a 4D mask.
 
-    For packed rows it numbers the documents: not every model hands position_ids to its attention layers. A 4D mask
-    would be S x S, and built from sharded position ids it would take a zigzag shard for packed documents.
+    This is the mask function of the backends. For packed rows it returns document numbers, because not every model
+    passes position_ids to its attention layers. A 4D mask would be S x S, and built from sharded position ids it would
+    mistake a zigzag shard for packed documents.
+
+    Raises:
+        ValueError: for static caches, masks that a model extends, and caches beyond one chunk.
     """
     end = int(q_offset) + q_length
     if kv_length + kv_offset > end:
@@ -92,7 +96,7 @@ def mask_2d(
 
 
 def _document_numbers(mask_function: Any, num_rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """[B, S] of int64: a token begins a document, or what is as good as one, where it does not see its neighbour."""
+    """Number the documents of each row, `[B, S]` of int64: one starts where a token cannot see the previous one."""
     rows_B1, token_S = torch.arange(num_rows, device=device)[:, None], torch.arange(length, device=device)
     sees_BS = mask_function(rows_B1, torch.zeros((), dtype=torch.long, device=device), token_S[1:], token_S[:-1])
     return pad((~sees_BS).expand(num_rows, -1).long().cumsum(1), (1, 0)) + 1
@@ -120,40 +124,47 @@ def attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer; returns [B, S, H, E] and no weights."""
+    """Return the attention of one layer, `[B, S, H, E]`, and no weights.
+
+    `query [B, H, S, D]`, `key [B, K, S, D]` and `value [B, K, S, E]` are this rank's shard if `context_parallel` is
+    given. The signature is that of Transformers' attention interface.
+
+    Raises:
+        ValueError: for anything that would change the result and is not implemented.
+    """
     if attention_calls.on and context_parallel is not None:
         attention_calls.callers.append(module)
     _refuse_unsupported(query, key, value, s_aux, kwargs)
-    query, key, value = _one_dtype(module, query, key, value)
+    query, key, value = _cast_qkv(module, query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    window = sliding_window if sliding_window is not None else _window(module)
+    window = sliding_window if sliding_window is not None else layer_window(module)
     if window is not None and not causal:
         raise ValueError(
-            f"sliding_window={window} without a causal mask looks both ways in Transformers, which the ring "
-            "backends do not compute. Use a causal model, or one without sliding windows."
+            f"sliding_window={window} without a causal mask means a window on both sides in Transformers, which the "
+            "ring backends do not compute. Use a causal model, or one without sliding windows."
         )
-    maths = Maths(causal, window, _chunk(module), scaling, softcap or None, s_aux)
+    spec = AttentionSpec(causal, window, layer_chunk(module), scaling, softcap or None)
     if context_parallel is None:
         _refuse_unguarded_training(module)
-        return local_backend(query, key, value, maths, attention_mask, dropout, position_ids, cu_seq_lens_q), None
+        out_BSHE = local_attention_forward(
+            query, key, value, spec, s_aux, attention_mask, dropout, position_ids, cu_seq_lens_q
+        )
+        return out_BSHE, None
     if isinstance(context_parallel, InvalidBatch):
         raise ValueError(context_parallel.message)
     batch = context_parallel
     if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
-        raise ValueError(UNANNOUNCED)
+        raise ValueError(UNCHECKED_BATCH_ERROR)
     _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
     out_BHSE, _ = ring_attention(
-        _by_place(module, query, batch),
+        _llama4_query_temperature(module, query, batch),
         key,
         value,
         sequence=batch.sequence,
         group=batch.group,
-        **maths.arguments(),
-        kernel=batch.kernel,
-        transport=batch.transport,
-        inner_ring_size=batch.inner_ring_size,
-        head_chunks=batch.head_chunks,
-        overlap=batch.overlap,
+        spec=spec,
+        options=batch.options,
+        sinks=s_aux,
         return_lse=False,
     )
     return out_BHSE.transpose(1, 2).contiguous(), None
@@ -164,13 +175,17 @@ def _layer_type(module: torch.nn.Module) -> str | None:
     return types[index] if types is not None and index is not None and index < len(types) else None
 
 
-def _window(module: torch.nn.Module) -> int | None:
-    """The window of a layer that tells it to nobody but its mask (Qwen2-MoE)."""
+def layer_window(module: torch.nn.Module) -> int | None:
+    """Return the window of a layer that passes it to its mask only (Qwen2-MoE)."""
     return module.config.sliding_window if _layer_type(module) == "sliding_attention" else None  # type: ignore
 
 
-def _chunk(module: torch.nn.Module) -> int | None:
-    """Tokens of a chunk in layers that attend inside chunks (Llama 4), which only their mask would tell."""
+def layer_chunk(module: torch.nn.Module) -> int | None:
+    """Return the chunk length of a layer that attends inside chunks, which it passes to its mask only (Llama 4).
+
+    Raises:
+        ValueError: if the layer does not say whether it is one of those.
+    """
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
     if chunk is None:
         return None
@@ -183,20 +198,25 @@ def _chunk(module: torch.nn.Module) -> int | None:
     return chunk if kind == "chunked_attention" else None
 
 
-def _by_place(module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelMetadata) -> torch.Tensor:
-    """Llama 4 scales the queries of layers without RoPE by their place, which it counts from 0 in the tensor at hand:
-    replace the place in the shard by that in the sequence."""
+def _llama4_query_temperature(
+    module: torch.nn.Module, query_BHCD: torch.Tensor, batch: ContextParallelMetadata
+) -> torch.Tensor:
+    """Rescale the queries `[B, H, C, D]` of Llama 4's layers without RoPE.
+
+    Llama 4 scales them by their position, which it counts from 0 in the tensor it gets: replace the position in the
+    shard by the position in the sequence.
+    """
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query_BHCD
-    places = [place for segment in batch.sequence.segments(batch.rank) for place in segment.range]
+    positions = [position for segment in batch.sequence.segments(batch.rank) for position in segment.range]
     device, every, strength = query_BHCD.device, float(module.floor_scale), float(module.attn_scale)  # type: ignore
 
-    def scale(places_C: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(((places_C + 1) / every).floor()) * strength + 1.0
+    def scale(positions_C: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(((positions_C + 1) / every).floor()) * strength + 1.0
 
-    true_C = scale(torch.tensor(places, dtype=torch.float32, device=device))
-    taken_C = scale(torch.arange(len(places), dtype=torch.float32, device=device))
-    return (query_BHCD * (true_C / taken_C)[None, None, :, None]).to(query_BHCD.dtype)
+    global_C = scale(torch.tensor(positions, dtype=torch.float32, device=device))
+    local_C = scale(torch.arange(len(positions), dtype=torch.float32, device=device))
+    return (query_BHCD * (global_C / local_C)[None, None, :, None]).to(query_BHCD.dtype)
 
 
 MISSING_METADATA_ERROR = (
@@ -204,16 +224,16 @@ MISSING_METADATA_ERROR = (
     "did not come from ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or "
     "collate_fn=... to the DataLoader."
 )
-UNANNOUNCED = (
-    "A sharded batch reached an attention layer past the checks of ring_hf, which compare it between ranks and put "
-    "its loss together. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
-    "AdaptionPrompt): use another one. Or the model is a second one or runs in a loop of your own: call "
+UNCHECKED_BATCH_ERROR = (
+    "A sharded batch reached an attention layer without passing the checks of ring_hf, which compare it between ranks "
+    "and sum its loss. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
+    "AdaptionPrompt): use another wrapper. Or this is a second model or a training loop of your own: call "
     "ring_hf.guard_model(model) first."
 )
 
 
 def _refuse_unguarded_training(module: torch.nn.Module) -> None:
-    """Raise if whole sequences are trained on by mistake: the guard, which judges batches, is missing."""
+    """Raise ValueError if the model trains on whole sequences by mistake, without the guard that checks batches."""
     if not (module.training and torch.is_grad_enabled()):
         return
     if context.current() is not None and not announcements.is_guarded(module):
@@ -264,11 +284,10 @@ def _refuse_unsupported(
         )
 
 
-def _one_dtype(
+def _cast_qkv(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Layer norms kept in fp32 (as PEFT does) hand fp32 queries to a bf16 model: go back to the dtype of the
-    weights."""
+    """Cast q, k and v to the dtype of the weights: layer norms that PEFT keeps in fp32 return fp32 in a bf16 model."""
     if query.dtype == key.dtype == value.dtype != torch.float32:
         return query, key, value
     if torch.is_autocast_enabled(query.device.type):
@@ -293,7 +312,7 @@ def _refuse_unshardable(
             f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
             "the collator from the model that is trained, after its last set_attn_implementation call."
         )
-    # In one process with prefixes, document numbers say nothing that its batch does not. A 0 would hide a token.
+    # In one process with prefixes, document numbers repeat what its batch says. A 0 would hide a token.
     numbers = batch.sequence.num_ranks == 1 and attention_mask is not None and attention_mask.dtype == torch.int64
     if attention_mask is not None and not (numbers and attention_mask.ndim == 2 and bool((attention_mask > 0).all())):
         raise ValueError(

@@ -1,78 +1,68 @@
-"""Attention of a process that holds the whole sequence: the ring backends without a context.
+"""Attention of a process that holds the whole sequence: the ring backends without context parallelism.
 
-It must equal `attn_implementation="sdpa"` (or "eager", where softcap or sinks leave a model nothing else), so that one
-script and one checkpoint run with and without context parallelism. The common case is torch's own SDPA call. Packed
+It must equal `attn_implementation="sdpa"` (or "eager", if softcap or sinks leave a model no other), so that one script
+and one checkpoint run with and without context parallelism. The common case is torch's own SDPA call. Packed
 documents, windows, chunks, softcap, sinks and chunked prefill go through `ring_hf.parallel.local_attention`, which
-never builds a mask of S x S.
+never builds an S x S mask.
 
-Documents are found as Transformers finds them for `sdpa`: padding from the 2D mask (which numbers the documents of
-packed rows, see `backend.mask_2d`); without a mask and without a cache, a new document wherever `position_ids` does
-not go on by one (Transformers overlooks restarting positions when
-an all-ones mask is given as well; here they count in both cases, as they do with context parallelism).
+Documents are found as Transformers finds them for `sdpa`: padding from the 2D mask (which holds document numbers for
+packed rows, see `backend.mask_2d`); without a mask and without a cache, a document starts wherever `position_ids` does
+not increase by one. (Transformers ignores restarting positions if there is also a mask of ones; here they count in
+both cases, as they do with context parallelism.)
 
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ring_hf.geometry import AttentionSpec
 from ring_hf.parallel import local_attention
 
 from ..documents import Documents, documents_of_cu_seq_lens, documents_of_positions
 
 
-@dataclass(frozen=True)
-class Maths:
-    """What a layer computes: its mask, and what is done to the scores (see `ring_hf.parallel.ring_attention`)."""
-
-    causal: bool
-    window: int | None = None
-    chunk: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    @property
-    def plain(self) -> bool:
-        """Whether SDPA computes it, but for the mask."""
-        return self.softcap is None and self.sinks is None
-
-
-def local_backend(
+def local_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    maths: Maths,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
     mask_BS: torch.Tensor | None,
     dropout: float,
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Local attention; returns [B, S, H, E]."""
+    """Return attention `[B, S, H, E]` of `query [B, H, Q, D]`, `key [B, K, S, D]` and `value [B, K, S, E]`.
+
+    Args:
+        mask_BS: padding mask or document numbers of the keys, see `backend.mask_2d`.
+        position_ids, cu_seq_lens: where documents start, if there is no mask.
+
+    Raises:
+        ValueError: for 4D masks, masks with holes, and attention dropout that SDPA does not compute.
+    """
     q_len, kv_len = query.shape[2], key.shape[2]
+    plain = spec.softcap is None and sinks is None  # SDPA computes it, but for the mask
     if mask_BS is not None and (mask_BS.ndim != 2 or mask_BS.shape[1] != kv_len):
         raise ValueError(
             f"The ring backends take a 2D padding mask of {kv_len} tokens, got shape {tuple(mask_BS.shape)}. "
             'Use attn_implementation="sdpa" for hand-made 4D masks.'
         )
-    if maths.window is not None and maths.window >= kv_len:
-        maths = replace(maths, window=None)
-    if maths.chunk is not None and maths.chunk >= kv_len:
-        maths = replace(maths, chunk=None)
-    if q_len == 1 and kv_len > 1 and maths.plain:
-        return _decode(query, key, value, mask_BS, maths, dropout)
-    documents = _documents(mask_BS, q_len, kv_len, maths.causal, query.shape[0], position_ids, cu_seq_lens)
-    whole = documents is None and maths.window is None and maths.chunk is None
-    if whole and maths.plain and (q_len == kv_len or not maths.causal):
-        causal = maths.causal and q_len > 1
+    if spec.window is not None and spec.window >= kv_len:
+        spec = replace(spec, window=None)
+    if spec.chunk is not None and spec.chunk >= kv_len:
+        spec = replace(spec, chunk=None)
+    if q_len == 1 and kv_len > 1 and plain:
+        return _decode(query, key, value, mask_BS, spec, dropout)
+    documents = _documents(mask_BS, q_len, kv_len, spec.causal, query.shape[0], position_ids, cu_seq_lens)
+    whole = documents is None and spec.window is None and spec.chunk is None
+    if whole and plain and (q_len == kv_len or not spec.causal):
+        causal = spec.causal and q_len > 1
         out_BHSE = scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=causal, scale=maths.scale, enable_gqa=True
+            query, key, value, dropout_p=dropout, is_causal=causal, scale=spec.scale, enable_gqa=True
         )
         return out_BHSE.transpose(1, 2).contiguous()
     if dropout > 0:
@@ -80,7 +70,7 @@ def local_backend(
             f"attention dropout {dropout} with packed documents, padding, a sliding window, softcap or sinks is not "
             "supported by the ring backends. Set config.attention_dropout = 0.0."
         )
-    out_BHSE, _ = local_attention(query, key, value, documents=documents, **maths.arguments())
+    out_BHSE, _ = local_attention(query, key, value, documents=documents, sinks=sinks, **vars(spec))
     return out_BHSE.transpose(1, 2).contiguous()
 
 
@@ -89,20 +79,20 @@ def _decode(
     key: torch.Tensor,
     value: torch.Tensor,
     mask_BS: torch.Tensor | None,
-    maths: Maths,
+    spec: AttentionSpec,
     dropout: float,
 ) -> torch.Tensor:
-    """One query at the end of the keys: it sees every real key inside the window."""
-    assert maths.chunk is None, "mask_2d refuses caches beyond one chunk"
+    """Attention of one query at the end of the keys: it sees every real key inside the window."""
+    assert spec.chunk is None, "mask_2d refuses caches beyond one chunk"
     visible = None
     kv_len = key.shape[2]
     if mask_BS is not None:
         visible = mask_BS.bool()[:, None, None, :]
-    if maths.window is not None:
-        inside = torch.arange(kv_len, device=key.device) >= kv_len - maths.window
+    if spec.window is not None:
+        inside = torch.arange(kv_len, device=key.device) >= kv_len - spec.window
         visible = inside[None, None, None, :] if visible is None else visible & inside
     out_BHSE = scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, dropout_p=dropout, scale=maths.scale, enable_gqa=True
+        query, key, value, attn_mask=visible, dropout_p=dropout, scale=spec.scale, enable_gqa=True
     )
     return out_BHSE.transpose(1, 2).contiguous()
 
@@ -117,8 +107,8 @@ def _documents(
     cu_seq_lens: torch.Tensor | None,
 ) -> Documents | None:
     if mask_BS is not None and mask_BS.dtype == torch.int64 and bool((mask_BS > 0).all()):  # document numbers
-        begins = (row.diff().nonzero().flatten() + 1 for row in mask_BS)
-        return tuple((0, *places.tolist(), kv_len) for places in begins)
+        starts = (row.diff().nonzero().flatten() + 1 for row in mask_BS)
+        return tuple((0, *row_starts.tolist(), kv_len) for row_starts in starts)
     if mask_BS is not None:
         return _documents_of_mask(mask_BS, causal)
     if q_len != kv_len:
@@ -131,7 +121,7 @@ def _documents(
 
 
 def _documents_of_mask(mask_BS: torch.Tensor, causal: bool) -> Documents | None:
-    """Padding on either side becomes a document of its own; causal attention needs that on the left only."""
+    """Make padding on either side a document of its own; causal attention needs that on the left only."""
     mask = mask_BS.int()
     kv_len = mask.shape[1]
     first_B, num_B = mask.argmax(dim=1), mask.sum(dim=1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import context as process
 from ..attention.backend import MISSING_METADATA_ERROR
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
-from ..degrees import resolve
+from ..degrees import resolve_degrees
 from .argument_rules import check_loader, check_weights
 from .moe_aux_loss import router_output_error
 
@@ -68,25 +68,23 @@ def find_batch_error(
     return None
 
 
-def _exchange(batch: ContextParallelMetadata) -> tuple[str, int, int]:
-    return batch.transport, batch.inner_ring_size, batch.head_chunks
-
-
 def _find_other_degrees(
     model: PreTrainedModel, batch: ContextParallelMetadata, context: process.ProcessContext
 ) -> str | None:
     """The collator resolved the split from the model it was given: is it still that of the model that runs?"""
     try:
-        split = resolve(model.config, context)
+        degrees = resolve_degrees(model.config, context)
     except ValueError as error:
         return str(error)
     sequence = batch.sequence
-    wanted = (split.layout, split.size, split.ulysses_size, split.transport, split.inner_ring_size, split.head_chunks)
-    found = (sequence.layout, sequence.num_ranks, sequence.ulysses, *_exchange(batch))
-    if wanted == found:
+    if (degrees.layout, degrees.size, degrees.options) == (sequence.layout, sequence.num_ranks, batch.options):
         return None
-    more = "" if wanted[0] != found[0] else f", {found[1]} ranks with ulysses_size={found[2]}, not for {split}"
+    more = (
+        f", {sequence.num_ranks} ranks with ulysses_size={sequence.ulysses}, not for {degrees}"
+        if degrees.layout == sequence.layout
+        else ""
+    )
     return (
-        f"The model attends with {split.backend!r}, but the batch was sharded for layout {sequence.layout!r}{more}. "
+        f"The model attends with {degrees.backend!r}, but the batch was sharded for layout {sequence.layout!r}{more}. "
         "Build the collator from the model that is trained, after its last set_attn_implementation call."
     )

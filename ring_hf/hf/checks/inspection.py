@@ -90,10 +90,10 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionKind, int], ...] | No
     seen: Counter[AttentionKind] = Counter()
 
     def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
-        window = kwargs.get("sliding_window") or backend._window(module)
+        window = kwargs.get("sliding_window") or backend.layer_window(module)
         heads = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
         sinks = kwargs.get("s_aux") is not None
-        seen[AttentionKind(*heads, window, backend._chunk(module), kwargs.get("softcap") or None, sinks)] += 1
+        seen[AttentionKind(*heads, window, backend.layer_chunk(module), kwargs.get("softcap") or None, sinks)] += 1
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     AttentionInterface.register(_PROBE, attention)

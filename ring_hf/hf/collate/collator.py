@@ -29,7 +29,7 @@ from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..checks import padded_targets
 from ..checks.argument_rules import check_weights
-from ..degrees import resolve
+from ..degrees import resolve_degrees
 from ..documents import (
     Documents,
     documents_of_cu_seq_lens,
@@ -158,7 +158,7 @@ class ContextParallelCollator:
         return self._shard(features, SINGLE_PROCESS)
 
     def _shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:
-        split = resolve(self._config, context)
+        split = resolve_degrees(self._config, context)
         taken: tuple[int, ...] | None = None
         if self.prefix_lm:
             features, taken = take_prefixes(features)
@@ -199,14 +199,10 @@ class ContextParallelCollator:
             sequence=sequence,
             group=context.group,
             rank=context.rank,
-            kernel=context.kernel,
-            overlap=context.overlap,
+            options=split.options,
             unpadded_length=length,
             examples=examples,
             fingerprint=fingerprint,
-            transport=split.transport,
-            inner_ring_size=split.inner_ring_size,
-            head_chunks=split.head_chunks,
         )
         segments = sequence.segments(context.rank)
         return {**{key: cut(value, segments, 1) for key, value in whole.items()}, METADATA_KEY: description}

@@ -20,7 +20,7 @@ from ..checks.argument_rules import ARGUMENT_RULES, check_loader, check_memory, 
 from ..checks.liger import check_liger
 from ..checks.model_rules import MODEL_RULES
 from ..checks.trainer_rules import TRAINER_RULES
-from ..degrees import resolve, split_error
+from ..degrees import find_degrees_error, resolve_degrees
 from ..refusal import raise_on_all_ranks
 from ..runtime.runtime_state import runtime_state
 from . import counters, evaluation_loss
@@ -120,14 +120,14 @@ class ContextParallelCallback(TrainerCallback):
             or blocks_error(engine, inner)
             or check_liger(args, inner, applied=loader is not None)
         )
-        error = error or split_error(inner.config, context)
+        error = error or find_degrees_error(inner.config, context)
         trainer = find_trainer()
         error = error or (None if trainer is None else first_error(TRAINER_RULES, trainer))
-        split = None if error is not None else resolve(inner.config, context)
+        split = None if error is not None else resolve_degrees(inner.config, context)
         raise_on_all_ranks(error, {"the way sequences are split": str(split)}, context)
         assert split is not None
         # Once for a split: here, so that evaluation without training finds it done, too.
-        warm_up(group_of(context.group), args.device, split.ulysses_size, split.inner_ring_size)
+        warm_up(group_of(context.group), args.device, split.ulysses_size, split.options.inner_ring_size)
         guard_model(model).recheck_next_forward()
         if trainer is not None:
             evaluation_loss.install(trainer, inner, guard_model(model))
@@ -142,8 +142,8 @@ class ContextParallelCallback(TrainerCallback):
                 split,
                 engine,
                 context.num_replicas,
-                context.kernel,
-                "on" if context.overlap else "off",
+                context.options.kernel,
+                "on" if context.options.overlap else "off",
                 args.per_device_train_batch_size * args.gradient_accumulation_steps * context.num_replicas,
             )
 

@@ -312,8 +312,8 @@ def _facts(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
     if isinstance(batch, ContextParallelMetadata):
         sequence = batch.sequence
         facts["the layout"] = f"{sequence.layout}, {sequence.num_ranks} ranks, ulysses_size {sequence.ulysses}"
-        facts["the transport"] = f"{batch.transport}, inner_ring_size {batch.inner_ring_size}"
-        facts["the chunks of heads"] = batch.head_chunks
+        facts["the transport"] = f"{batch.options.transport}, inner_ring_size {batch.options.inner_ring_size}"
+        facts["the chunks of heads"] = batch.options.head_chunks
         facts["the batch (hash of its tokens, labels and documents)"] = batch.fingerprint
     return facts
 

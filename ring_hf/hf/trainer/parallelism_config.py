@@ -9,34 +9,26 @@ variables (`RING_HF_CONTEXT_PARALLEL_SIZE`, ...), so that one launch line can ho
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from accelerate import ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState
 from transformers import trainer as transformers_trainer
 
+from ring_hf.geometry import RingOptions
 from ring_hf.kernels import check_name
 from ring_hf.parallel import register_group
 
 from .. import context
-from ..degrees import check_sizes
 from . import exact_evaluation
 from .callback import ContextParallelCallback
 from .engines import ENGINES, Engine, check_engine, find_engine
 from .exact_evaluation import Evaluator
 from .model_guard import guard_prepared_models
 
-DEFAULTS: dict[str, Any] = {
-    "context_parallel_size": 1,
-    "ulysses_size": None,
-    "inner_ring_size": 1,
-    "head_chunks": 1,
-    "transport": "auto",
-    "kernel": "auto",
-    "overlap": True,
-    "verify": False,
-}
+OPTIONS: dict[str, Any] = {option.name: option.default for option in fields(RingOptions)}
+DEFAULTS: dict[str, Any] = {"context_parallel_size": 1, **OPTIONS, "verify": False}
 DATA_PARALLEL = ("dp_replicate_size", "dp_shard_size")
 INHERITED = ("cp_size", "sp_size", "tp_size")
 # What the `parallelism_config` of an accelerate file becomes.
@@ -129,9 +121,13 @@ class ContextParallelConfig(ParallelismConfig):
                 continue
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
-        check_name("auto" if self.kernel is None else self.kernel)
-        sizes = self._size, self.ulysses_size, self.inner_ring_size or 1
-        check_sizes(*sizes, self.transport or "auto", self.head_chunks or 1)
+        check_name(self.options.kernel)
+        self.options.check_size(self._size)
+
+    @property
+    def options(self) -> RingOptions:
+        """The algorithm; what depends on the model is resolved later (`degrees.py`)."""
+        return RingOptions(**{name: getattr(self, name) for name in OPTIONS})
 
     # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.
     @property
@@ -255,12 +251,7 @@ class ContextParallelConfig(ParallelismConfig):
             replica=0 if replicas is None else replicas.get_local_rank(),
             group=register_group(mesh["cp"].get_group()),
             replica_group=None if replicas is None else register_group(replicas.get_group()),
-            kernel=self.kernel or "auto",
-            overlap=bool(self.overlap),
-            ulysses_size=self.ulysses_size,
-            inner_ring_size=self.inner_ring_size or 1,
-            head_chunks=self.head_chunks or 1,
-            transport=self.transport or "auto",
+            options=self.options,
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
             verify=bool(self.verify),
             engine=engine.name,

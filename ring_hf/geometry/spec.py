@@ -1,0 +1,131 @@
+"""The settings of attention over a shared sequence, as two frozen objects that everything else holds.
+
+`AttentionSpec` is the maths of a layer: the mask and the transformation of the scores. `RingOptions` is the algorithm:
+how the ranks that share a sequence compute it. Neither knows a batch, a model or a process group, and no rule about
+them is checked anywhere else.
+"""
+
+from dataclasses import dataclass
+
+from .sequence import Mask
+
+TRANSPORTS = ("ring", "double_ring", "allgather", "direct")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer computes.
+
+    Attributes:
+        causal, window, chunk: the mask, see `Mask`.
+        scale: factor on the scores; None means `head_dim ** -0.5`.
+        softcap: bends the scores to `softcap * tanh(scores / softcap)`; None leaves them as they are.
+
+    Raises:
+        ValueError: if the softcap is not positive, or for what `Mask` refuses.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap={self.softcap} must be positive. Use None for no soft-capping.")
+        self.mask  # noqa: B018 (raises for a mask that makes no sense)
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.causal, self.window, self.chunk)
+
+    def scale_for(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class RingOptions:
+    """How the ranks that share a sequence compute attention.
+
+    Attributes:
+        transport: how keys and values travel, one of `TRANSPORTS`, or "auto" for the cheapest by estimate.
+        inner_ring_size: ranks of an inner ring of a double ring; 1 means that there is none, or that it is chosen.
+        ulysses_size: neighbouring ranks that exchange heads for tokens. "auto": as many as the model allows; None:
+            1, or all ranks if the model attends with "ulysses".
+        head_chunks: with Ulysses, in how many chunks the heads of a rank are exchanged and attended with.
+        kernel: the attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
+        overlap: exchange the next keys and values during the compute of the present ones.
+
+    Raises:
+        ValueError: if options contradict each other, whatever the model and the number of ranks are.
+    """
+
+    transport: str = "auto"
+    inner_ring_size: int = 1
+    ulysses_size: int | str | None = None
+    head_chunks: int = 1
+    kernel: str = "auto"
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        check_transport(self.transport, self.inner_ring_size)
+        if isinstance(self.ulysses_size, str) and self.ulysses_size != "auto":
+            raise ValueError(f'ulysses_size={self.ulysses_size!r} must be a whole number of at least 1, or "auto".')
+
+    def check_size(self, size: int) -> None:
+        """Raise ValueError if these options fit no model on `size` ranks per sequence."""
+        ulysses_size = self.ulysses_size
+        if isinstance(ulysses_size, int) and size % ulysses_size:
+            raise ValueError(
+                f"ulysses_size={ulysses_size} does not divide context_parallel_size={size}: every member of the ring "
+                f"is a group of ulysses_size ranks. Set it to {either_of(divisors(size))}, or to 'auto'."
+            )
+        self.check_rings(size, ulysses_size if isinstance(ulysses_size, int) else 1)
+        if self.head_chunks > 1 and (size == 1 or ulysses_size == 1):
+            raise ValueError(
+                f"head_chunks={self.head_chunks} cuts the exchange of heads, but with context_parallel_size={size} "
+                f"and ulysses_size={ulysses_size} no heads are exchanged. Set both to at least 2 (or "
+                "ulysses_size='auto'), or leave head_chunks out."
+            )
+
+    def check_rings(self, size: int, ulysses_size: int) -> None:
+        """Raise ValueError if the ring of `size / ulysses_size` members cannot be cut into inner rings as asked."""
+        inner = self.inner_ring_size
+        if size == 1 and inner == 1:
+            return  # whole sequences: nothing travels
+        ring = size // ulysses_size
+        possible = [divisor for divisor in divisors(ring) if 1 < divisor < ring]
+        if (inner > 1 or self.transport == "double_ring") and not possible:
+            setting = f"inner_ring_size={inner}" if inner > 1 else f"transport={self.transport!r}"
+            raise ValueError(
+                f"{setting} needs a ring that is made of smaller rings, but context_parallel_size={size} / "
+                f"ulysses_size={ulysses_size} leaves a ring of {ring}. Use a ring of 4, 6, 8, ... ranks, or "
+                'transport="ring" without inner_ring_size.'
+            )
+        if inner > 1 and inner not in possible:
+            raise ValueError(
+                f"inner_ring_size={inner} does not cut the ring of {ring} ranks (context_parallel_size={size} / "
+                f"ulysses_size={ulysses_size}) into several equal rings. Set it to {either_of(possible)}."
+            )
+
+
+def check_transport(transport: str, inner_ring_size: int = 1) -> None:
+    """Raise ValueError if there is no such transport, or it would ignore `inner_ring_size`."""
+    if transport not in ("auto", *TRANSPORTS):
+        raise ValueError(f"transport={transport!r} is not known. Choose one of auto, {', '.join(TRANSPORTS)}.")
+    if inner_ring_size > 1 and transport not in ("auto", "double_ring"):
+        raise ValueError(
+            f"inner_ring_size={inner_ring_size} belongs to the double ring, but transport={transport!r}. Set "
+            'transport="double_ring" (or "auto"), or leave inner_ring_size out.'
+        )
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def either_of(numbers: list[int]) -> str:
+    """Return numbers as text: "1, 2 or 4"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
