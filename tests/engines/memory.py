@@ -55,7 +55,7 @@ def measure(engine: str, options: str, folder: Path) -> dict[str, Any]:
         trainer.train()
         seconds = (time.perf_counter() - began) / STEPS
         held, parameters = _most_held() - before, sum(p.numel() for p in LlamaForCausalLM(model.config).parameters())
-        return {"held": held, "seconds": seconds, "parameters": parameters, **curves(trainer), **state_of(trainer)}
+        return {"held": held, "seconds": seconds, "num_parameters": parameters, **curves(trainer), **state_of(trainer)}
 
 
 def _most_held() -> int:
@@ -87,7 +87,7 @@ def main() -> None:
         worst = max(abs(a - b) for a, b in zip(result["loss"], plain["loss"], strict=True))
         share = f"{result['held'] / whole['held']:.2f}"
         rows.append([engine, options, f"{result['held'] / 1e6:,.0f}", share, f"{worst:.1e}"])
-    parameters = statistics.median(result["parameters"] for result in results.values())
+    parameters = statistics.median(result["num_parameters"] for result in results.values())
     print(f"{parameters / 1e6:.0f}M parameters, 2 processes, {LENGTH:,} tokens, {STEPS} steps\n")
     print(markdown(rows))
 
