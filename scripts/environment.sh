@@ -1,8 +1,12 @@
 # Sourced by scripts/quickstart and scripts/test: goes to the repository root and makes .venv hold the pinned development environment.
 # Nothing is installed when .venv already matches constraints.txt and pyproject.toml. RING_HF_PYTHON names another interpreter to
-# build it from; RING_HF_VENV names an environment of your own to use instead, as it is. Leaves $python and its folder on PATH.
+# build it from; RING_HF_VENV names an environment of your own to use instead, as it is. RING_HF_VERSIONS=oldest (or newest) takes
+# .venv-oldest and constraints-oldest.txt instead. Leaves $python and its folder on PATH.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+versions="${RING_HF_VERSIONS:+-$RING_HF_VERSIONS}"
+constraints="constraints$versions.txt" venv=".venv$versions"
 
 fail() {
     echo "error: $*" >&2
@@ -33,7 +37,7 @@ install_torch() {
     # where that cannot be reached (mirrors, closed networks) fall back to the default index at once rather than after five retries.
     # --no-deps: the other pins live on the default index and are installed in the next step.
     local pin
-    pin="$(grep '^torch==' constraints.txt)"
+    pin="$(grep '^torch==' "$constraints")"
     "$python" -c "import torch" 2>/dev/null && return
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
         echo "no NVIDIA GPU found: installing the CPU build of $pin"
@@ -44,27 +48,28 @@ install_torch() {
 }
 
 find_stamp() {
-    cat constraints.txt pyproject.toml | cksum
+    cat "$constraints" pyproject.toml | cksum
 }
 
 make_environment() {
-    if [ ! -x .venv/bin/python ]; then
+    [ -f "$constraints" ] || fail "RING_HF_VERSIONS=$RING_HF_VERSIONS is not known: there is no $constraints."
+    if [ ! -x "$venv/bin/python" ]; then
         local base
         base="$(find_python)" || exit 1
-        echo "creating .venv with $("$base" --version)"
-        "$base" -m venv .venv || fail "$base cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv."
+        echo "creating $venv with $("$base" --version)"
+        "$base" -m venv "$venv" || fail "$base cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv."
     fi
-    if [ "$(cat .venv/ring_hf.stamp 2>/dev/null)" != "$(find_stamp)" ]; then
-        echo "installing the pinned environment into .venv (once; a few minutes, most of it torch)"
+    if [ "$(cat "$venv/ring_hf.stamp" 2>/dev/null)" != "$(find_stamp)" ]; then
+        echo "installing the pinned environment into $venv (once; a few minutes, most of it torch)"
         local started=$SECONDS
         install_torch
-        pip_install -c constraints.txt -e ".[dev]"
-        find_stamp >.venv/ring_hf.stamp
+        pip_install -c "$constraints" -e ".[dev]"
+        find_stamp >"$venv/ring_hf.stamp"
         echo "installed in $((SECONDS - started)) s"
     fi
 }
 
-environment="${RING_HF_VENV:-$PWD/.venv}"
+environment="${RING_HF_VENV:-$PWD/$venv}"
 python="$environment/bin/python"
 PATH="$environment/bin:$PATH"
 export PATH VIRTUAL_ENV="$environment"

@@ -103,8 +103,16 @@ def _document_numbers(mask_function: Any, num_rows: int, length: int, device: to
 
 
 def _is_union(mask_function: Any) -> bool:
-    """Whether Transformers joined the causal mask with another one (`masking_utils.or_masks`)."""
-    return "or_masks" in getattr(mask_function, "__qualname__", "")
+    """Return whether Transformers joined the causal mask with another one (`masking_utils.or_masks`).
+
+    Transformers nests mask functions in closures, in an order that depends on its version: since 5.24 the packed
+    documents are outermost.
+    """
+    if "or_masks" in getattr(mask_function, "__qualname__", ""):
+        return True
+    contents = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    nested = [item for content in contents for item in (content if isinstance(content, tuple) else (content,))]
+    return any(_is_union(item) for item in nested if callable(item))
 
 
 def attention(
