@@ -1,7 +1,7 @@
-"""The attention implementation names and the layout each of them stands for.
+"""The names of our attention implementations, and the layout of each.
 
-`ring_<layout>` deals the sequence to a ring in that layout; `ulysses` exchanges heads among all ranks that share it,
-which then hold contiguous parts. A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers
+`ring_<layout>` shards the sequence over a ring in that layout; `ulysses` exchanges heads among all ranks that share
+it, which then hold contiguous shards. A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers
 resolves such names differently (checks of those backends run, or a hub kernel is looked up).
 """
 
@@ -14,13 +14,17 @@ BACKENDS = {**{f"ring_{layout}": layout for layout in LAYOUTS}, ULYSSES: "contig
 
 
 def attention_name(config: Any) -> str | None:
-    """The attention implementation of a model config (of its text part, for models that have several)."""
+    """Return the attention implementation of a model config (of the text part if there are several)."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text_config, "_attn_implementation", None)
 
 
 def layout_of(config: Any) -> str:
-    """Layout of the backend that the model uses; a ValueError when it is not one of ours."""
+    """Return the layout of the attention implementation that the model uses.
+
+    Raises:
+        ValueError: if it is not one of ours.
+    """
     name = attention_name(config)
     if name not in BACKENDS:
         raise ValueError(

@@ -1,10 +1,9 @@
-"""Which sharded batches a guard has checked: an attention layer computes no other.
+"""The sharded batches that a guard has checked: attention layers accept no other batch.
 
-A guard sits in the hooks of a model (`guard.py`). A wrapper that calls `model.forward` goes round them, and a second
-model (a teacher, a reference) has none: nobody would have compared the batch between ranks, counted its targets, or
-put its loss together. So the guard announces a batch to the layers of its model, and attention raises if it is handed
-a batch that was not announced to it. Recomputed layers (activation checkpointing) find the announcement of their
-forward pass.
+A guard consists of hooks of a model (`model_guard.py`). A wrapper that calls `model.forward` bypasses them, and a
+second model (a teacher, a reference) has none: nothing would compare the batch between ranks, count its targets, or
+sum its loss. So the guard announces a batch to the layers of its model, and attention raises an error for a batch that
+was not announced. Recomputed layers (activation checkpointing) see the announcement of their forward pass.
 """
 
 import weakref
@@ -20,7 +19,7 @@ _batches: "weakref.WeakKeyDictionary[nn.Module, dict[int, weakref.ref]]" = weakr
 
 
 def register(model: nn.Module) -> None:
-    """Make the modules of a guarded model known. Idempotent."""
+    """Register the modules of a guarded model. Idempotent."""
     _models.add(model)
     for module in model.modules():
         _model_of[module] = weakref.ref(model)

@@ -1,10 +1,10 @@
-"""Registers the attention backends with Transformers: now if it is loaded, otherwise at the moment it loads.
+"""Register the attention backends with Transformers: at once if it is loaded, otherwise when it is imported.
 
-Importing the models of Transformers takes seconds, which a process that only wants the ring or the planner need not
-spend. So a finder at the front of `sys.meta_path` waits for the two modules that keep the tables of attention and mask
-functions. It leaves finding and loading to the finders behind it, and adds our functions once the module has been
-executed. Only then is `backend` imported, which imports nothing of Transformers: it can be loaded while Transformers
-is. (Post-import hooks: PEP 369, as in wrapt.)
+Importing the models of Transformers takes seconds, which a process that only needs the ring or the planner should not
+spend. So a finder at the front of `sys.meta_path` watches for the two modules that hold the tables of attention and
+mask functions. It delegates to the finders behind it, and adds our functions after the module was executed. Only then
+does it import `backend`, which imports nothing from Transformers and so can load while Transformers does. (Post-import
+hooks: PEP 369, as in wrapt.)
 """
 
 import importlib
@@ -24,7 +24,7 @@ _TABLES = {
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of `_TABLES` as the finders behind it do, and fills their tables after each execution."""
+    """Find the modules of `_TABLES` by the finders behind this one, and fill their tables after each execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,7 +36,7 @@ class _Finder(MetaPathFinder):
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
-        # On the loader itself: whoever asks for the source or the type of the loader gets the original's.
+        # Patch the loader instead of wrapping it: its type and its other methods stay the original's.
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
@@ -52,7 +52,7 @@ _finder = _Finder()
 
 
 def register_backends() -> None:
-    """Make the names known to Transformers, as `import ring_hf` does; calling it again changes nothing."""
+    """Register our attention implementations with Transformers, as `import ring_hf` does. Idempotent."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     for name in _TABLES:

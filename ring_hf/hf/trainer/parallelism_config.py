@@ -1,11 +1,11 @@
-"""`ContextParallelConfig`: what `TrainingArguments(parallelism_config=...)` takes.
+"""`ContextParallelConfig`: the value of `TrainingArguments(parallelism_config=...)`.
 
-A subclass of Accelerate's `ParallelismConfig` whose device mesh has an axis `cp` (so the ranks of a group read the
-same examples), while the inherited `cp_size` stays 1: with it, the Trainer would divide the token count by `cp_size`
-and Accelerate would switch on torch's own context parallelism. Fields that are not set are read from environment
-variables (`RING_HF_CONTEXT_PARALLEL_SIZE`, ...), so that one launch line can hold them. Accelerate calls
-`build_device_mesh` and then `_validate_accelerator` while it is being built; there the processes and the engine
-(`engines.py`) are known, and everything else is set up.
+It is a subclass of Accelerate's `ParallelismConfig` whose device mesh has an axis `cp`, so that the ranks of a group
+read the same examples. The inherited `cp_size` stays 1: otherwise the Trainer would divide the token count by it, and
+Accelerate would enable torch's own context parallelism. Fields that are not set are read from environment variables
+(`RING_HF_CONTEXT_PARALLEL_SIZE`, ...), so that one launch line can hold them. `Accelerator.__init__` calls
+`build_device_mesh` and then `_validate_accelerator`; by then the processes and the engine (`engines.py`) are known,
+and everything else is set up.
 """
 
 import os
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {option.name: option.default for option in fields(Ring
 DEFAULTS: dict[str, Any] = {"context_parallel_size": 1, **OPTIONS, "verify": False}
 DATA_PARALLEL = ("dp_replicate_size", "dp_shard_size")
 INHERITED = ("cp_size", "sp_size", "tp_size")
-# What the `parallelism_config` of an accelerate file becomes.
+# The environment variables that the `parallelism_config` of an accelerate file becomes.
 FROM_ACCELERATE = {
     "context_parallel_size": "PARALLELISM_CONFIG_CP_SIZE",
     "dp_replicate_size": "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",
@@ -42,7 +42,7 @@ SIZE_VARIABLES = ("RING_HF_CONTEXT_PARALLEL_SIZE", FROM_ACCELERATE["context_para
 
 @dataclass(repr=False)
 class ContextParallelConfig(ParallelismConfig):
-    """How many ranks share each sequence, and how they do it.
+    """How many ranks share each sequence, and by which algorithm.
 
     Args:
         context_parallel_size: ranks that share each sequence.
@@ -51,12 +51,12 @@ class ContextParallelConfig(ParallelismConfig):
             model attends with "ulysses".
         inner_ring_size: ranks of the inner rings (inside a node) of a double ring; must divide the ring.
         head_chunks: with Ulysses, in how many chunks a rank's heads are exchanged and attended with, one after the
-            other: attention holds less, and exchanges more in backward (docs/head_chunks.md).
+            other: attention needs less memory, and backward exchanges more (docs/head_chunks.md).
         transport: how keys and values travel: a name from `ring_hf.geometry.TRANSPORTS`; "auto" chooses by cost.
         kernel: attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
         overlap: exchange the next keys and values while computing with the present ones.
         verify: compare a few tokens of the first batch, sharded and whole, before the first step of every training.
-            Default: only where a model or a Trainer is not proven by name.
+            Default: only for models and Trainers that are not proven by name.
         dp_replicate_size: copies of the weights. Default: 1 under FSDP2 (more is HSDP); under other engines the number
             of processes / context_parallel_size.
         dp_shard_size: under FSDP2, the groups of ranks that read different sequences and share one copy of the
@@ -129,14 +129,14 @@ class ContextParallelConfig(ParallelismConfig):
         """The algorithm; what depends on the model is resolved later (`degrees.py`)."""
         return RingOptions(**{name: getattr(self, name) for name in OPTIONS})
 
-    # What Accelerate reads. `cp_enabled` stays False (cp_size is 1), so these say where the axis is.
+    # Accelerate reads these. `cp_enabled` stays False (cp_size is 1), so they tell it about the axis.
     @property
     def active_mesh_dims(self) -> list[str]:
         return self.dp_dim_names + (["cp"] if self._size > 1 else [])
 
     @property
     def dp_shard_cp_dim_names(self) -> list[str]:
-        """The axes over which FSDP2 cuts weights: ranks that share a sequence hold different parts of them, too."""
+        """The axes over which FSDP2 shards weights, including the ranks that share a sequence."""
         return [name for name in self.active_mesh_dims if name != "dp_replicate"]
 
     @property
@@ -149,7 +149,7 @@ class ContextParallelConfig(ParallelismConfig):
 
     @property
     def _replicas(self) -> int:
-        """Groups of ranks that read different sequences, whatever happens to the weights."""
+        """The number of groups of ranks that read different sequences."""
         return (self.dp_replicate_size or 1) * (self.dp_shard_size or 1)
 
     @property
@@ -165,12 +165,12 @@ class ContextParallelConfig(ParallelismConfig):
         return {name: getattr(self, name) for name in (*DEFAULTS, *DATA_PARALLEL)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """`training_args.bin` keeps the settings, not the process groups behind the device mesh."""
+        """Return the settings without the process groups of the device mesh, for `training_args.bin`."""
         bound = ("device_mesh", "_process", "_evaluator")
         return {key: value for key, value in self.__dict__.items() if key not in bound}
 
     def build_device_mesh(self, device_type: str) -> Any:
-        """Mesh with the axes that are larger than 1, in the order (dp_replicate, dp_shard, cp): ranks that share a
+        """Return a mesh of the axes larger than 1, in the order (dp_replicate, dp_shard, cp): ranks that share a
         sequence are neighbours."""
         running = find_engine(AcceleratorState()) if AcceleratorState._shared_state else ENGINES["DDP"]
         self._fit(PartialState().num_processes, running)
@@ -239,7 +239,7 @@ class ContextParallelConfig(ParallelismConfig):
         self._install(accelerator)
 
     def _bind(self, accelerator: Any, engine: Engine) -> None:
-        """Say which part of a sequence, and which sequences, are this process's."""
+        """Create the process context: which shard of a sequence, and which sequences, this process reads."""
         if self._size == 1:
             return
         mesh = self.device_mesh
@@ -258,7 +258,7 @@ class ContextParallelConfig(ParallelismConfig):
         )
 
     def _install(self, accelerator: Any) -> None:
-        """Have Trainers of this process call us, and this accelerator."""
+        """Add our callback to all Trainers of this process, and our methods to this accelerator."""
         if ContextParallelCallback not in transformers_trainer.DEFAULT_CALLBACKS:
             transformers_trainer.DEFAULT_CALLBACKS.append(ContextParallelCallback)
         if self._process is not None:
@@ -268,13 +268,13 @@ class ContextParallelConfig(ParallelismConfig):
         self.activate()
 
     def activate(self) -> None:
-        """Make this the context of the process; the Trainer's callback repeats it when several Trainers take turns."""
+        """Activate the context of this config; the callback repeats it when several Trainers take turns."""
         context.activate(self._process)
         exact_evaluation.activate(self._evaluator)
 
 
 def _from_environment(name: str, default: Any) -> Any:
-    """A setting from the launch line; sizes also from the `parallelism_config` of an accelerate YAML."""
+    """Return a setting of the launch line; sizes also from the `parallelism_config` of an accelerate YAML."""
     variable = f"RING_HF_{name.upper()}"
     if name in FROM_ACCELERATE and variable not in os.environ:
         variable = FROM_ACCELERATE[name]
