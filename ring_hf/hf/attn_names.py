@@ -1,8 +1,8 @@
 """The names of our attention implementations, and the layout of each.
 
 `ring_<layout>` shards the sequence over a ring in that layout; `ulysses` exchanges heads among all ranks that share
-it, which then hold contiguous shards. A name must not contain `flash`, `sdpa`, `flex_attention` or a slash: Transformers
-resolves such names differently (checks of those backends run, or a hub kernel is looked up).
+it, which then hold contiguous shards. A name must not contain `flash`, `sdpa`, `flex_attention` or a slash:
+Transformers resolves such names differently (checks of those backends run, or a hub kernel is looked up).
 """
 
 from typing import Any
