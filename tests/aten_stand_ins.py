@@ -1,11 +1,11 @@
 """Stand-ins for PyTorch's memory-efficient and cuDNN attention: their schemas and shapes, in fp64 on a CPU.
 
 Arguments, order, defaults and results are those of PyTorch 2.13's schemas, which a test compares with the installed
-ones. All compute with the reference kernel what the operators compute, their peculiarities included: causal masks
-aligned at the top left; lse padded to 32 with +inf, 0 for rows that see nothing, and read through its strides; `out`
-read as if its rows were H * E apart; gradients of keys and values for each of as many heads as queries have; cuDNN's
-lse `[B, H, S, 1]` and the strides that its cached graphs take for granted. What the real ones demand of their
-arguments, or silently take for granted, is asserted; half precision is not, so that fp64 can judge.
+ones. All compute with the reference kernel and reproduce the peculiarities of the operators: causal masks aligned at
+the top left; lse padded to 32 with +inf, 0 for rows without visible keys, and read through its strides; `out` read as
+if its rows were H * E apart; gradients of keys and values for each query head; cuDNN's lse `[B, H, S, 1]` and the
+strides that its cached graphs assume. Requirements and silent assumptions of the real operators are asserted, except
+half precision: the tests compare in fp64.
 
 Letters: B batch, H query heads, K key/value heads, S tokens, D and E head dims.
 """
@@ -29,26 +29,26 @@ def _tile(q, k, is_causal) -> Tile:
 
 
 def _compute_forward(q, k, v, is_causal, scale):
-    """`(out, lse)`, BSHD in memory and BHS; -inf for rows that see nothing."""
+    """Return `(out, lse)`, BSHD in memory and BHS; lse is -inf for rows without visible keys."""
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     lse = torch.full(out.shape[:3], -torch.inf, dtype=q.dtype)
-    for queries, one_out, one_lse in reference.forward(q, k, v, [_tile(q, k, is_causal)], scale):
-        queries.of(out).copy_(one_out)
-        queries.of(lse).copy_(one_lse)
+    for queries, tile_out, tile_lse in reference.forward(q, k, v, [_tile(q, k, is_causal)], scale):
+        queries.gather(out).copy_(tile_out)
+        queries.gather(lse).copy_(tile_lse)
     return out, lse
 
 
 def _compute_backward(dout, q, k, v, out, lse, is_causal, scale):
     dq, dk, dv = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
     for queries, keys, *grads in reference.backward(dout, q, k, v, out, lse, [_tile(q, k, is_causal)], scale):
-        for total, place, grad in zip((dq, dk, dv), (queries, keys, keys), grads, strict=True):
-            place.of(total).add_(grad)
+        for total, tokens, grad in zip((dq, dk, dv), (queries, keys, keys), grads, strict=True):
+            tokens.gather(total).add_(grad)
     return dq, dk, dv
 
 
-def _no_dropout(dropout_p, *numbers) -> None:
+def _check_no_dropout(dropout_p, *rng_state) -> None:
     assert type(dropout_p) is float and dropout_p == 0.0
-    for x in numbers:
+    for x in rng_state:
         assert x.dtype == torch.int64 and x.shape == ()
 
 
@@ -63,16 +63,16 @@ def _check_efficient(q, k, v, attn_bias) -> None:
     _check(q, k, v)
     assert q.shape[1] == k.shape[1], "all heads must be alike"
     assert attn_bias is None
-    unit = 16 // q.element_size()
+    multiple = 16 // q.element_size()
     for x in (q, k, v):
-        assert x.stride(3) == 1 and x.shape[3] % unit == 0
-        assert not any(n % unit for n in (x.storage_offset(), *x.stride()[:3])), "16 byte loads"
+        assert x.stride(3) == 1 and x.shape[3] % multiple == 0
+        assert not any(n % multiple for n in (x.storage_offset(), *x.stride()[:3])), "16-byte loads"
 
 
 # fmt: off
 def efficient_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
     _check_efficient(query, key, value, attn_bias)
-    _no_dropout(dropout_p)
+    _check_no_dropout(dropout_p)
     CALLS["efficient"] += 1
     out, lse = _compute_forward(query, key, value, is_causal, scale)
     lse.masked_fill_(lse == -torch.inf, 0.0)
@@ -85,46 +85,46 @@ def efficient_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_
 def efficient_backward(grad_out_, query, key, value, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p,
                        grad_input_mask, is_causal=False, *, scale=None):
     _check_efficient(query, key, value, attn_bias)
-    _no_dropout(dropout_p, philox_seed, philox_offset)
+    _check_no_dropout(dropout_p, philox_seed, philox_offset)
     assert grad_input_mask == [True, True, True, False]
-    (rows, heads, length, _), width = query.shape, value.shape[3]
-    assert grad_out_.shape == out.shape == (rows, heads, length, width) and out.dtype == query.dtype
+    (rows, heads, length, _), value_dim = query.shape, value.shape[3]
+    assert grad_out_.shape == out.shape == (rows, heads, length, value_dim) and out.dtype == query.dtype
     assert not any(n % 8 for n in logsumexp.stride()[:2]) and logsumexp.shape[2] == -(-length // 32) * 32
     assert logsumexp.dtype == query.dtype  # fp32 beside half precision
     lse = logsumexp.as_strided((rows, heads, logsumexp.shape[2]), (*logsumexp.stride()[:2], 1))
-    assert (lse[..., length:] == torch.inf).all(), "what is behind the queries would count"
+    assert (lse[..., length:] == torch.inf).all(), "padded rows would be computed"
     batch_stride, head_stride, *_ = out.stride()
-    out = out.as_strided((rows, heads, length, width), (batch_stride, head_stride, heads * width, 1))
+    out = out.as_strided((rows, heads, length, value_dim), (batch_stride, head_stride, heads * value_dim, 1))
     return *_compute_backward(grad_out_, query, key, value, out, lse[..., :length], is_causal, scale), None
 
 
 def _check_cudnn(q, k, v, is_causal) -> None:
     _check(q, k, v)
     assert q.shape[1] % k.shape[1] == 0
-    dims = q.shape[3], v.shape[3]
-    assert dims[0] % 8 == dims[1] % 8 == 0 and (max(dims) <= 128 or dims == (192, 128))
-    assert q.shape[2] >= flash_varlen.LARGE and (q.shape[2] == k.shape[2] or not is_causal)
-    assert q.shape[2] % cuda_cudnn.UNIT == k.shape[2] % cuda_cudnn.UNIT == 0
+    head_dims = q.shape[3], v.shape[3]
+    assert head_dims[0] % 8 == head_dims[1] % 8 == 0 and (max(head_dims) <= 128 or head_dims == (192, 128))
+    assert q.shape[2] >= flash_varlen.MIN_DENSE_QUERIES and (q.shape[2] == k.shape[2] or not is_causal)
+    assert q.shape[2] % cuda_cudnn.TOKEN_MULTIPLE == k.shape[2] % cuda_cudnn.TOKEN_MULTIPLE == 0
     for x in (q, k, v):
-        assert torch.empty_like(x).stride() == x.stride(), "gradients would have other strides than the graph's"
+        assert torch.empty_like(x).stride() == x.stride(), "the graph assumes other strides of the gradients"
 
 
 def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
                   return_debug_mask=False, *, scale=None):
     _check_cudnn(query, key, value, is_causal)
-    _no_dropout(dropout_p)
+    _check_no_dropout(dropout_p)
     CALLS["cudnn"] += 1
     assert compute_log_sumexp is True and attn_bias is None and return_debug_mask is False
     out, lse = _compute_forward(query, key, value, is_causal, scale)
     result = alloc_with_matching_layout(query, (*query.shape[:3], value.shape[3])).copy_(out)
-    numbers = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    return result, lse.unsqueeze(-1), None, None, query.shape[2], key.shape[2], *numbers, None
+    seed, offset = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    return result, lse.unsqueeze(-1), None, None, query.shape[2], key.shape[2], seed, offset, None
 
 
 def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
                    cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
     _check_cudnn(query, key, value, is_causal)
-    _no_dropout(dropout_p, philox_seed, philox_offset)
+    _check_no_dropout(dropout_p, philox_seed, philox_offset)
     assert attn_bias is cum_seq_q is cum_seq_k is None and (max_q, max_k) == (query.shape[2], key.shape[2])
     graph = alloc_with_matching_layout(query, (*query.shape[:3], value.shape[3]))
     for x in (out, grad_out):
@@ -138,20 +138,20 @@ def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, phi
 
 @contextlib.contextmanager
 def aten_stand_in(adapter: str, large: int = 5, unit: int = 1) -> Iterator[str]:
-    """Puts stand-ins where a kernel looks, for tensors on a CPU in fp64; gives the kernel's name.
+    """Install stand-ins for tensors on a CPU in fp64, and yield the name of the kernel.
 
-    cuDNN gets tiles of at least `large` queries and multiples of `unit`, flash attention's stand-in all others.
+    cuDNN computes tiles of at least `large` queries and multiples of `unit`, the stand-in of flash attention others.
     """
     with stand_in("aten", large), contextlib.ExitStack() as patches:
         for module, name, value in (
             (cuda_efficient, "DTYPES", (torch.float64,)),
-            (cuda_efficient, "_forward", efficient_forward),
-            (cuda_efficient, "_backward", efficient_backward),
-            (cuda_cudnn, "_forward", cudnn_forward),
-            (cuda_cudnn, "_backward", cudnn_backward),
-            (cuda_cudnn, "_cudnn", lambda: 92000),
-            (cuda_cudnn, "UNIT", unit),
-            (cuda_flash, "activated", lambda: None),
+            (cuda_efficient, "_ATEN_FORWARD", efficient_forward),
+            (cuda_efficient, "_ATEN_BACKWARD", efficient_backward),
+            (cuda_cudnn, "_ATEN_FORWARD", cudnn_forward),
+            (cuda_cudnn, "_ATEN_BACKWARD", cudnn_backward),
+            (cuda_cudnn, "_cudnn_version", lambda: 92000),
+            (cuda_cudnn, "TOKEN_MULTIPLE", unit),
+            (cuda_flash, "activated_implementation", lambda: None),
         ):
             patches.enter_context(mock.patch.object(module, name, value))
         yield adapter

@@ -1,8 +1,8 @@
 """The parameters of FlashAttention's low-level functions, version by version, as their sources have them.
 
-Read in Dao-AILab/flash-attention and huggingface/kernels-community at the places that tests/kernels/README.md lists.
-Annotations and comments are left out; order, names and defaults are theirs. FlashAttention-4's options that only tune
-its backward are kept as one piece.
+Read in Dao-AILab/flash-attention and huggingface/kernels-community, in the lines that tests/kernels/README.md lists.
+Annotations and comments are left out; order, names and defaults are unchanged. The options of FlashAttention-4 that
+only tune its backward are one constant.
 """
 
 _TWO_LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
@@ -11,7 +11,7 @@ _TWO_END = "block_table=None, leftpad_k=None, seqused_k=None"
 
 
 def _two(window: str, window_with_defaults: str, varlen_end: str, backward_end: str) -> dict[str, str]:
-    """Version 2: functions for dense and for packed calls."""
+    """Return the functions of version 2, for dense and for packed calls."""
     return {
         "_flash_attn_forward": f"q, k, v, dropout_p, softmax_scale, causal, {window}, softcap, alibi_slopes, "
         "return_softmax",
@@ -70,7 +70,7 @@ _FOUR_TUNING = (
 
 
 def _four(qv: str, shortest: str, blocks: str, forward_end: str, scalars: str, backward_end: str) -> dict[str, str]:
-    """Version 4: what its betas have in common, and what some of them added in between or at the end."""
+    """Return the functions of version 4: the arguments of all betas, and those that some betas added."""
     return {
         "_flash_attn_fwd": f"q, k, v, {qv}{_FOUR_LENGTHS}, {shortest}page_table=None, softmax_scale=None, "
         f"causal=False, softcap=None, {_FOUR_WINDOW}, learnable_sink=None, {blocks}, num_threads=384, num_splits=1, "
@@ -96,7 +96,7 @@ _FOUR_26 = _four(
 )
 _FOUR_8 = _four("", "", _BLOCKS, "", "", ", dlse=None")
 
-# What a stand-in is called -> function -> parameters.
+# Stand-in -> function -> parameters.
 SIGNATURES: dict[str, dict[str, str]] = {
     "2.6.3": _two("window_size", "window_size=(-1, -1)", _TWO_END, "rng_state=None"),
     "2.7.2.post1": _two(*_BOUNDS, _TWO_END, "rng_state=None"),

@@ -1,72 +1,66 @@
-"""Attention on tiles with the flash-attn package, version 2 (Dao 2023, arXiv 2307.08691; CUDA; soft-capping too).
+"""Attention on tiles with the flash-attn package, version 2 (Dao 2023, arXiv 2307.08691; CUDA, with soft-capping).
 
-Dense and packed calls have functions of their own. `window_size=(left, right)` became two arguments with 2.7, when
-backward also stopped returning the gradients that it writes into dq, dk, dv, and the functions became custom
-operators; 2.7.3 brought Blackwell. 2.6.0 and 2.6.1 take a softcap that their backward ignores. The host code gets
-tiles with more queries than keys wrong (`flash_varlen.cut_rows`).
+Dense and packed launches have separate functions. Since 2.7, `window_size=(left, right)` is two arguments, backward
+no longer returns the gradients that it writes to dq, dk, dv, and the functions are custom operators. Blackwell is
+supported since 2.7.3. 2.6.0 and 2.6.1 accept a softcap that their backward ignores. The host code computes tiles with
+more queries than keys wrongly (`flash_varlen.split_tall_tile`).
 """
 
 import functools
 import importlib.metadata
 
 from . import flash_packages, flash_varlen
-from .flash_packages import ApiVariant, Package, Provenance, Requirements, numbers
+from .flash_packages import ApiVariant, Package, Requirements, parse_version
 
-_ALWAYS = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
-_form = functools.partial(
+_CONSTANTS = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
+_variant = functools.partial(
     ApiVariant,
     forward=("_flash_attn_forward", "_flash_attn_varlen_forward"),
     backward=("_flash_attn_backward", "_flash_attn_varlen_backward"),
-    forward_always=_ALWAYS | {"return_softmax": False},
-    backward_always=_ALWAYS,
+    forward_constants=_CONSTANTS | {"return_softmax": False},
+    backward_constants=_CONSTANTS,
 )
-# From this version on; the last until `_UNREAD`.
-FORMS: dict[tuple[int, ...], ApiVariant] = {
-    (2, 6, 2): _form(windows=("window_size",), lse_at=5, read=(Provenance("v2.6.2, v2.6.3", (48, 70, 118, 168)),)),
-    (2, 7, 0): _form(
-        windows=("window_size_left", "window_size_right"),
-        read=(
-            Provenance("v2.7.0 to v2.7.0.post2", (77, 143, 236, 328)),
-            Provenance("v2.7.1 to v2.7.2.post1", (82, 148, 241, 333)),
-            Provenance("v2.7.3 to v2.7.4.post1", (82, 148, 243, 335)),
-            Provenance("v2.8.0 to v2.8.3.post1", (77, 143, 238, 330)),
-            Provenance("0251105a (2.8.4)", (85, 154, 253, 348)),
-        ),
-    ),
+# By the first version that has the variant, in order; the last one ends before `_FIRST_UNKNOWN`.
+VARIANTS: dict[tuple[int, ...], ApiVariant] = {
+    (2, 6, 2): _variant(window_args=("window_size",), lse_index=5),
+    (2, 7, 0): _variant(window_args=("window_size_left", "window_size_right")),
 }
-_UNREAD, _INSTEAD = (2, 9, 0), "install flash-attn>=2.6.2,<2.9"
+_FIRST_UNKNOWN = (2, 9, 0)
+_ADVICE = "install flash-attn>=2.6.2,<2.9"
 
 
 @functools.lru_cache(maxsize=1)
-def installed() -> Package | str:
-    """The installed package, or why there is none."""
+def locate_package() -> Package | str:
+    """Return the installed package, or the reason why it cannot be used."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         return "the package flash-attn is not installed"
-    form = form_of(version)
-    if form is None:
+    variant = find_variant(version)
+    if variant is None:
         return (
-            f"flash-attn {version} is not one whose functions are known here; {_INSTEAD} "
+            f"flash-attn {version} is not a version whose functions are known here; {_ADVICE} "
             "(2.6.0 and 2.6.1 ignore soft-capping in backward)"
         )
-    module = flash_packages.imported(f"flash-attn {version}", "flash_attn.flash_attn_interface")
+    module = flash_packages.import_package(f"flash-attn {version}", "flash_attn.flash_attn_interface")
     if isinstance(module, str):
         return module
-    return flash_packages.fitting(f"flash-attn {version}", numbers(version), module, (form,), _INSTEAD)
+    return flash_packages.match_variant(f"flash-attn {version}", parse_version(version), module, (variant,), _ADVICE)
 
 
-def form_of(version: str) -> ApiVariant | None:
-    """The form of a version such as "2.7.4.post1", None if it is not known."""
-    found = [form for since, form in FORMS.items() if since <= numbers(version) < _UNREAD]
-    return found[-1] if found else None
+def find_variant(version: str) -> ApiVariant | None:
+    """Return the variant of a version such as "2.7.4.post1", or None if the version is not known."""
+    numbers = parse_version(version)
+    matching = [variant for first, variant in VARIANTS.items() if first <= numbers < _FIRST_UNKNOWN]
+    return matching[-1] if matching else None
 
 
-def limits(package: Package, wanted: Requirements) -> str | None:
-    """What the package cannot do, or None."""
-    if package.version < (2, 7, 3) and wanted.capability > (9, 0):
-        return f"is not for compute capability {flash_varlen.dotted(wanted.capability)}; 2.7.3 and later are"
+def check_limits(package: Package, requirements: Requirements) -> str | None:
+    """Return what the package lacks for these requirements, or None."""
+    if package.version < (2, 7, 3) and requirements.capability > (9, 0):
+        capability = flash_varlen.format_version(requirements.capability)
+        return f"does not support compute capability {capability}; 2.7.3 and later do"
     return None
 
 
-KERNEL = flash_packages.kernel("flash_attn_2", installed, limits, cuts_rows=True)
+KERNEL = flash_packages.make_kernel("flash_attn_2", locate_package, check_limits, split_tall_tiles=True)

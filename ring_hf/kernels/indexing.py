@@ -1,8 +1,8 @@
-"""Where in a rank's tensors a kernel's result belongs: regular windows of a dim, or any tokens.
+"""Which tokens of a rank's tensors a kernel's result is for: regular windows of the token dim, or any tokens.
 
-A kernel is given all tiles of a step at once, and says with each result which queries (and keys) it is for.
-`StridedWindows` are views, for kernels that run a tile or a run of equal rectangles in one call; `GatherIndex` holds
-indices, for kernels that run many tiles of different lengths in one call.
+A kernel receives all tiles of a step and yields each result with the index of its queries (and keys).
+`StridedWindows` are views, for kernels that run a tile or a run of equal rectangles in one call. `GatherIndex` holds
+index tensors, for kernels that run many tiles of different lengths in one call.
 
 Letters: B batch, H heads, S tokens of the shard or block, T tokens of a call.
 """
@@ -16,9 +16,10 @@ from ..geometry import Piece, Tile
 
 @dataclass(frozen=True, slots=True)
 class StridedWindows:
-    """`count` runs of `size` tokens, `stride` apart, the first from `start`, in `num_rows` batch rows from `row`.
+    """`count` windows of `size` tokens, `stride` tokens apart, the first from token `start`.
 
-    A result has the shape `[num_rows, H, size, ...]` for one run, else `[num_rows, H, count, size, ...]`.
+    They cover `num_rows` batch rows from `row`. A result has the shape `[num_rows, H, size, ...]` if `count` is 1,
+    else `[num_rows, H, count, size, ...]`.
     """
 
     row: int
@@ -29,17 +30,17 @@ class StridedWindows:
     stride: int = 0
 
     @classmethod
-    def queries(cls, tile: Tile, piece: Piece) -> "StridedWindows":
-        """The queries of a piece of a tile."""
-        return cls(tile.row, tile.num_rows, tile.q + piece.q, piece.num_q, piece.count, piece.stride)
+    def queries(cls, tile: Tile, block: Piece) -> "StridedWindows":
+        """Return the queries of a block of a tile."""
+        return cls(tile.row, tile.num_rows, tile.q + block.q, block.num_q, block.count, block.stride)
 
     @classmethod
-    def keys(cls, tile: Tile, piece: Piece) -> "StridedWindows":
-        """The keys of a piece of a tile."""
-        return cls(tile.row, tile.num_rows, tile.k + piece.k, piece.num_k, piece.count, piece.stride)
+    def keys(cls, tile: Tile, block: Piece) -> "StridedWindows":
+        """Return the keys of a block of a tile."""
+        return cls(tile.row, tile.num_rows, tile.k + block.k, block.num_k, block.count, block.stride)
 
-    def of(self, x_BHS: torch.Tensor) -> torch.Tensor:
-        """A view of these tokens of `x [B, H, S, ...]`, in the shape of a result."""
+    def gather(self, x_BHS: torch.Tensor) -> torch.Tensor:
+        """Return a view of these tokens of `x [B, H, S, ...]`, in the shape of a result."""
         rows = x_BHS.narrow(0, self.row, self.num_rows)
         if self.count == 1:
             return rows.narrow(2, self.start, self.size)
@@ -49,17 +50,17 @@ class StridedWindows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatherIndex:
-    """Tokens by batch row and place, each at most once; a result has the shape `[T, H, ...]`."""
+    """Tokens by batch row and position, int64 `[T]` each, no token twice. A result has the shape `[T, H, ...]`."""
 
     rows_T: torch.Tensor
     tokens_T: torch.Tensor
 
-    def of(self, x_BHS: torch.Tensor) -> torch.Tensor:
-        """A copy of these tokens of `x [B, H, S, ...]`: `[T, H, ...]`."""
+    def gather(self, x_BHS: torch.Tensor) -> torch.Tensor:
+        """Return a copy of these tokens of `x [B, H, S, ...]`: `[T, H, ...]`."""
         return x_BHS.transpose(1, 2)[self.rows_T, self.tokens_T]
 
-    def put(self, x_BHS: torch.Tensor, values_TH: torch.Tensor) -> None:
-        """Writes the tokens back."""
+    def scatter(self, x_BHS: torch.Tensor, values_TH: torch.Tensor) -> None:
+        """Write `values [T, H, ...]` to these tokens of `x [B, H, S, ...]`."""
         x_BHS.transpose(1, 2)[self.rows_T, self.tokens_T] = values_TH
 
 

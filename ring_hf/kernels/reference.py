@@ -1,10 +1,10 @@
-"""The eager truth: softmax attention on tiles, any dtype, device, head dims and softcap, fp64 included.
+"""The eager reference: softmax attention on tiles for any dtype, device, head dims and softcap, fp64 included.
 
-For tests, and for what no faster kernel computes. Builds the scores of `_ROWS` queries at a time. Every other kernel
-is compared with it. Backward is FlashAttention-2's (Dao 2023, arXiv 2307.08691, algorithm 2) without blocks of keys:
-with the *global* lse, P = exp(S - lse) are the final probabilities, whatever part of the keys is at hand.
+Every other kernel is compared with it, and it computes calls that no faster kernel supports. It builds the scores of
+`_MAX_QUERY_ROWS` queries at a time. Backward is that of FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 2)
+without blocks of keys: with the *global* lse, P = exp(S - lse) are the final probabilities of any part of the keys.
 
-Soft-capping (Gemma 2, arXiv 2408.00118) bends scores to `softcap * tanh(scores / softcap)` before the softmax.
+Soft-capping (Gemma 2, arXiv 2408.00118) replaces scores by `softcap * tanh(scores / softcap)` before the softmax.
 
 Letters: B batch, K key/value heads, G query heads per key/value head (H = K * G), C queries of the shard and Q of a
 block, S keys, D and E head dims.
@@ -19,11 +19,11 @@ from .indexing import StridedWindows
 from .merge import accumulate_dtype
 
 NAME = "reference"
-_ROWS = 1024
+_MAX_QUERY_ROWS = 1024
 
 
 def why_unsupported(q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
-    """Why this kernel cannot serve such tensors, or None."""
+    """Return why this kernel does not support a call, or None; see `Kernel`."""
     return None if q.dtype.is_floating_point else f"dtype {q.dtype} is not a floating point type"
 
 
@@ -35,10 +35,10 @@ def forward(
     scale: float,
     softcap: float | None = None,
 ) -> Iterator[tuple[StridedWindows, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, out [B, H, Q, E], lse [B, H, Q])` block by block."""
+    """Yield `(queries, out [B, H, Q, E], lse [B, H, Q])` block by block, in at least fp32."""
     for tile, block, queries, keys in _blocks(tiles):
-        q, k, v = queries.of(q_BHCD), keys.of(k_BKSD), keys.of(v_BKSE)
-        scores_BKGQS, _ = _scores(q, k, tile, block, scale, softcap)
+        q, k, v = queries.gather(q_BHCD), keys.gather(k_BKSD), keys.gather(v_BKSE)
+        scores_BKGQS, _ = _masked_scores(q, k, tile, block, scale, softcap)
         lse_BKGQ = torch.logsumexp(scores_BKGQS, dim=-1)
         weights = torch.exp(scores_BKGQS - _finite(lse_BKGQ).unsqueeze(-1))
         out = torch.einsum("bkgqs,bkse->bkgqe", weights, v.to(weights.dtype))
@@ -56,13 +56,16 @@ def backward(
     scale: float,
     softcap: float | None = None,
 ) -> Iterator[tuple[StridedWindows, StridedWindows, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(queries, keys, dq, dk, dv)` in at least fp32, from the global `out` and `lse`."""
+    """Yield `(queries, keys, dq, dk, dv)` block by block in at least fp32, from the global `out` and `lse`.
+
+    `dq` is `[B, H, Q, D]`, `dk` `[B, K, S, D]` and `dv` `[B, K, S, E]` of the block's queries and keys.
+    """
     for tile, block, queries, keys in _blocks(tiles):
-        dout, q, out, lse = (queries.of(x) for x in (dout_BHCE, q_BHCD, out_BHCE, lse_BHC))
-        k, v = keys.of(k_BKSD), keys.of(v_BKSE)
-        scores_BKGQS, slope = _scores(q, k, tile, block, scale, softcap)
-        dtype, heads = scores_BKGQS.dtype, k.shape[1]
-        dout, q, out, lse = (x.to(dtype).unflatten(1, (heads, -1)) for x in (dout, q, out, lse))
+        dout, q, out, lse = (queries.gather(x) for x in (dout_BHCE, q_BHCD, out_BHCE, lse_BHC))
+        k, v = keys.gather(k_BKSD), keys.gather(v_BKSE)
+        scores_BKGQS, slope = _masked_scores(q, k, tile, block, scale, softcap)
+        dtype, num_kv_heads = scores_BKGQS.dtype, k.shape[1]
+        dout, q, out, lse = (x.to(dtype).unflatten(1, (num_kv_heads, -1)) for x in (dout, q, out, lse))
         weights = torch.exp(scores_BKGQS - _finite(lse).unsqueeze(-1))
         dv = torch.einsum("bkgqs,bkgqe->bkse", weights, dout)
         dweights = torch.einsum("bkgqe,bkse->bkgqs", dout, v.to(dtype))
@@ -74,48 +77,45 @@ def backward(
 
 
 def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, StridedWindows, StridedWindows]]:
-    """Tiles cut to at most `_ROWS` queries, with the keys that any of them sees."""
+    """Split tiles into blocks of at most `_MAX_QUERY_ROWS` queries and the keys visible to any of them."""
     for tile in tiles:
-        for first in range(0, tile.num_q, _ROWS):
-            rows = min(_ROWS, tile.num_q - first)
-            lo, hi = (None if bound is None else bound + first for bound in (tile.lo, tile.hi))
-            trimmed = trim(rows, tile.num_k, lo, hi)
+        for start in range(0, tile.num_q, _MAX_QUERY_ROWS):
+            num_rows = min(_MAX_QUERY_ROWS, tile.num_q - start)
+            lo, hi = (None if bound is None else bound + start for bound in (tile.lo, tile.hi))
+            trimmed = trim(num_rows, tile.num_k, lo, hi)
             if trimmed is not None:
                 q, num_q, k, num_k, _, _ = trimmed
-                block = Piece(first + q, num_q, k, num_k, "full")
+                block = Piece(start + q, num_q, k, num_k, "full")
                 yield tile, block, StridedWindows.queries(tile, block), StridedWindows.keys(tile, block)
 
 
-def _scores(
+def _masked_scores(
     q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, tile: Tile, block: Piece, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Masked scores, and their slope against those before soft-capping."""
+    """Return scores `[B, K, G, Q, S]`, -inf where masked, and their derivative by those before soft-capping."""
     dtype = accumulate_dtype(q_BHQD.dtype)
     q = q_BHQD.to(dtype).unflatten(1, (k_BKSD.shape[1], -1))
     scores = torch.einsum("bkgqd,bksd->bkgqs", q, k_BKSD.to(dtype)) * scale
     slope: torch.Tensor | float = 1.0
     if softcap is not None:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = bent * softcap, 1 - bent * bent
-    seen = visible(tile, block, q.device)
-    return scores.masked_fill_(~seen, -torch.inf), slope
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = tanh * softcap, 1 - tanh * tanh
+    return scores.masked_fill_(~_visible_pairs(tile, block, q.device), -torch.inf), slope
 
 
-def visible(tile: Tile, block: Piece, device: torch.device) -> torch.Tensor:
-    """The tile's band in a block of it, as a boolean `[num_q, num_k]`."""
-    q, k = (
-        torch.arange(start, start + size, device=device)
-        for start, size in ((block.q, block.num_q), (block.k, block.num_k))
-    )
-    apart = k - q.unsqueeze(1)
-    seen = torch.ones_like(apart, dtype=torch.bool)
+def _visible_pairs(tile: Tile, block: Piece, device: torch.device) -> torch.Tensor:
+    """Return the band of a tile within one of its blocks, as a boolean `[num_q, num_k]`."""
+    q = torch.arange(block.q, block.q + block.num_q, device=device)
+    k = torch.arange(block.k, block.k + block.num_k, device=device)
+    distance = k - q.unsqueeze(1)
+    visible = torch.ones_like(distance, dtype=torch.bool)
     if tile.lo is not None:
-        seen &= apart >= tile.lo
+        visible &= distance >= tile.lo
     if tile.hi is not None:
-        seen &= apart <= tile.hi
-    return seen
+        visible &= distance <= tile.hi
+    return visible
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """A row that sees nothing has lse -inf; +inf in its place makes its weights exp(-inf) = 0 instead of NaN."""
+    """Replace -inf, the lse of a row without visible keys, by +inf: its weights become exp(-inf) = 0 and not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)

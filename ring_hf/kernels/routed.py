@@ -1,28 +1,27 @@
-"""A kernel made of two: one takes the tiles it is best at, the other takes the rest of the same step."""
+"""A kernel that routes each tile of a step to one of two kernels."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..geometry import Tile
-from .causal_blocks import Unfit
 from .indexing import TokenIndex
-
-if TYPE_CHECKING:
-    from . import Kernel
+from .kernel import Kernel, SupportCheck
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedKernel:
-    """`first` takes the tiles for which `takes(tile)` holds, `second` all others; lse mean the same to both."""
+    """Route each tile to `first` if `accepts(tile)`, else to `second`. Both must use the same lse convention.
+
+    Shapes and dtypes are those of `Kernel`.
+    """
 
     NAME: str
-    why_unsupported: Unfit
-    takes: Callable[[Tile], bool]
-    first: "Kernel"
-    second: "Kernel"
+    why_unsupported: SupportCheck
+    accepts: Callable[[Tile], bool]
+    first: Kernel
+    second: Kernel
 
     def forward(
         self,
@@ -33,9 +32,9 @@ class RoutedKernel:
         scale: float,
         softcap: float | None = None,
     ) -> Iterator[tuple[TokenIndex, torch.Tensor, torch.Tensor]]:
-        """Yields `(queries, out, lse)` of one kernel, then of the other."""
-        for kernel, dealt in self._dealt(tiles):
-            yield from kernel.forward(q_BHCD, k_BKSD, v_BKSE, dealt, scale, softcap)
+        """Yield `(queries, out, lse)` of the first kernel, then of the second."""
+        for kernel, routed_tiles in self._partition(tiles):
+            yield from kernel.forward(q_BHCD, k_BKSD, v_BKSE, routed_tiles, scale, softcap)
 
     def backward(
         self,
@@ -49,15 +48,17 @@ class RoutedKernel:
         scale: float,
         softcap: float | None = None,
     ) -> Iterator[tuple[TokenIndex, TokenIndex, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yields `(queries, keys, dq, dk, dv)` of one kernel, then of the other."""
-        tensors = dout_BHCE, q_BHCD, k_BKSD, v_BKSE, out_BHCE, lse_BHC
-        for kernel, dealt in self._dealt(tiles):
-            yield from kernel.backward(*tensors, dealt, scale, softcap)
+        """Yield `(queries, keys, dq, dk, dv)` of the first kernel, then of the second."""
+        for kernel, routed_tiles in self._partition(tiles):
+            yield from kernel.backward(
+                dout_BHCE, q_BHCD, k_BKSD, v_BKSE, out_BHCE, lse_BHC, routed_tiles, scale, softcap
+            )
 
-    def _dealt(self, tiles: Iterable[Tile]) -> list[tuple["Kernel", list[Tile]]]:
-        """The kernels that have something to do, with their tiles."""
-        taken: list[Tile] = []
-        left: list[Tile] = []
+    def _partition(self, tiles: Iterable[Tile]) -> list[tuple[Kernel, list[Tile]]]:
+        """Return the kernels that have tiles to compute, with their tiles."""
+        accepted: list[Tile] = []
+        remaining: list[Tile] = []
         for tile in tiles:
-            (taken if self.takes(tile) else left).append(tile)
-        return [(kernel, dealt) for kernel, dealt in ((self.first, taken), (self.second, left)) if dealt]
+            (accepted if self.accepts(tile) else remaining).append(tile)
+        pairs = (self.first, accepted), (self.second, remaining)
+        return [(kernel, kernel_tiles) for kernel, kernel_tiles in pairs if kernel_tiles]

@@ -50,7 +50,7 @@ def ring_forward(
     for number, step in enumerate(plan.steps):
         k, v = blocks.start_step(number)
         for queries, out, lse in kernel.forward(q_BHCD, k, v, step.tiles, scale, spec.softcap):
-            result.add(queries, out, lse)
+            result.merge(queries, out, lse)
             del out, lse
         del k, v
         blocks.finish_step(number)

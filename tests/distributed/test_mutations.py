@@ -109,13 +109,13 @@ def _gradients_of_the_last_chunk_alone(patch):
 
 
 def _sinks_join_every_step(patch):
-    original = ring_hf.kernels.merge.OutLseAccumulator.add
+    original = ring_hf.kernels.merge.OutLseAccumulator.merge
 
-    def add(self, queries, out, lse):
+    def merge(self, queries, out, lse):
         original(self, queries, out, lse)
         self.lse = torch.logaddexp(self.lse, torch.zeros_like(self.lse))
 
-    patch.setattr(ring_hf.kernels.merge.OutLseAccumulator, "add", add)
+    patch.setattr(ring_hf.kernels.merge.OutLseAccumulator, "merge", merge)
 
 
 def _stale_lse(patch):
@@ -141,21 +141,21 @@ def _own_statistics_in_backward(patch):
     def backward(self, dout, q, k, v, out, lse, tiles, scale, softcap):
         out, lse = out.clone(), lse.clone()
         for queries, own_out, own_lse in self.forward(q, k, v, tiles, scale):
-            queries.of(out).copy_(own_out)
-            queries.of(lse).copy_(own_lse)
+            queries.gather(out).copy_(own_out)
+            queries.gather(lse).copy_(own_lse)
         yield from original(self, dout, q, k, v, out, lse, tiles, scale)
 
     patch.setattr(causal_blocks.CausalBlockKernel, "backward", backward)
 
 
 def _anticausal_not_flipped(patch):
-    patch.setattr(
-        causal_blocks,
-        "take",
-        lambda x, piece, place, take=causal_blocks.take: (
-            take(x, piece, place).flip(2) if piece.kind == "anticausal" else take(x, piece, place)
-        ),
-    )
+    original = causal_blocks.gather_block
+
+    def gather_block(x, block, tokens):
+        gathered = original(x, block, tokens)
+        return gathered.flip(2) if block.kind == "anticausal" else gathered
+
+    patch.setattr(causal_blocks, "gather_block", gather_block)
 
 
 # fault -> (how to break it, the case that shows it)

@@ -1,10 +1,12 @@
-"""Which of PyTorch's CUDA kernels is chosen, and each reason why one is not, by its message.
+"""The choice among PyTorch's CUDA kernels, and each reason against one of them, by its message.
 
-Tensors are on a CPU that says it is a device of some compute capability; nothing is computed.
+Tensors are on a CPU that claims to be a device of some compute capability; nothing is computed.
 """
 
 import importlib.metadata
 import logging
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +14,20 @@ import torch
 from ring_hf.kernels import FAMILIES, KERNELS, candidates, choose, cuda_cudnn, cuda_flash, flash_varlen
 
 CUDA = ("cuda_cudnn", "cuda_flash", "cuda_efficient")
-HALF = torch.bfloat16
+CUDNN, EFFICIENT, NOT_EFFICIENT = CUDA[:1], CUDA[2:], CUDA[:2]
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """A Hopper with cuDNN 9.20 and PyTorch 2.13; what a test sets on it lasts as long as the test."""
+    """A Hopper with cuDNN 9.20 and PyTorch 2.13. A call changes the device until the end of the test."""
 
     def change(capability=(9, 0), activated=None, cudnn=92000, pytorch=(2, 13), flash_attn_4=None):
-        monkeypatch.setattr(flash_varlen, "DEVICE", "cpu")
-        monkeypatch.setattr(flash_varlen, "capability", lambda device: capability)
+        monkeypatch.setattr(flash_varlen, "DEVICE_TYPE", "cpu")
+        monkeypatch.setattr(flash_varlen, "get_capability", lambda device: capability)
         monkeypatch.setattr(cuda_flash, "_is_built", lambda: True)
-        monkeypatch.setattr(cuda_flash, "activated", lambda: activated)
-        monkeypatch.setattr(cuda_cudnn, "_cudnn", lambda: cudnn)
-        monkeypatch.setattr(cuda_cudnn, "_pytorch", lambda: pytorch)
+        monkeypatch.setattr(cuda_flash, "activated_implementation", lambda: activated)
+        monkeypatch.setattr(cuda_cudnn, "_cudnn_version", lambda: cudnn)
+        monkeypatch.setattr(cuda_cudnn, "_pytorch_version", lambda: pytorch)
 
         def version(name):
             if name == "flash-attn-4" and flash_attn_4:
@@ -38,16 +40,27 @@ def device(monkeypatch):
     return change
 
 
-def _tensors(dims=(64, 64), dtype=HALF, shape=(1, 1, 1)):
+def _tensors(dims=(64, 64), dtype=torch.bfloat16, shape=(1, 1, 1)):
     return tuple(torch.empty(*shape, dim, dtype=dtype) for dim in dims)
 
 
-FIRST = {
+@dataclass(frozen=True)
+class Refusal:
+    """Kernels that refuse tensors (arguments of `_tensors`) on a device (arguments of the fixture), and the reason."""
+
+    kernels: tuple[str, ...]
+    message: str
+    device: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+
+
+# Device, tensors -> the first kernel of the family that supports them.
+CHOICES = {
     "hopper": ({}, {}, "cuda_cudnn"),
     "blackwell": ({"capability": (10, 3)}, {}, "cuda_cudnn"),
     "latent attention": ({}, {"dims": (192, 128)}, "cuda_cudnn"),
     "ampere": ({"capability": (8, 0)}, {}, "cuda_flash"),
-    "blackwell at home": ({"capability": (12, 0)}, {}, "cuda_flash"),
+    "consumer blackwell": ({"capability": (12, 0)}, {}, "cuda_flash"),
     "older cuDNN": ({"cudnn": 91002}, {}, "cuda_flash"),
     "wide heads": ({}, {"dims": (256, 256)}, "cuda_flash"),
     "FlashAttention-3": ({"activated": "FA3"}, {}, "cuda_flash"),
@@ -60,92 +73,95 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_the_family_cuda_is_the_first_that_fits(name, device):
-    has, wanted, expected = FIRST[name]
-    device(**has)
-    q, v = _tensors(**wanted)
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_family_cuda_is_its_first_kernel_that_fits(name, device):
+    device_changes, tensor_changes, expected = CHOICES[name]
+    device(**device_changes)
+    q, v = _tensors(**tensor_changes)
     assert FAMILIES["cuda"] == tuple(candidates("cuda", q, v)) == CUDA
     assert choose("cuda", q, v) is KERNELS[expected]
 
 
-UNFIT = {
-    "elsewhere": (CUDA, {"capability": None}, {}, "PyTorch finds no CUDA device"),
-    "old for flash": (CUDA[:2], {"capability": (7, 5)}, {}, "compute capability 7.5 is below 8.0"),
-    "fp64 for flash": (CUDA[:2], {}, {"dtype": torch.float64}, "dtype torch.float64 is not one of torch.float16"),
-    "fp64": (CUDA[2:], {}, {"dtype": torch.float64}, "dtype torch.float64 is not one of torch.float32"),
-    "old": (CUDA[2:], {"capability": (3, 5)}, {}, "compute capability 3.5 is not between 5.0 and 12.1"),
-    "unknown": (CUDA[2:], {"capability": (13, 0)}, {}, "compute capability 13.0 is not between 5.0 and 12.1"),
-    "bf16": (CUDA[2:], {"capability": (7, 5)}, {}, "takes torch.bfloat16 from compute capability 8.0 on, not on 7.5"),
-    "no backward": (CUDA[:2], {"capability": (8, 9)}, {"dims": (200, 64)}, "no backward for head dim 200 on .* 8.9"),
-    "capability": (CUDA[:1], {"capability": (8, 0)}, {}, r"compute capability 8.0 is not one of 9.0, 10.0, 10.3"),
-    "head dims": (CUDA[:1], {}, {"dims": (130, 64)}, r"head dims \(136, 64\) are above 128 and not \(192, 128\)"),
-    "latent": (CUDA[:1], {}, {"dims": (192, 192)}, r"head dims \(192, 192\) are above 128 and not \(192, 128\)"),
-    "rows": (CUDA[:1], {}, {"shape": (65536, 1, 1)}, "65536 rows or heads are more than 65535"),
-    "heads": (CUDA[:1], {}, {"shape": (1, 70000, 1)}, "70000 rows or heads are more than 65535"),
-    "PyTorch": (
-        CUDA[:1],
-        {"pytorch": (2, 10)},
-        {},
-        "PyTorch 2.10 is older than 2.11, the first with a cuDNN that is new enough",
+REFUSALS = {
+    "no device": Refusal(CUDA, "PyTorch finds no CUDA device", {"capability": None}),
+    "old for flash": Refusal(NOT_EFFICIENT, "compute capability 7.5 is below 8.0", {"capability": (7, 5)}),
+    "fp64 for flash": Refusal(
+        NOT_EFFICIENT, "dtype torch.float64 is not one of torch.float16", tensors={"dtype": torch.float64}
     ),
-    "no cuDNN": (CUDA[:1], {"cudnn": None}, {}, "this build of PyTorch has no cuDNN"),
-    "cuDNN": (CUDA[:1], {"cudnn": 91500}, {}, r"cuDNN 91500 is older than 91501 \(9.15.1\)"),
-    "FA3 instead": (
-        CUDA[:1],
-        {"activated": "FA3"},
-        {},
-        "FA3 was activated in PyTorch, which kernel='cuda_flash' runs",
+    "fp64": Refusal(EFFICIENT, "dtype torch.float64 is not one of torch.float32", tensors={"dtype": torch.float64}),
+    "old": Refusal(EFFICIENT, "compute capability 3.5 is not between 5.0 and 12.1", {"capability": (3, 5)}),
+    "unknown": Refusal(EFFICIENT, "compute capability 13.0 is not between 5.0 and 12.1", {"capability": (13, 0)}),
+    "bf16": Refusal(
+        EFFICIENT, "takes torch.bfloat16 from compute capability 8.0 on, not on 7.5", {"capability": (7, 5)}
     ),
-    "FA3 on Ampere": (
-        CUDA[:2],
-        {"activated": "FA3", "capability": (8, 0)},
-        {},
-        "FA3 .* capability 9.x, not 8.0; .*undo",
+    "no backward": Refusal(
+        NOT_EFFICIENT, "no backward for head dim 200 on .* 8.9", {"capability": (8, 9)}, {"dims": (200, 64)}
     ),
-    "FA3 on Blackwell": (CUDA[:2], {"activated": "FA3", "capability": (10, 0)}, {}, "FA3 .* capability 9.x, not 10.0"),
-    "FA4 at home": (CUDA[:2], {"activated": "FA4", "capability": (12, 0)}, {}, "FA4 .* 9.x and 10.x, not 12.0"),
-    "FA4 wide": (
-        CUDA[:2],
+    "capability": Refusal(CUDNN, r"compute capability 8.0 is not one of 9.0, 10.0, 10.3", {"capability": (8, 0)}),
+    "head dims": Refusal(
+        CUDNN, r"head dims \(136, 64\) are above 128 and not \(192, 128\)", tensors={"dims": (130, 64)}
+    ),
+    "latent": Refusal(
+        CUDNN, r"head dims \(192, 192\) are above 128 and not \(192, 128\)", tensors={"dims": (192, 192)}
+    ),
+    "rows": Refusal(CUDNN, "65536 rows or heads are more than 65535", tensors={"shape": (65536, 1, 1)}),
+    "heads": Refusal(CUDNN, "70000 rows or heads are more than 65535", tensors={"shape": (1, 70000, 1)}),
+    "PyTorch": Refusal(
+        CUDNN, "PyTorch 2.10 is older than 2.11, the first with a cuDNN that is new enough", {"pytorch": (2, 10)}
+    ),
+    "no cuDNN": Refusal(CUDNN, "this build of PyTorch has no cuDNN", {"cudnn": None}),
+    "cuDNN": Refusal(CUDNN, r"cuDNN 91500 is older than 91501 \(9.15.1\)", {"cudnn": 91500}),
+    "FA3 instead": Refusal(
+        CUDNN, "FA3 was activated in PyTorch, which kernel='cuda_flash' runs", {"activated": "FA3"}
+    ),
+    "FA3 on Ampere": Refusal(
+        NOT_EFFICIENT, "FA3 .* capability 9.x, not 8.0; .*undo", {"activated": "FA3", "capability": (8, 0)}
+    ),
+    "FA3 on Blackwell": Refusal(
+        NOT_EFFICIENT, "FA3 .* capability 9.x, not 10.0", {"activated": "FA3", "capability": (10, 0)}
+    ),
+    "FA4 on consumer Blackwell": Refusal(
+        NOT_EFFICIENT, "FA4 .* 9.x and 10.x, not 12.0", {"activated": "FA4", "capability": (12, 0)}
+    ),
+    "FA4 wide": Refusal(
+        NOT_EFFICIENT,
+        "FA4 was activated in PyTorch but takes head dims up to 128 on this device, not 192",
         {"activated": "FA4", "capability": (10, 0)},
         {"dims": (192, 128)},
-        "FA4 was activated in PyTorch but takes head dims up to 128 here, not 192",
     ),
-    "FA4 new": (
-        CUDA[:2],
+    "FA4 new": Refusal(
+        NOT_EFFICIENT,
+        "flash-attn-4 4.0.0b19 returns more results than PyTorch unpacks; install a version before 4.0.0b19",
         {"activated": "FA4", "flash_attn_4": "4.0.0b19"},
-        {},
-        "flash-attn-4 4.0.0b19 returns more than PyTorch unpacks; install one before 4.0.0b19",
     ),
-    "FA4 final": (CUDA[:2], {"activated": "FA4", "flash_attn_4": "4.0.0"}, {}, "flash-attn-4 4.0.0 returns more"),
-    "FA5": (
-        CUDA[:2],
-        {"activated": "FA5"},
-        {},
-        "FA5, which was activated in PyTorch, is not known here: FA3, FA4 are",
+    "FA4 final": Refusal(
+        NOT_EFFICIENT, "flash-attn-4 4.0.0 returns more", {"activated": "FA4", "flash_attn_4": "4.0.0"}
+    ),
+    "FA5": Refusal(
+        NOT_EFFICIENT, "FA5, which was activated in PyTorch, is not known here: FA3, FA4 are", {"activated": "FA5"}
     ),
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_what_does_not_fit_is_refused_by_its_reason(name, device):
-    kernels, has, wanted, message = UNFIT[name]
-    device(**has)
-    for kernel in kernels:
-        with pytest.raises(ValueError, match=message):
-            choose(kernel, *_tensors(**wanted))
-    assert {CUDA, CUDA[:1], CUDA[:2], CUDA[2:]} == {case[0] for case in UNFIT.values()}
+@pytest.mark.parametrize("name", REFUSALS)
+def test_unsupported_calls_are_refused_by_their_reason(name, device):
+    refusal = REFUSALS[name]
+    device(**refusal.device)
+    for kernel in refusal.kernels:
+        with pytest.raises(ValueError, match=refusal.message):
+            choose(kernel, *_tensors(**refusal.tensors))
+    assert {CUDA, CUDNN, EFFICIENT, NOT_EFFICIENT} == {refusal.kernels for refusal in REFUSALS.values()}
 
 
 @pytest.mark.parametrize("kernel", CUDA)
-def test_every_kernel_asks_for_cuda_without_rocm_and_soft_capping(kernel, device, monkeypatch):
+def test_every_kernel_refuses_soft_capping_rocm_and_the_cpu(kernel, device, monkeypatch):
     tensors = _tensors()
     with pytest.raises(ValueError, match=r"it has no soft-capping \(softcap=2.0\)"):
         choose(kernel, *tensors, 2.0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ValueError, match="the device is driven by ROCm, whose kernels differ"):
         choose(kernel, *tensors)
-    monkeypatch.setattr(flash_varlen, "DEVICE", "cuda")
+    monkeypatch.setattr(flash_varlen, "DEVICE_TYPE", "cuda")
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         choose(kernel, *tensors)
 
@@ -157,8 +173,9 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def test_deterministic_algorithms_leave_only_kernels_that_can(device, deterministic):
-    with pytest.raises(ValueError, match=r"not deterministic, which torch.use_deterministic_algorithms\(True\) asks"):
+def test_deterministic_algorithms_exclude_other_kernels(device, deterministic):
+    message = r"not deterministic, which torch.use_deterministic_algorithms\(True\) requires"
+    with pytest.raises(ValueError, match=message):
         choose("cuda_cudnn", *_tensors())
     assert choose("cuda", *_tensors()) is KERNELS["cuda_flash"]
     device(activated="FA3")
@@ -167,10 +184,10 @@ def test_deterministic_algorithms_leave_only_kernels_that_can(device, determinis
         choose("cuda_flash", *_tensors((256, 256)))
 
 
-def test_what_users_switch_off_stays_off(device, monkeypatch):
+def test_settings_of_users_that_exclude_cudnn_are_respected(device, monkeypatch):
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        with pytest.raises(ValueError, match=r"switched off by torch.backends.cuda.enable_cudnn_sdp\(False\)"):
+        with pytest.raises(ValueError, match=r"disabled by torch.backends.cuda.enable_cudnn_sdp\(False\)"):
             choose("cuda_cudnn", *_tensors())
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -181,23 +198,23 @@ def test_what_users_switch_off_stays_off(device, monkeypatch):
 
 def test_the_log_names_the_activated_implementation_once(device, caplog):
     caplog.set_level(logging.INFO, logger="ring_hf")
-    cuda_flash._tell.cache_clear()
+    cuda_flash._log_implementation.cache_clear()
     device(activated="FA3")
     for _ in range(2):
         choose("cuda_flash", *_tensors())
     assert [record.message for record in caplog.records] == [
         "kernel cuda_flash runs FA3, which was activated in PyTorch"
     ]
-    cuda_flash._tell.cache_clear()
+    cuda_flash._log_implementation.cache_clear()
 
 
-def test_pytorch_says_what_was_activated(monkeypatch):
-    assert cuda_flash.activated() is None
+def test_the_activated_implementation_is_that_of_pytorch(monkeypatch):
+    assert cuda_flash.activated_implementation() is None
     registry = torch.nn.attention._registry
     monkeypatch.setattr(registry, "_FLASH_ATTENTION_ACTIVE", ("FA4", object()))
-    assert cuda_flash.activated() == "FA4"
-    monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl")  # PyTorch before it could be asked
-    assert cuda_flash.activated() is None
+    assert cuda_flash.activated_implementation() == "FA4"
+    monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl")  # as in older PyTorch
+    assert cuda_flash.activated_implementation() is None
 
 
 def test_the_implementations_known_here_are_those_pytorch_lists():
@@ -205,4 +222,5 @@ def test_the_implementations_known_here_are_those_pytorch_lists():
 
 
 def test_versions_are_read_from_pytorch():
-    assert cuda_cudnn._pytorch() >= (2, 6) and (cuda_cudnn._cudnn() is None or cuda_cudnn._cudnn() > 80000)
+    assert cuda_cudnn._pytorch_version() >= (2, 6)
+    assert cuda_cudnn._cudnn_version() is None or cuda_cudnn._cudnn_version() > 80000

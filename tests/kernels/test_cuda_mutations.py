@@ -1,4 +1,4 @@
-"""The contract tests can fail: each assumption about PyTorch's operators that is broken on purpose shows.
+"""The contract tests can fail: they detect each assumption about PyTorch's operators that is broken on purpose.
 
 Either a stand-in refuses the call, as the real operator would or should, or the numbers are wrong. `pytest -s` prints
 a line for each.
@@ -6,6 +6,8 @@ a line for each.
 
 import math
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 
@@ -13,169 +15,176 @@ from ring_hf.geometry import Piece
 from ring_hf.kernels import KERNELS, causal_blocks, cuda_cudnn, cuda_efficient, routed
 from scripts import fuzz
 from tests.aten_stand_ins import aten_stand_in
-from tests.kernels.test_flash_contract import problem, replace, worst_band
+from tests.kernels.test_flash_contract import max_band_difference, problem, replace
 from tests.threads import threads_as_ranks
 
 MODULES = {"cuda_efficient": cuda_efficient, "cuda_cudnn": cuda_cudnn}
 
 
-def _wrapped(name, wrap):
-    """Puts `wrap(original)` between a kernel and its operator."""
+def _wrap(name, wrapper):
+    """Replace an operator or function of the adapter by `wrapper(original)`."""
 
-    def break_(patch, adapter):
+    def break_adapter(patch, adapter):
         module = MODULES[adapter]
-        patch.setattr(module, name, wrap(getattr(module, name)))
+        patch.setattr(module, name, wrapper(getattr(module, name)))
 
-    return break_
-
-
-def _set(module, name, value):
-    return lambda patch, adapter: patch.setattr(module, name, value)
+    return break_adapter
 
 
-def _field(**changes):
-    """Another frozen kernel of the same name."""
-
-    def break_(patch, adapter):
-        kernel = KERNELS[adapter]
-        patch.setitem(KERNELS, adapter, replace(kernel, **changes))
-
-    return break_
+def _set(target, name, value):
+    return lambda patch, adapter: patch.setattr(target, name, value)
 
 
-def _base_2(forward):
-    def attend(*arguments, **maths):
-        out, lse, *rest = forward(*arguments, **maths)
-        return out, lse / math.log(2), *rest
+def _replace_fields(**changes):
+    """Register another frozen kernel under the same name."""
 
-    return attend
+    def break_adapter(patch, adapter):
+        patch.setitem(KERNELS, adapter, replace(KERNELS[adapter], **changes))
+
+    return break_adapter
 
 
-def _with_argument(index, change):
-    """The operator gets another argument at a position."""
+def _lse_in_base_2(forward):
+    def wrapper(*args, **kwargs):
+        out, lse, *others = forward(*args, **kwargs)
+        return out, lse / math.log(2), *others
+
+    return wrapper
+
+
+def _change_arg(index, change):
+    """Call the operator with another argument at a position."""
 
     def wrap(operator):
-        def call(*arguments, **maths):
-            arguments = list(arguments)
-            arguments[index] = change(arguments[index])
-            return operator(*arguments, **maths)
+        def wrapper(*args, **kwargs):
+            args = list(args)
+            args[index] = change(args[index])
+            return operator(*args, **kwargs)
 
-        return call
+        return wrapper
 
     return wrap
 
 
-def _transposed(lse):
+def _transpose(lse):
     return lse.transpose(1, 2).contiguous().view(lse.shape)
 
 
-def _without(index):
-    return lambda operator: lambda *arguments, **maths: operator(*arguments[:index], *arguments[index + 1 :], **maths)
+def _drop_arg(index):
+    return lambda operator: lambda *args, **kwargs: operator(*args[:index], *args[index + 1 :], **kwargs)
 
 
-def _in_order(*order):
-    return lambda operator: lambda *arguments, **maths: operator(*(arguments[n] for n in order), **maths)
+def _reorder_args(*order):
+    return lambda operator: lambda *args, **kwargs: operator(*(args[index] for index in order), **kwargs)
 
 
-def _window_to_operator(operator):
-    return lambda *arguments, **maths: operator(*arguments, window_size=7, **maths)
+def _pass_window(operator):
+    return lambda *args, **kwargs: operator(*args, window_size=7, **kwargs)
 
 
-def _one_group(backward):
-    def differentiate(*arguments, **maths):
-        dq, dk, dv, bias = backward(*arguments, **maths)
+def _keep_first_head(backward):
+    def wrapper(*args, **kwargs):
+        dq, dk, dv, dbias = backward(*args, **kwargs)
         for x in (dk, dv):
-            x[:, 1:] = 0  # what remains when heads are picked instead of summed
-        return dq, dk, dv, bias
+            x[:, 1:] = 0  # as if one head were selected instead of summing all
+        return dq, dk, dv, dbias
 
-    return differentiate
+    return wrapper
 
 
-def _bottom_right(num_q, num_k, lo, hi):
-    """Causal for all that ends at the last query and key, as flash-attn means it."""
+original_split = causal_blocks.split
+
+
+def _split_bottom_right(num_q, num_k, lo, hi):
+    """Treat bands that end at the last query and key as causal, as in flash-attn."""
     if lo is None and hi == num_k - num_q:
         return [Piece(0, num_q, 0, num_k, "causal")]
-    return pieces_split(num_q, num_k, lo, hi)
+    return original_split(num_q, num_k, lo, hi)
 
 
-def _windows_are_causal(num_q, num_k, lo, hi):
-    return pieces_split(num_q, num_k, None, hi)
+def _split_without_window(num_q, num_k, lo, hi):
+    return original_split(num_q, num_k, None, hi)
 
 
-def _first_kernel_alone(self, tiles):
+def _route_all_to_first(self, tiles):
     return [(self.first, list(tiles))]
 
 
-pieces_split = causal_blocks.split
-# fault -> (adapter, how to break it, what shows it: the mask of a ring, of GQA heads unless it says so, or "bands")
+def _route_all_to_both(self, tiles):
+    tiles = list(tiles)
+    return [(self.first, tiles), (self.second, tiles)]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A broken assumption.
+
+    Args:
+        adapter: the kernel that makes it.
+        break_adapter: `(patch, adapter)` breaks it.
+        detected_by: the mask of a ring with GQA heads, `mask-heads`, or "bands".
+    """
+
+    adapter: str
+    break_adapter: Callable[..., None]
+    detected_by: str = "causal"
+
+
+EFFICIENT, CUDNN = "cuda_efficient", "cuda_cudnn"
 FAULTS = {
-    "lse-base-2": ("cuda_efficient", _wrapped("_forward", _base_2), "causal"),
-    "lse-base-2-cudnn": ("cuda_cudnn", _wrapped("_forward", _base_2), "causal"),
-    "lse-transposed": ("cuda_efficient", _wrapped("_backward", _with_argument(6, _transposed)), "causal"),
-    "lse-transposed-cudnn": ("cuda_cudnn", _wrapped("_backward", _with_argument(5, _transposed)), "causal"),
-    "lse-with-three-dims-cudnn": (
-        "cuda_cudnn",
-        _wrapped("_backward", _with_argument(5, lambda lse: lse.squeeze(-1))),
-        "causal",
+    "lse-base-2": Fault(EFFICIENT, _wrap("_ATEN_FORWARD", _lse_in_base_2)),
+    "lse-base-2-cudnn": Fault(CUDNN, _wrap("_ATEN_FORWARD", _lse_in_base_2)),
+    "lse-transposed": Fault(EFFICIENT, _wrap("_ATEN_BACKWARD", _change_arg(6, _transpose))),
+    "lse-transposed-cudnn": Fault(CUDNN, _wrap("_ATEN_BACKWARD", _change_arg(5, _transpose))),
+    "lse-with-three-dims-cudnn": Fault(CUDNN, _wrap("_ATEN_BACKWARD", _change_arg(5, lambda lse: lse.squeeze(-1)))),
+    "lse-not-padded": Fault(EFFICIENT, _set(cuda_efficient, "_LSE_MULTIPLE", 1)),
+    "lse-padded-with-0": Fault(
+        EFFICIENT, _wrap("_ATEN_BACKWARD", _change_arg(6, lambda lse: lse.nan_to_num(posinf=0.0)))
     ),
-    "lse-not-padded": ("cuda_efficient", _set(cuda_efficient, "_LSE", 1), "causal"),
-    "lse-padded-with-0": (
-        "cuda_efficient",
-        _wrapped("_backward", _with_argument(6, lambda lse: lse.nan_to_num(posinf=0.0))),
-        "causal",
+    "out-not-in-rows": Fault(EFFICIENT, _set(cuda_efficient, "_to_dense_rows", lambda out: out)),
+    "heads-of-gradients-not-summed": Fault(EFFICIENT, _wrap("_ATEN_BACKWARD", _keep_first_head)),
+    "heads-not-alike": Fault(EFFICIENT, _set(cuda_efficient, "_equalize_heads", lambda q, k, v: (q, k, v))),
+    "not-aligned": Fault(EFFICIENT, _replace_fields(prepare=lambda *tensors: tensors), "causal-mla"),
+    "causal-bottom-right": Fault(EFFICIENT, _set(causal_blocks, "split", _split_bottom_right), "bands"),
+    "causal-bottom-right-cudnn": Fault(CUDNN, _set(causal_blocks, "split", _split_bottom_right), "bands"),
+    "window-ignored": Fault(EFFICIENT, _set(causal_blocks, "split", _split_without_window), "window"),
+    "window-passed": Fault(EFFICIENT, _wrap("_ATEN_FORWARD", _pass_window), "window"),
+    "small-tiles-cudnn": Fault(CUDNN, _set(routed.RoutedKernel, "_partition", _route_all_to_first), "packed"),
+    "dropout-missing": Fault(EFFICIENT, _wrap("_ATEN_BACKWARD", _drop_arg(9))),
+    "dropout-missing-cudnn": Fault(CUDNN, _wrap("_ATEN_BACKWARD", _drop_arg(13))),
+    "seed-and-offset-before-lse": Fault(
+        EFFICIENT, _wrap("_ATEN_BACKWARD", _reorder_args(0, 1, 2, 3, 4, 5, 7, 8, 6, 9, 10, 11))
     ),
-    "out-not-in-rows": ("cuda_efficient", _set(cuda_efficient, "_dense_rows", lambda out: out), "causal"),
-    "heads-of-gradients-not-summed": ("cuda_efficient", _wrapped("_backward", _one_group), "causal"),
-    "heads-not-alike": ("cuda_efficient", _set(cuda_efficient, "_alike", lambda q, k, v: (q, k, v)), "causal"),
-    "not-aligned": ("cuda_efficient", _field(prepare=lambda *tensors: tensors), "causal-mla"),
-    "causal-bottom-right": ("cuda_efficient", _set(causal_blocks, "split", _bottom_right), "bands"),
-    "causal-bottom-right-cudnn": ("cuda_cudnn", _set(causal_blocks, "split", _bottom_right), "bands"),
-    "window-ignored": ("cuda_efficient", _set(causal_blocks, "split", _windows_are_causal), "window"),
-    "window-handed-over": ("cuda_efficient", _wrapped("_forward", _window_to_operator), "window"),
-    "small-tiles-cudnn": ("cuda_cudnn", _set(routed.RoutedKernel, "_dealt", _first_kernel_alone), "packed"),
-    "dropout-missing": ("cuda_efficient", _wrapped("_backward", _without(9)), "causal"),
-    "dropout-missing-cudnn": ("cuda_cudnn", _wrapped("_backward", _without(13)), "causal"),
-    "seed-and-offset-before-lse": (
-        "cuda_efficient",
-        _wrapped("_backward", _in_order(0, 1, 2, 3, 4, 5, 7, 8, 6, 9, 10, 11)),
-        "causal",
+    "seed-and-offset-last-cudnn": Fault(  # as in flash attention
+        CUDNN, _wrap("_ATEN_BACKWARD", _reorder_args(0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14, 6, 7))
     ),
-    "seed-and-offset-last-cudnn": (  # where flash attention's are
-        "cuda_cudnn",
-        _wrapped("_backward", _in_order(0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14, 6, 7)),
-        "causal",
-    ),
-    "not-dense-cudnn": ("cuda_cudnn", _set(cuda_cudnn, "_dense", lambda x: x), "causal"),
-    "tiles-twice": (
-        "cuda_cudnn",
-        _set(
-            routed.RoutedKernel, "_dealt", lambda self, tiles: [(self.first, list(tiles)), (self.second, list(tiles))]
-        ),
-        "full",
-    ),
+    "not-dense-cudnn": Fault(CUDNN, _set(cuda_cudnn, "_to_dense_rows", lambda x: x)),
+    "tiles-twice": Fault(CUDNN, _set(routed.RoutedKernel, "_partition", _route_all_to_both), "full"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_shows(fault, monkeypatch):
-    adapter, break_, shown_by = FAULTS[fault]
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_shows(name, monkeypatch):
+    fault = FAULTS[name]
+    adapter = fault.adapter
 
-    def worst() -> float:
-        if shown_by == "bands":
-            return worst_band(KERNELS[adapter], 5)
-        mask, _, heads = shown_by.partition("-")
+    def max_difference() -> float:
+        if fault.detected_by == "bands":
+            return max_band_difference(KERNELS[adapter], 5)
+        mask, _, heads = fault.detected_by.partition("-")
         with threads_as_ranks() as run:
             return fuzz.worst_difference(replace(problem("zigzag", mask, heads or "gqa"), kernel=adapter), run)
 
-    # The fault goes before the stand-ins do, some of which it replaces.
-    with aten_stand_in(adapter, large=1 if shown_by == "bands" else 5), monkeypatch.context() as patch:
-        assert worst() <= fuzz.BAR
-        break_(patch, adapter)
+    # The fault is undone before the stand-ins are, because it replaces some of them.
+    large = 1 if fault.detected_by == "bands" else 5
+    with aten_stand_in(adapter, large=large), monkeypatch.context() as patch:
+        assert max_difference() <= fuzz.BAR
+        fault.break_adapter(patch, adapter)
         try:
-            found = worst()
+            difference = max_difference()
         except (AssertionError, TypeError, RuntimeError, ValueError) as error:
-            said = str(error).partition("\n")[0] or traceback.extract_tb(error.__traceback__)[-1].line
-            print(f"MUTATION {fault:30} {type(error).__name__}: {said[:80]}")
+            message = str(error).partition("\n")[0] or traceback.extract_tb(error.__traceback__)[-1].line
+            print(f"MUTATION {name:30} {type(error).__name__}: {message[:80]}")
         else:
-            print(f"MUTATION {fault:30} off by {found:.2e}")
-            assert not found <= 1e-3
+            print(f"MUTATION {name:30} off by {difference:.2e}")
+            assert not difference <= 1e-3

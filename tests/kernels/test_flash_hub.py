@@ -1,4 +1,4 @@
-"""Kernels of the hub: loaded when they are named, through a stand-in for the package `kernels`, never by chance."""
+"""Kernels of the hub are loaded only if they are named, here through a stand-in for the package `kernels`."""
 
 import importlib
 import importlib.metadata
@@ -13,17 +13,17 @@ from tests.flash_stand_ins import CALLS, kernel_named, stand_in
 HUB = tuple(hub.REPOSITORIES)
 
 
-def _half():
+def _tensors():
     return (torch.zeros(1, 1, 1, 64, dtype=torch.float64),) * 2
 
 
 def test_auto_loads_nothing_from_the_hub():
     with stand_in(HUB[0]) as name:
         CALLS.clear()
-        assert not set(candidates("auto", *_half())) & set(HUB)
-        assert choose("auto", *_half()) is not kernel_named(name)
+        assert not set(candidates("auto", *_tensors())) & set(HUB)
+        assert choose("auto", *_tensors()) is not kernel_named(name)
         assert CALLS["loaded"] == 0
-        assert choose(name, *_half()) is choose(name, *_half()) is kernel_named(name)
+        assert choose(name, *_tensors()) is choose(name, *_tensors()) is kernel_named(name)
         assert CALLS["loaded"] == 1
 
 
@@ -32,8 +32,8 @@ def test_names_of_the_hub_are_checked_without_loading():
         CALLS.clear()
         for name in HUB:
             check_name(name)
-        known = "kernels-community/flash-attn2, kernels-community/flash-attn3"
-        with pytest.raises(ValueError, match=f"'kernels-community/flash-attn5' is not known.* or of the hub {known}"):
+        names = "kernels-community/flash-attn2, kernels-community/flash-attn3"
+        with pytest.raises(ValueError, match=f"'kernels-community/flash-attn5' is not known.* or of the hub {names}"):
             check_name("kernels-community/flash-attn5")
         assert CALLS["loaded"] == 0
 
@@ -42,7 +42,8 @@ def _get_kernel(repo_id, revision=None, version=None):
     return SimpleNamespace()
 
 
-# Version of the package `kernels`, what importing it gives -> what is said.
+# Version of the package `kernels` (None: not installed), the module that importing it gives (None: it fails) -> the
+# message.
 HUB_REFUSALS = {
     "no package": (
         None,
@@ -52,7 +53,7 @@ HUB_REFUSALS = {
     "an old package": (
         "0.9.1",
         None,
-        r"kernels 0.9.1 loads no kernel by the number of its version; pip install 'kern",
+        r"kernels 0.9.1 cannot load a kernel by the number of its version; pip install 'kern",
     ),
     "broken": (
         "0.18.2",
@@ -69,7 +70,7 @@ HUB_REFUSALS = {
 
 
 @pytest.mark.parametrize("name", HUB_REFUSALS)
-def test_hub_kernels_that_cannot_be_had_are_refused_by_why(name, monkeypatch):
+def test_hub_kernels_that_cannot_be_loaded_are_refused_by_their_reason(name, monkeypatch):
     version, package, message = HUB_REFUSALS[name]
 
     def installed(name):
@@ -86,10 +87,10 @@ def test_hub_kernels_that_cannot_be_had_are_refused_by_why(name, monkeypatch):
         patch.setattr(importlib.metadata, "version", installed)
         patch.setattr(importlib, "import_module", import_module)
         with pytest.raises(ValueError, match=message):
-            choose(kernel, *_half())
+            choose(kernel, *_tensors())
 
 
-def test_a_hub_kernel_that_is_not_there_is_refused_with_what_the_hub_said():
-    said = r"version 1 of it could not be loaded .* \(FileNotFoundError: Cannot find .*vllm-flash-attn3 in the"
-    with stand_in("kernels-community/flash-attn3"), pytest.raises(ValueError, match=said):
-        choose("kernels-community/vllm-flash-attn3", *_half())
+def test_a_missing_hub_kernel_is_refused_with_the_message_of_the_hub():
+    message = r"version 1 of it could not be loaded .* \(FileNotFoundError: Cannot find .*vllm-flash-attn3 in the"
+    with stand_in("kernels-community/flash-attn3"), pytest.raises(ValueError, match=message):
+        choose("kernels-community/vllm-flash-attn3", *_tensors())

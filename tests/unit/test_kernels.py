@@ -34,88 +34,92 @@ def tensors(rows=2, heads=4, kv_heads=2, length=37, dim=8, dtype=torch.float64, 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["mqa", "gqa", "mha"])
 def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads):
     q, k, v, dout = tensors(kv_heads=kv_heads)
-    seen = dense_mask(ShardedSequence("contiguous", 37, 1, documents), mask, 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
+    visible = dense_mask(ShardedSequence("contiguous", 37, 1, documents), mask, 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "documents": documents, "scale": 0.2, "kernel": kernel}
     got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
-    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        assert_close(name, mine, right, max_abs=1e-12)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, actual, expected, max_abs=1e-12)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize(("forward", "backward"), [(9, 5), (2, 30), (1, 1)])
 def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward):
-    per_key, calls = 2 * 8 * 8, []
-    for name, keys in (("_FORWARD_SLICE", forward), ("_BACKWARD_SLICE", backward)):
-        monkeypatch.setattr(cpu, name, keys * per_key)
+    bytes_per_key = 2 * 8 * 8
+    monkeypatch.setattr(cpu, "_FORWARD_SLICE_BYTES", forward * bytes_per_key)
+    monkeypatch.setattr(cpu, "_BACKWARD_SLICE_BYTES", backward * bytes_per_key)
+    calls = []
 
-    def count(name, call):
-        def counted(*args, **settings):
+    def record_calls(name):
+        operator = getattr(cpu, name)
+
+        def recorded(*args, **kwargs):
             calls.append(name)
-            return call(*args, **settings)
+            return operator(*args, **kwargs)
 
-        monkeypatch.setattr(cpu, name, counted)
+        monkeypatch.setattr(cpu, name, recorded)
 
-    count("_forward", cpu._forward)
-    count("_backward", cpu._backward)
+    record_calls("_ATEN_FORWARD")
+    record_calls("_ATEN_BACKWARD")
     q, k, v, dout = tensors()
-    seen = dense_mask(ShardedSequence("contiguous", 37, 1), mask, 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.2), q, k, v, dout=dout)
+    visible = dense_mask(ShardedSequence("contiguous", 37, 1), mask, 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "scale": 0.2, "kernel": "cpu"}
     got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
-    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        assert_close(name, mine, right, max_abs=1e-12)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, actual, expected, max_abs=1e-12)
     if mask.window is None:
-        assert (calls.count("_forward"), calls.count("_backward")) == (-(-37 // forward), -(-37 // backward))
+        assert calls.count("_ATEN_FORWARD") == -(-37 // forward)
+        assert calls.count("_ATEN_BACKWARD") == -(-37 // backward)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 36])
 @pytest.mark.parametrize("window", [None, 4])
 def test_fewer_queries_than_keys_are_the_last_ones(queries, window):
     q, k, v, _ = tensors()
-    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want, lse = dense_attention(q, k, v, seen_BSS=seen, scale=8**-0.5)
+    visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
+    want, lse = dense_attention(q, k, v, seen_BSS=visible, scale=8**-0.5)
     got, got_lse = local_attention(q[:, :, -queries:], k, v, window=window)
     assert_close("out", got, want[:, :, -queries:], max_abs=1e-12)
     assert_close("lse", got_lse, lse[:, :, -queries:], max_abs=1e-12)
 
 
 def test_the_cpu_kernel_never_builds_a_mask():
-    # A window of 100 over 4,096 tokens: O(tokens x window) pairs in all, and no piece above a window squared.
-    pieces = split(4096, 4096, -99, 0)
-    assert sum(p.count * p.num_q for p in pieces) <= 2 * 4096 + 100
-    assert max(p.num_q * p.num_k for p in pieces) <= 100 * 100
-    assert len(pieces) < 12
+    # A window of 100 over 4,096 tokens: O(tokens x window) pairs in total, and no block above a window squared.
+    blocks = split(4096, 4096, -99, 0)
+    assert sum(block.count * block.num_q for block in blocks) <= 2 * 4096 + 100
+    assert max(block.num_q * block.num_k for block in blocks) <= 100 * 100
+    assert len(blocks) < 12
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
 @pytest.mark.parametrize("v_dim", [5, 8, 12])
 @pytest.mark.parametrize("window", [None, 6])
-def test_values_may_have_a_head_dim_of_their_own(kernel, v_dim, window):
+def test_values_may_have_another_head_dim(kernel, v_dim, window):
     q, k, _, _ = tensors()
     v, dout = torch.randn(2, 2, 37, v_dim, dtype=torch.float64), torch.randn(2, 4, 37, v_dim, dtype=torch.float64)
-    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3), q, k, v, dout=dout)
+    visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
+    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.3), q, k, v, dout=dout)
     got = with_gradients(lambda *x: local_attention(*x, window=window, scale=0.3, kernel=kernel), q, k, v, dout=dout)
-    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        assert_close(name, mine, right, max_abs=1e-12)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, actual, expected, max_abs=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_softcap_and_sinks_match_dense_attention(window):
     q, k, v, dout = tensors()
     sinks = torch.tensor([-2.0, 0.0, 1.0, 5.0], dtype=torch.float64)
-    seen = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
+    visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
     want = with_gradients(
-        lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
+        lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
     )
 
     def attend(q, k, v, sinks):
         return local_attention(q, k, v, sinks=sinks, window=window, scale=0.3, softcap=0.7)
 
     got = with_gradients(attend, q, k, v, sinks, dout=dout)
-    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, strict=True):
-        assert_close(name, mine, right, max_abs=1e-12)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, strict=True):
+        assert_close(name, actual, expected, max_abs=1e-12)
 
 
 def test_the_reference_kernel_builds_scores_of_few_queries(monkeypatch):
@@ -124,24 +128,23 @@ def test_the_reference_kernel_builds_scores_of_few_queries(monkeypatch):
     def attend(q, k, v):
         return local_attention(q, k, v, window=6, softcap=0.7, kernel="reference")
 
-    at_once = with_gradients(attend, q, k, v, dout=dout)
-    monkeypatch.setattr(KERNELS["reference"], "_ROWS", 5)
-    for name, mine, right in zip(
-        ("out", "lse", "dq", "dk", "dv"), with_gradients(attend, q, k, v, dout=dout), at_once, strict=True
-    ):
-        assert_close(name, mine, right, max_abs=1e-12)
+    want = with_gradients(attend, q, k, v, dout=dout)
+    monkeypatch.setattr(KERNELS["reference"], "_MAX_QUERY_ROWS", 5)
+    got = with_gradients(attend, q, k, v, dout=dout)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, actual, expected, max_abs=1e-12)
 
 
-MATHS_REFUSALS = {
+OPTION_REFUSALS = {
     "softcap on cpu": ({"softcap": 2.0, "kernel": "cpu"}, r"kernel='cpu' cannot serve this model: it has no soft-cap"),
     "negative softcap": ({"softcap": -1.0}, r"softcap=-1.0 must be positive"),
     "sinks": ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\), but there are 4 query heads"),
 }
 
 
-@pytest.mark.parametrize("name", MATHS_REFUSALS)
-def test_attention_refuses_maths_it_cannot_do(name):
-    settings, message = MATHS_REFUSALS[name]
+@pytest.mark.parametrize("name", OPTION_REFUSALS)
+def test_attention_refuses_options_it_does_not_support(name):
+    settings, message = OPTION_REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         local_attention(*tensors()[:3], **settings)
 
@@ -151,14 +154,16 @@ def test_attention_refuses_maths_it_cannot_do(name):
 )
 def test_cpu_kernel_keeps_the_accuracy_of_its_dtype(dtype, forward, backward):
     q, k, v, dout = tensors(length=201, dim=16, dtype=dtype)
-    seen = dense_mask(ShardedSequence("contiguous", 201, 1), Mask(window=33), 2)
+    visible = dense_mask(ShardedSequence("contiguous", 201, 1), Mask(window=33), 2)
     want = with_gradients(
-        lambda *x: dense_attention(*x, seen_BSS=seen, scale=0.25), *(x.double() for x in (q, k, v)), dout=dout.double()
+        lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.25),
+        *(x.double() for x in (q, k, v)),
+        dout=dout.double(),
     )
     got = with_gradients(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout=dout)
     assert [x.dtype for x in got] == [dtype, torch.float32, dtype, dtype, dtype]
-    for name, mine, right in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        assert_close(name, mine, right, rms=forward if name in ("out", "lse") else backward)
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(name, actual, expected, rms=forward if name in ("out", "lse") else backward)
 
 
 def test_merge_of_any_split_equals_the_whole():
@@ -171,13 +176,13 @@ def test_merge_of_any_split_equals_the_whole():
     assert_close("lse", lse, scores.logsumexp(-1), max_abs=1e-13)
 
 
-def test_merge_with_a_side_that_saw_nothing_keeps_the_other():
-    nothing = torch.zeros(1, 2), torch.full((1,), -torch.inf)
+def test_merge_with_an_empty_side_keeps_the_other():
+    no_out, no_lse = torch.zeros(1, 2), torch.full((1,), -torch.inf)
     out, lse = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
-    merge_(out, lse, *nothing)
+    merge_(out, lse, no_out, no_lse)
     assert out.tolist() == [[1.0, 2.0]] and lse.tolist() == [0.5]
-    empty_out, empty_lse = (x.clone() for x in nothing)
-    merge_(empty_out, empty_lse, *nothing)
+    empty_out, empty_lse = no_out.clone(), no_lse.clone()
+    merge_(empty_out, empty_lse, no_out, no_lse)
     assert empty_out.tolist() == [[0.0, 0.0]] and empty_lse.item() == -torch.inf
     merge_(empty_out, empty_lse, out, lse)
     assert empty_out.tolist() == [[1.0, 2.0]] and empty_lse.tolist() == [0.5]
@@ -189,15 +194,15 @@ def test_merge_is_stable_for_scores_far_apart():
     assert out.item() == 3.0 and lse.item() == 1e4
 
 
-def test_rows_that_saw_nothing_are_zero_with_lse_minus_infinity():
-    state = OutLseAccumulator(torch.zeros(1, 2, 6, 4), 4)
+def test_rows_without_visible_keys_are_zero_with_lse_minus_infinity():
+    output = OutLseAccumulator(torch.zeros(1, 2, 6, 4), 4)
     tile = Tile(0, 1, 2, 4, 0, 4, None, 0)
     q, _, _, _ = tensors(rows=1, heads=2, length=6, dim=4, dtype=torch.float32)
     _, k, v, _ = tensors(rows=1, heads=2, length=4, dim=4, dtype=torch.float32)
     for queries, out, lse in KERNELS["cpu"].forward(q, k, v, [tile], 0.5):
-        state.add(queries, out, lse)
-    assert state.out[:, :, :2].abs().max() == 0 and (state.lse[:, :, :2] == -torch.inf).all()
-    assert state.lse[:, :, 2:].isfinite().all()
+        output.merge(queries, out, lse)
+    assert output.out[:, :, :2].abs().max() == 0 and (output.lse[:, :, :2] == -torch.inf).all()
+    assert output.lse[:, :, 2:].isfinite().all()
 
 
 def test_results_are_bitwise_repeatable():
@@ -206,19 +211,20 @@ def test_results_are_bitwise_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_bf16_errors_are_those_of_one_process():
+def test_bf16_errors_are_at_most_twice_those_of_sdpa():
     q, k, v, _ = tensors(length=257, dim=16, dtype=torch.bfloat16)
-    seen = dense_mask(ShardedSequence("contiguous", 257, 1), Mask(), 2)
-    want, _ = dense_attention(q, k, v, seen_BSS=seen, scale=0.25)
-    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
-    assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(theirs, want)
+    visible = dense_mask(ShardedSequence("contiguous", 257, 1), Mask(), 2)
+    want, _ = dense_attention(q, k, v, seen_BSS=visible, scale=0.25)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(sdpa, want)
 
 
 def _attend(q=None, k=None, v=None, length=37, **settings):
     default_q, default_k, default_v, _ = tensors()
-    q, k, v = (mine if mine is not None else other for mine, other in ((q, default_q), (k, default_k), (v, default_v)))
-    sequence, kernel = ShardedSequence("contiguous", length, 1), settings.pop("kernel", "auto")
-    options = RingOptions(kernel=kernel)
+    q = default_q if q is None else q
+    k = default_k if k is None else k
+    v = default_v if v is None else v
+    sequence, options = ShardedSequence("contiguous", length, 1), RingOptions(kernel=settings.pop("kernel", "auto"))
     return ring_attention(q, k, v, sequence=sequence, spec=AttentionSpec(**settings), options=options)
 
 
