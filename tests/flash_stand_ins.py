@@ -28,6 +28,7 @@ from ring_hf.kernels import (
     flash_attn_4,
     flash_varlen,
     hub,
+    selection,
 )
 from tests.flash_stand_ins_maths import (
     CALLS,
@@ -310,6 +311,7 @@ def _clear_caches() -> None:
     for locate in (flash_attn_2.locate_package, flash_attn_3.locate_package, flash_attn_4.locate_package, hub.load):
         locate.cache_clear()
     flash_varlen._group_tiles.cache_clear()
+    selection.clear_cache()
 
 
 @contextlib.contextmanager

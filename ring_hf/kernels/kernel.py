@@ -26,6 +26,8 @@ class Kernel(Protocol):
     def why_unsupported(self, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str | None:
         """Return why this kernel does not support a call with these tensors, or None if it does.
 
+        `choose` caches the answer, so it may only depend on the values in `selection._cache_key`.
+
         Args:
             q: `[B, H, C, D]`; only the device, the dtype and the shape without C are read.
             v: `[B, K, S, E]`; only E is read.

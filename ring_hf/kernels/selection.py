@@ -6,6 +6,8 @@ because it is loaded over the network.
 """
 
 import logging
+import os
+from collections.abc import Hashable
 
 import torch
 
@@ -28,6 +30,7 @@ FAMILIES = {
     family: tuple(name for name in KERNELS if name.startswith(f"{family}_")) for family in ("flash_attn", "cuda")
 }
 logger = logging.getLogger("ring_hf")
+_chosen_names: dict[Hashable, str] = {}  # by `_cache_key`
 _logged_choices: set[str] = set()
 
 
@@ -47,7 +50,8 @@ def check_name(name: str) -> None:
 def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = None) -> Kernel:
     """Return the first kernel that `name` stands for and that supports the call.
 
-    Each choice is logged once.
+    The kernels are checked once per kind of call (`_cache_key`), and each choice is logged once. Refusals are not
+    cached.
 
     Args:
         name: "auto", a key of `KERNELS` or `FAMILIES`, or a repository of the hub.
@@ -58,7 +62,13 @@ def choose(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = 
     Raises:
         ValueError: if no kernel or family has this name, or none of its kernels supports the call.
     """
-    return _find_kernel(_first_supported(name, q, v, softcap))
+    key = _cache_key(name, q, v, softcap)
+    kernel_name = _chosen_names.get(key)
+    if kernel_name is None:
+        kernel_name = _first_supported(name, q, v, softcap)
+        if key is not None:
+            _chosen_names[key] = kernel_name
+    return _find_kernel(kernel_name)
 
 
 def candidates(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None = None) -> dict[str, str | None]:
@@ -72,6 +82,28 @@ def candidates(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     check_name(name)
     names = tuple(KERNELS) if name == "auto" else FAMILIES.get(name, (name,))
     return {kernel_name: _find_kernel(kernel_name).why_unsupported(q, v, softcap) for kernel_name in names}
+
+
+def clear_cache() -> None:
+    """Discard all choices of `choose`: for tests that replace packages, devices or limits of kernels."""
+    _chosen_names.clear()
+
+
+def _cache_key(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Hashable | None:
+    """Return every value that any `why_unsupported` reads and that can change within a process.
+
+    Return None for the symbolic sizes of a tracer, which cannot be hashed.
+    """
+    sizes = (*q.shape[:2], q.shape[-1], v.shape[-1])
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
+    settings = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        cuda_flash.activated_implementation(),
+        os.environ.get(cuda_cudnn.AVOID_RECOMPILE),
+    )
+    return name, q.device, q.dtype, sizes, softcap, settings
 
 
 def _first_supported(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> str:

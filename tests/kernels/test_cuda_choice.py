@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ring_hf.kernels import FAMILIES, KERNELS, candidates, choose, cuda_cudnn, cuda_flash, flash_varlen
+from ring_hf.kernels import FAMILIES, KERNELS, candidates, choose, cuda_cudnn, cuda_flash, flash_varlen, selection
 
 CUDA = ("cuda_cudnn", "cuda_flash", "cuda_efficient")
 CUDNN, EFFICIENT, NOT_EFFICIENT = CUDA[:1], CUDA[2:], CUDA[:2]
@@ -22,6 +22,7 @@ def device(monkeypatch):
     """A Hopper with cuDNN 9.20 and PyTorch 2.13. A call changes the device until the end of the test."""
 
     def change(capability=(9, 0), activated=None, cudnn=92000, pytorch=(2, 13), flash_attn_4=None):
+        selection.clear_cache()
         monkeypatch.setattr(flash_varlen, "DEVICE_TYPE", "cpu")
         monkeypatch.setattr(flash_varlen, "get_capability", lambda device: capability)
         monkeypatch.setattr(cuda_flash, "_is_built", lambda: True)
@@ -37,7 +38,8 @@ def device(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", version)
 
     change()
-    return change
+    yield change
+    selection.clear_cache()
 
 
 def _tensors(dims=(64, 64), dtype=torch.bfloat16, shape=(1, 1, 1)):
