@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven.py"
+README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven_classes.py"
 BEGIN, END = "<!-- generated: architectures -->", "<!-- end generated -->"
 NAMES_BEGIN, NAMES_END = '_NAMES = """\n', '\n"""'
 WIDTH = 115
@@ -25,14 +25,14 @@ def with_table(readme: str) -> str:
 
 
 def with_names(module: str) -> str:
-    """Return `proven.py` with the names of the classes that the tests compare."""
+    """Return `proven_classes.py` with the names of the classes that the tests compare."""
     sys.path.insert(0, str(ROOT))
     from tests.hf.architectures import exact_classes
 
     names = " ".join(sorted(exact_classes()))
     indent = " " * 4
     lines = textwrap.fill(names, WIDTH, initial_indent=indent, subsequent_indent=indent)
-    return _replace_between(module, NAMES_BEGIN, NAMES_END, lines, "proven.py")
+    return _replace_between(module, NAMES_BEGIN, NAMES_END, lines, "proven_classes.py")
 
 
 def _replace_between(text: str, begin: str, end: str, content: str, name: str) -> str:
