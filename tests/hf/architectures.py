@@ -1,13 +1,13 @@
 """The verdict on every causal language model of Transformers: exact under context parallelism, or refused and why.
 
-`EXACT` maps a family (a `model_type`, with a variant behind a slash) to what its tiny random configuration changes in
-`SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED` maps a family
-to a key of `REASONS` and what its configuration must say; the test asserts the message. Every family of Transformers
-must be in one of them, or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into the
-README and `exact_classes()` into `ring_hf/hf/runtime/proven_classes.py`.
+`EXACT` maps a family (a `model_type`, with a variant after a slash) to the fields in which its tiny random config
+differs from `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED`
+maps a key of `REASONS` to families; the test asserts the message. Every family of Transformers must be in one of them,
+or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into the README and `exact_classes()`
+into `ring_hf/hf/runtime/proven_classes.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -229,46 +229,52 @@ EXACT: dict[str, dict[str, Any]] = {
     "youtu": MLA,
 }
 
-# The Trainer does not tell their models the number of targets (`accepts_loss_kwargs = False`).
+# The Trainer does not pass the number of targets to these models (`accepts_loss_kwargs = False`).
 NO_COUNT = ["gemma4"]
 
-# Families whose loss contains one of their routers, when asked.
+# Families with a router loss, computed if output_router_logits=True.
+# fmt: off
 ROUTED = [
-    *(
-        "dbrx",
-        "ernie4_5_moe",
-        "flex_olmo",
-        "flint",
-        "gpt_oss",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoehybrid/attention",
-    ),
-    *("granitemoeshared", "jetmoe", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe"),
-    *("qwen2_moe", "qwen3_moe"),
+    "dbrx", "ernie4_5_moe", "flex_olmo", "flint", "gpt_oss", "granitemoe", "granitemoe_swa",
+    "granitemoehybrid/attention", "granitemoeshared", "jetmoe", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text",
+    "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 ]
+# fmt: on
 ROUTER_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "aux_loss_coef": 0.5}
 
-# How a refusal reads in the README, and words of its message.
-REASONS: dict[str, tuple[str, str]] = {
-    "state": (
+
+class Reason(NamedTuple):
+    """Why families are refused: the title in the README, and a regular expression of the message."""
+
+    title: str
+    message: str
+
+
+REASONS: dict[str, Reason] = {
+    "state": Reason(
         "recurrent, linear-attention or hybrid layers",
-        "They .*carry a state along the sequence or look at its",
+        "They .*carry a state along the sequence or look at",
     ),
-    "convolution": (
+    "convolution": Reason(
         "convolutions between tokens",
-        "look at neighbouring tokens, which|look at neighbouring tokens that",
+        "look at neighbouring tokens, which may|look at neighbouring tokens that may",
     ),
-    "selection": ("keys chosen by an index or summary of the whole sequence", "by an index over|attend to summaries"),
-    "interface": ("attention that bypasses the interface", "does not pass its attention through Transformers'"),
-    "name": ("attention looked up by name, in Transformers", "^KeyError: 'ring_zigzag'"),
-    "positions": ("positions counted by the model itself", "counts positions by itself"),
-    "loss": ("another loss", "does not use the causal language modelling loss"),
-    "kwargs": ("keyword arguments kept from the attention layers", "does not hand keyword arguments to its attention"),
-    "mask": ("a mask of their own", "makes its attention mask from the values of|joins the tokens of images in its"),
-    "random": ("experts drawn at random", "draws experts at random while training"),
-    "partner": ("part of another model", "attends to images in layers"),
-    "unbuilt": ("not a causal LM by its configuration", "^AttributeError: 'Musicgen"),
+    "selection": Reason(
+        "keys chosen by an index or summary of the whole sequence", "by an index over|attend to summaries"
+    ),
+    "interface": Reason("attention that bypasses the interface", "does not call its attention through Transformers'"),
+    "name": Reason("attention looked up by name, in Transformers", "^KeyError: 'ring_zigzag'"),
+    "positions": Reason("positions counted by the model itself", "computes position ids itself"),
+    "loss": Reason("another loss", "does not use the causal language modelling loss"),
+    "kwargs": Reason(
+        "keyword arguments kept from the attention layers", "does not pass keyword arguments to its attention"
+    ),
+    "mask": Reason(
+        "a mask of their own", "makes its attention mask from the values of|joins the tokens of images in its"
+    ),
+    "random": Reason("experts drawn at random", "samples experts at random in training"),
+    "partner": Reason("part of another model", "attends to images in layers"),
+    "unbuilt": Reason("not a causal LM by its configuration", "^AttributeError: 'Musicgen"),
 }
 REFUSED: dict[str, str] = {
     "state": """bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba
@@ -290,8 +296,8 @@ REFUSED: dict[str, str] = {
 }
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256}
 INDEXER |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
-# What a refused family's configuration needs to be built at all, or to show what is refused.
-NEEDS: dict[str, dict[str, Any]] = {
+# Config fields that a refused family needs to be built, or to have the refused property.
+REQUIRED_FIELDS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "reformer": {"is_decoder": True},
@@ -312,26 +318,37 @@ def model_class(config_class: type) -> type[PreTrainedModel]:
 
 
 def make(name: str, changes: dict[str, Any], attention: str) -> PreTrainedModel:
-    """The model that `AutoModelForCausalLM.from_config` makes, in fp64, on one process's own experts kernel."""
+    """Return the model of `AutoModelForCausalLM.from_config`, in fp64, with the "eager" implementation of experts.
+
+    Args:
+        name: of the family.
+        changes: fields of its config.
+        attention: the attention implementation.
+    """
     config_class = CONFIG_MAPPING[name.split("/")[0]]
     config = config_class(**changes)
     cls = model_class(config_class)
     if cls.config_class is (config.sub_configs or {}).get("text_config"):
         config = config.get_text_config()
-    more = {"attn_implementation": attention, "experts_implementation": "eager"}
-    return cls._from_config(config, **more).double()
+    return cls._from_config(config, attn_implementation=attention, experts_implementation="eager").double()
 
 
-def tiny(name: str, attention: str, dropout: bool = False, **more: Any) -> PreTrainedModel:
-    """A family of `EXACT`, random, every parameter (norms, biases, sinks too) away from 0 and 1; without dropout, or
-    with what it has by default."""
+def tiny(name: str, attention: str, dropout: bool = False, **changes: Any) -> PreTrainedModel:
+    """Return a random tiny model of a family of `EXACT`, in fp64, with no parameter (norm, bias, sink) at 0 or 1.
+
+    Args:
+        name: of the family.
+        attention: the attention implementation.
+        dropout: keep the dropout of the default config instead of removing it.
+        changes: fields of the config.
+    """
     config_class = CONFIG_MAPPING[name.split("/")[0]]
     default = config_class()
     known = {*dir(default), *default.attribute_map}
     settings = {key: value for key, value in SIZES.items() if key in known}
     if not dropout:
         settings |= dict.fromkeys(dropouts(default), 0.0)
-    settings |= EXACT[name] | more
+    settings |= EXACT[name] | changes
     torch.manual_seed(0)
     model = make(name, {key: value for key, value in settings.items() if value is not None}, attention)
     with torch.no_grad():
@@ -342,37 +359,38 @@ def tiny(name: str, attention: str, dropout: bool = False, **more: Any) -> PreTr
 
 
 def dropouts(config: Any) -> dict[str, float]:
-    """Every probability of dropping something in a configuration, but for heads that a language model has not."""
+    """Return all dropout probabilities of a config, without those of classification heads."""
     rates = {key: value for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
     return {key: value for key, value in rates.items() if "classifier" not in key}
 
 
 def refused(name: str) -> PreTrainedModel:
-    """A family of `REFUSED` as it is by default, without weights."""
+    """Return a model of a family of `REFUSED` with its default config, without weights."""
     with torch.device("meta"):
-        return make(name, NEEDS.get(name, {}), "ring_zigzag")
+        return make(name, REQUIRED_FIELDS.get(name, {}), "ring_zigzag")
 
 
 def exact_classes() -> set[str]:
-    """Names of the classes that the families of `EXACT` are made of."""
+    """Return the names of the model classes of the families of `EXACT`."""
     return {model_class(CONFIG_MAPPING[name.split("/")[0]]).__name__ for name in EXACT}
 
 
 def exact_families() -> set[str]:
-    """Without those that are exact in a variant only."""
+    """Return the families of `EXACT`, without those of which only a variant is exact."""
     return {name.split("/")[0] for name in EXACT} - set(refused_families())
 
 
 def refused_families() -> dict[str, str]:
+    """Return the key of the reason by family."""
     return {family: reason for reason, families in REFUSED.items() for family in families.split()}
 
 
 def markdown() -> str:
-    """The table for the README."""
-    rows = [("exact", list(EXACT))] + [(title, REFUSED[key].split()) for key, (title, _) in REASONS.items()]
+    """Return the table for the README."""
+    rows = [("exact", list(EXACT))]
+    rows += [(f"refused: {reason.title}", REFUSED[key].split()) for key, reason in REASONS.items()]
     lines = ["| | | families of Transformers, by `model_type` |", "|---|---:|---|"]
     for title, families in rows:
-        title = title if title == "exact" else f"refused: {title}"
         lines.append(f"| {title} | {len(families)} | {', '.join(families)} |")
     untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
     count = f"{len(exact_families())} families exact ({len(EXACT)} configurations), {len(refused_families())} refused"

@@ -1,11 +1,12 @@
-"""Faulty training scripts, run by gloo processes: each returns the error that its rank saw.
+"""Faulty training scripts, run by gloo processes, and the message that every rank must get.
 
-`FAULTS` maps a name to a function `(rank, world_size) -> None` that is expected to raise on *every* rank, also where
-the comment says that only rank 1 is at fault. Workers must survive, so errors are returned, not raised.
+`FAULTS` maps a name to a script that is expected to raise on *every* rank, even where only rank 1 is at fault. Workers
+must survive, so `run_fault` returns the error instead of raising it.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from ring_hf.hf.collate.collator import PadOrPackCollator
 from tests.hf.models import llama, rows
 
 
-def arguments(config: Any = None, kind: type = TrainingArguments, **more: Any) -> Any:
-    return kind(
+def arguments(config: Any = None, cls: type = TrainingArguments, **more: Any) -> Any:
+    """Arguments of two training steps on CPUs; by default two ranks share each sequence."""
+    return cls(
         output_dir="unused",
         max_steps=2,
         use_cpu=True,
@@ -58,7 +60,7 @@ class LeftPadding:
 
 
 class TwoRows:
-    """An inner collator whose rows do not show which examples they hold."""
+    """An inner collator that drops examples, so that its rows are not those of the examples."""
 
     def __call__(self, features: list) -> dict[str, torch.Tensor]:
         return PadOrPackCollator()(features[:2])
@@ -69,29 +71,63 @@ class Stream(IterableDataset):
         return iter(rows(*[16] * 8))
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A script with a fault.
+
+    Attributes:
+        run: the script, called with rank and world size.
+        message: a part of the error message of every rank.
+        num_ranks: numbers of processes; the script runs with each of them.
+    """
+
+    run: Callable[[int, int], None]
+    message: str
+    num_ranks: tuple[int, ...]
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(message: str, num_ranks: tuple[int, ...] = (2,)) -> Callable[[Callable], Callable]:
+    """Add a script to `FAULTS` under its name."""
+
+    def add(script: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        FAULTS[script.__name__] = Fault(script, message, num_ranks)
+        return script
+
+    return add
+
+
+@fault("rank 1: attention_mask has left padding", num_ranks=(2, 4))
 def left_padding_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
     train(model, ContextParallelCollator(model, inner=LeftPadding() if rank == 1 else None))
 
 
+@fault("The ranks disagree about the batch")
 def short_rows_on_rank_1(rank: int, world_size: int) -> None:
     train(data=rows(3, 2, 3, 3) if rank == 1 else None)
 
 
+@fault("The ranks disagree about the batch (hash of its tokens, labels and documents)")
 def other_rows_on_rank_1(rank: int, world_size: int) -> None:
     train(data=rows(16, 20, 12, 16, seed=rank))
 
 
+@fault("rank 1: The model attends with 'ring_zigzag', but the batch was sharded for layout 'striped'")
 def other_layout_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
     train(model, ContextParallelCollator(llama("ring_striped") if rank == 1 else model))
 
 
+@fault("did not come from ContextParallelCollator")
 def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
     train(model, PadOrPackCollator() if rank == 1 else ContextParallelCollator(model))
 
 
+@fault("predict_with_generate=True with compute_metrics generates from evaluation batches")
 def generating_trainer(rank: int, world_size: int) -> None:
     model = llama()
     config = ContextParallelConfig(context_parallel_size=2)
@@ -100,22 +136,26 @@ def generating_trainer(rank: int, world_size: int) -> None:
     Seq2SeqTrainer(model, args, data_collator=collator, compute_metrics=lambda prediction: {})
 
 
+@fault("The model is compiled (model.compile() or torch.compile, for LlamaForCausalLM)")
 def compiled_model(rank: int, world_size: int) -> None:
     model = llama()
     model.compile()
     train(model)
 
 
+@fault("puts virtual tokens in front of the sequence")
 def prompt_tuning(rank: int, world_size: int) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     train(get_peft_model(llama(), config))
 
 
+@fault("'default' is an activated LoRA: it searches the tokens of a shard for its alora_invocation_tokens")
 def activated_lora(rank: int, world_size: int) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
     train(get_peft_model(llama(), config))
 
 
+@fault("holds 2 Transformers models (student, teacher)")
 def two_models_in_one(rank: int, world_size: int) -> None:
     class Pair(torch.nn.Module):
         def __init__(self) -> None:
@@ -129,6 +169,7 @@ def two_models_in_one(rank: int, world_size: int) -> None:
     train(pair, ContextParallelCollator(pair.student))
 
 
+@fault("The ranks disagree about the model")
 def other_dtype_on_rank_1(rank: int, world_size: int) -> None:
     model = llama().to(torch.bfloat16 if rank == 1 else torch.float32)
     first = next(iter(_loader(model)))
@@ -142,11 +183,13 @@ def _loader(model: Any) -> Any:
     return trainer.get_train_dataloader()
 
 
+@fault("BloomForCausalLM does not call its attention through Transformers' attention interface")
 def ignored_backend(rank: int, world_size: int) -> None:
     bloom = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
     train(BloomForCausalLM._from_config(bloom, attn_implementation="ring_zigzag"))
 
 
+@fault("has 2 layers, but called the attention function 1 times")
 def sdpa_layer(rank: int, world_size: int) -> None:
     model = llama()
     attention = model.model.layers[1].self_attn
@@ -155,80 +198,99 @@ def sdpa_layer(rank: int, world_size: int) -> None:
     train(model)
 
 
+@fault("label_smoothing_factor=0.1")
 def label_smoothing(rank: int, world_size: int) -> None:
     train(args=arguments(label_smoothing_factor=0.1))
 
 
+@fault("rank 1: label_smoothing_factor=0.1")
 def label_smoothing_on_rank_1(rank: int, world_size: int) -> None:
     train(args=arguments(label_smoothing_factor=0.1 if rank == 1 else 0.0))
 
 
-def own_loss(rank: int, world_size: int) -> None:
+@fault("labels were removed before the forward pass")
+def loss_outside_the_model(rank: int, world_size: int) -> None:
     train(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum())
 
 
+@fault('accelerator_config={"dispatch_batches": False}')
 def dispatched_stream(rank: int, world_size: int) -> None:
     train(data=Stream())
 
 
-def stream_is_fine_when_not_dispatched(rank: int, world_size: int) -> None:
+@fault("no error")
+def undispatched_stream_is_accepted(rank: int, world_size: int) -> None:
     train(data=Stream(), args=arguments(accelerator_config={"dispatch_batches": False}))
     raise ValueError("no error")
 
 
+@fault("ulysses_size=2 deals 1 query heads to 2 ranks, but every rank needs at least one")
 def more_ranks_than_heads(rank: int, world_size: int) -> None:
     model = llama("ulysses", num_attention_heads=1, num_key_value_heads=1)
     train(model, ContextParallelCollator(model))
 
 
+@fault("exchanges heads among all context_parallel_size=2 ranks, but ulysses_size=1")
 def ulysses_of_another_size(rank: int, world_size: int) -> None:
     config = ContextParallelConfig(context_parallel_size=2, ulysses_size=1)
     train(llama("ulysses"), args=arguments(config))
 
 
+@fault("The ranks disagree about the way sequences are split")
 def other_transport_on_rank_1(rank: int, world_size: int) -> None:
     config = ContextParallelConfig(context_parallel_size=2, transport="direct" if rank == 1 else "ring")
     train(args=arguments(config))
 
 
-def other_levers_on_rank_1(rank: int, world_size: int) -> None:
-    """One would exchange again in the backward pass, and wait for ever."""
+@fault("The ranks disagree about the levers on memory")
+def other_memory_options_on_rank_1(rank: int, world_size: int) -> None:
+    """Rank 1 would exchange keys and values again in the backward pass, and wait forever."""
     model = llama("ring_contiguous")
     ring_hf.memory.apply(model, attention="recompute" if rank else "save")
     train(model, ContextParallelCollator(model))
 
 
+@fault("takes the ranks of a node as inner ring, but LOCAL_WORLD_SIZE is", num_ranks=(4,))
 def double_ring_in_one_node(rank: int, world_size: int) -> None:
     train(args=arguments(ContextParallelConfig(context_parallel_size=4, transport="double_ring")))
 
 
+@fault(
+    "rank 1: The model attends with 'ring_contiguous', but the batch was sharded for layout 'contiguous', 2 ranks "
+    "with ulysses_size=2"
+)
 def ulysses_collator_on_rank_1(rank: int, world_size: int) -> None:
     model = llama("ring_contiguous")
     train(model, ContextParallelCollator(llama("ulysses") if rank == 1 else model))
 
 
+@fault("context_parallel_size=3 does not divide 2 processes. Set it to 1 or 2")
 def wrong_world_size(rank: int, world_size: int) -> None:
     arguments(ContextParallelConfig(context_parallel_size=3))
     train(args=arguments(ContextParallelConfig(context_parallel_size=3)))
 
 
+@fault("context_parallel_size=2 * dp_replicate_size=2 = 4, but 2 processes were started")
 def wrong_product(rank: int, world_size: int) -> None:
     train(args=arguments(ContextParallelConfig(context_parallel_size=2, dp_replicate_size=2)))
 
 
+@fault("An evaluation dataset without a length cannot be split exactly over 2 replicas", num_ranks=(4,))
 def evaluated_stream(rank: int, world_size: int) -> None:
     model = llama()
     args = arguments(accelerator_config={"dispatch_batches": False})
     Trainer(model, args, data_collator=ContextParallelCollator(model)).evaluate(Stream())
 
 
+@fault("Predictions of packed rows cannot be put in order over 2 data-parallel replicas", num_ranks=(4,))
 def packed_predictions(rank: int, world_size: int) -> None:
     model = llama()
     collator = ContextParallelCollator(model, packing=True)
     Trainer(model, arguments(), data_collator=collator).predict(rows(16, 16, 16, 16))
 
 
-def shard_made_metric(rank: int, world_size: int) -> None:
+@fault("differs between ranks that share a sequence")
+def metric_of_a_shard(rank: int, world_size: int) -> None:
     model = llama()
     trainer = Trainer(model, arguments(), data_collator=ContextParallelCollator(model))
     for batch in trainer.get_eval_dataloader(rows(16, 16)):
@@ -237,46 +299,10 @@ def shard_made_metric(rank: int, world_size: int) -> None:
         trainer.accelerator.gather_for_metrics(batch["input_ids"].sum(dim=1))
 
 
-FAULTS: dict[str, Callable[[int, int], None]] = {
-    fault.__name__: fault
-    for fault in (
-        left_padding_on_rank_1,
-        short_rows_on_rank_1,
-        other_rows_on_rank_1,
-        other_layout_on_rank_1,
-        plain_collator_on_rank_1,
-        generating_trainer,
-        compiled_model,
-        prompt_tuning,
-        activated_lora,
-        two_models_in_one,
-        other_dtype_on_rank_1,
-        ignored_backend,
-        sdpa_layer,
-        label_smoothing,
-        label_smoothing_on_rank_1,
-        own_loss,
-        dispatched_stream,
-        stream_is_fine_when_not_dispatched,
-        more_ranks_than_heads,
-        ulysses_of_another_size,
-        other_transport_on_rank_1,
-        other_levers_on_rank_1,
-        double_ring_in_one_node,
-        ulysses_collator_on_rank_1,
-        wrong_world_size,
-        wrong_product,
-        evaluated_stream,
-        packed_predictions,
-        shard_made_metric,
-    )
-}
-
-
 def run_fault(rank: int, world_size: int, name: str) -> str:
-    """The message that this rank got."""
+    """Return the error message of this rank."""
     try:
-        FAULTS[name](rank, world_size)
+        FAULTS[name].run(rank, world_size)
     except ValueError as error:
         return str(error)
     finally:

@@ -1,5 +1,12 @@
-"""The comparison of architectures sees mistakes: each fault switches off one thing that the library does for a model.
-And packed documents, for models whose mathematics could mix them up."""
+"""The comparison of architectures detects errors: each fault disables one thing that the library does for a model.
+
+Also packed documents, for model families whose attention could mix them up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -10,66 +17,78 @@ from tests.harness import run_distributed
 from tests.hf.architectures import ROUTER_LOSS
 from tests.hf.family_comparison import Difference, Results, compare
 
-# What is switched off, a family that needs it, its settings, and the references that show it (0: eager, 1: local).
+# The references of `compare`, by rank.
+EAGER, LOCAL = 0, 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A replaced function, and a comparison that must detect it.
+
+    Attributes:
+        module: that uses the function.
+        name: of the function.
+        replacement: the function without its effect.
+        family: a family that needs the function.
+        config: fields of its config.
+        references: that differ from the faulty result.
+    """
+
+    module: Any
+    name: str
+    replacement: Callable
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    references: tuple[int, ...] = (EAGER, LOCAL)
+
+
 FAULTS = {
-    "router logits of one shard": (
-        moe_aux_loss,
-        "_whole",
-        lambda logits, batch: logits,
-        "mixtral",
-        ROUTER_LOSS,
-        (0, 1),
+    "router logits of one shard": Fault(
+        moe_aux_loss, "_gather_sequence", lambda logits, metadata: logits, "mixtral", config=ROUTER_LOSS
     ),
-    "places in the shard": (
-        backend,
-        "_llama4_query_temperature",
-        lambda module, query, batch: query,
-        "llama4_text",
-        {},
-        (0, 1),
+    "positions in the shard": Fault(
+        backend, "_llama4_query_temperature", lambda module, query, batch: query, "llama4_text"
     ),
-    "full attention in all chunks": (backend, "_chunk", lambda module: None, "llama4_text", {}, (0,)),
-    "a window told to nobody": (backend, "_window", lambda module: None, "qwen2_moe", {}, (0,)),
-    "targets of a shard counted alone": (model_guard, "_needs_count", lambda kwargs: False, "gemma4", {}, (0, 1)),
-    "first labels not counted": (counters, "_correct_num_items", lambda trainer: None, "gpt2", {}, (0, 1)),
+    "full attention in all chunks": Fault(
+        backend, "layer_chunk", lambda module: None, "llama4_text", references=(EAGER,)
+    ),
+    "window ignored": Fault(backend, "layer_window", lambda module: None, "qwen2_moe", references=(EAGER,)),
+    "targets counted per shard": Fault(model_guard, "_needs_count", lambda kwargs: False, "gemma4"),
+    "first labels not counted": Fault(counters, "_correct_num_items", lambda trainer: None, "gpt2"),
 }
-# gpt-oss is compared with itself only: Transformers lets its packed documents see each other.
+# gpt-oss is compared with the ring backend only: Transformers lets its packed documents attend to each other.
 PACKED = {
-    "llama4_text": (0, 1),
-    "gemma2": (0, 1),
-    "deepseek_v3": (0, 1),
-    "qwen2_moe": (0, 1),
-    "gemma4": (0, 1),
-    "gpt_oss": (1,),
+    "llama4_text": (EAGER, LOCAL),
+    "gemma2": (EAGER, LOCAL),
+    "deepseek_v3": (EAGER, LOCAL),
+    "qwen2_moe": (EAGER, LOCAL),
+    "gemma4": (EAGER, LOCAL),
+    "gpt_oss": (LOCAL,),
 }
 
 
-def faulty(rank: int, world_size: int, fault: str) -> Difference | str:
-    module, name, replacement, family, settings, _ = FAULTS[fault]
-    kept = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        return compare(rank, world_size, [family], settings)[family]
-    finally:
-        setattr(module, name, kept)
+def compare_with_fault(rank: int, world_size: int, fault_name: str) -> Difference | str:
+    fault = FAULTS[fault_name]
+    with mock.patch.object(fault.module, fault.name, fault.replacement):
+        return compare(rank, world_size, [fault.family], fault.config)[fault.family]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_shows(fault):
-    results = run_distributed(2, faulty, fault, timeout=60)
-    for reference in FAULTS[fault][-1]:
+@pytest.mark.parametrize("fault_name", FAULTS)
+def test_comparison_detects_each_fault(fault_name):
+    results = run_distributed(2, compare_with_fault, fault_name, timeout=60)
+    for reference in FAULTS[fault_name].references:
         difference = results[reference]
-        assert isinstance(difference, Difference), f"{fault}: {difference}"
-        assert difference.gradient > 1e-2, f"{fault}: {difference}"
+        assert isinstance(difference, Difference), f"{fault_name}: {difference}"
+        assert difference.gradient > 1e-2, f"{fault_name}: {difference}"
 
 
-def packed(rank: int, world_size: int) -> Results:
-    """`compare` with both examples of each micro-batch in one row."""
+def compare_packed(rank: int, world_size: int) -> Results:
+    """Run `compare` with both examples of each micro-batch in one row."""
     return compare(rank, world_size, list(PACKED), {}, packing=True)
 
 
 def test_packed_documents_equal_one_process():
-    results = run_distributed(2, packed, timeout=60)
+    results = run_distributed(2, compare_packed, timeout=60)
     for family, references in PACKED.items():
         for reference in references:
             difference = results[reference][family]

@@ -1,10 +1,9 @@
-"""Every causal language model of Transformers: exact under context parallelism, or refused before anything is
-computed.
+"""Every causal language model of Transformers is exact under context parallelism, or refused before it computes.
 
 For each family of `architectures.EXACT`, an unmodified Trainer takes one optimizer step of two micro-batches in two
-processes that share padded sequences: logits, the loss as logged and the gradients of all parameters must be those of
-the same Trainer in one process, with Transformers' own "eager" attention and with the ring backend. Calling the model
-would not do: the Trainer decides whether a model is told the number of targets.
+processes that share padded sequences. Its logits, logged loss and gradients of all parameters must equal those of the
+same Trainer in one process, with Transformers' own "eager" attention and with the ring backend. Calling the model
+directly would not suffice: the Trainer decides whether a model gets the number of targets.
 """
 
 import re
@@ -50,18 +49,18 @@ def test_proven_classes_are_those_that_are_compared():
     assert with_names(text) == text, "run: python scripts/architectures.py"
 
 
-def unproven(rank: int, world_size: int) -> Results:
-    """`compare` of a class that is taken from the proven ones."""
-    kept = proven_classes.PROVEN_CLASSES
-    proven_classes.PROVEN_CLASSES = kept - {"LlamaForCausalLM"}
+def compare_unproven_llama(rank: int, world_size: int) -> Results:
+    """Run `compare` with Llama removed from the proven classes."""
+    original = proven_classes.PROVEN_CLASSES
+    proven_classes.PROVEN_CLASSES = original - {"LlamaForCausalLM"}
     try:
         return compare(rank, world_size, ["llama", "mistral"], {})
     finally:
-        proven_classes.PROVEN_CLASSES = kept
+        proven_classes.PROVEN_CLASSES = original
 
 
-def test_comparison_notices_a_trial_step():
-    for results in run_distributed(2, unproven, timeout=60):
+def test_comparison_detects_a_trial_step():
+    for results in run_distributed(2, compare_unproven_llama, timeout=60):
         assert results["llama"] == "AssertionError: 4 forward passes, not 2: a trial step was taken"
         assert not isinstance(results["mistral"], str)
 
@@ -76,25 +75,25 @@ def test_every_family_of_transformers_has_a_verdict():
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_refused_families_get_the_reason(reason):
-    wrong = []
-    for family, why in refused_families().items():
-        if why == reason:
-            message = verdict(family)
-            if not re.search(REASONS[reason][1], message):
-                wrong.append(f"{family}: {message}")
-    assert not wrong, "\n".join(wrong)
+    failures = []
+    for family, family_reason in refused_families().items():
+        if family_reason == reason:
+            message = refusal_of(family)
+            if not re.search(REASONS[reason].message, message):
+                failures.append(f"{family}: {message}")
+    assert not failures, "\n".join(failures)
     assert set(refused_families().values()) == set(REASONS)
 
 
-def verdict(family: str) -> str:
-    """What the rules say, or what keeps Transformers itself from building the model."""
+def refusal_of(family: str) -> str:
+    """Return the message of the rules, or the error with which Transformers fails to build the model."""
     try:
         return first_error(MODEL_RULES, refused(family)) or "accepted"
     except (AttributeError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def test_readme_says_what_these_tables_say():
+def test_readme_has_these_tables():
     text = (ROOT / "README.md").read_text()
     assert with_table(text) == text, "run: python scripts/architectures.py"
     assert f"{len(exact_families())} families exact ({len(EXACT)} configurations)" in text
@@ -102,8 +101,8 @@ def test_readme_says_what_these_tables_say():
 
 
 def test_default_dropout_is_refused_before_anything_is_computed():
-    """Families that drop attention weights or anything else by default, as their configurations come."""
-    num_checked, wrong = 0, []
+    """All families whose default config has any dropout."""
+    num_checked, failures = 0, []
     for name in EXACT:
         default = CONFIG_MAPPING[name.split("/")[0]]()
         active = {key: value for key, value in dropouts(default).items() if value > 0}
@@ -112,13 +111,13 @@ def test_default_dropout_is_refused_before_anything_is_computed():
             with torch.device("meta"):
                 message = first_error(MODEL_RULES, tiny(name, "ring_zigzag", dropout=True))
             if message is None or "drop" not in message:
-                wrong.append(f"{name} with {active}: {message}")
-    assert not wrong, "\n".join(wrong)
+                failures.append(f"{name} with {active}: {message}")
+    assert not failures, "\n".join(failures)
     assert num_checked >= 10
 
 
 def test_auxiliary_losses_of_routers_are_those_of_the_whole_sequence():
-    """Padding excluded; loss and gradients of all families whose loss contains one, with a coefficient that shows."""
+    """Losses and gradients, without padding, of all families with a router loss; its coefficient is large enough."""
     results = run_distributed(2, compare, ROUTED, ROUTER_LOSS, timeout=100)
     check(results, ROUTED)
     for name in ROUTED:

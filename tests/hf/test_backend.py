@@ -1,4 +1,4 @@
-"""The backends in one process: registered under names that Transformers leaves alone, and equal to `sdpa`."""
+"""The backends in one process: their names are registered, and they compute the same as `sdpa`."""
 
 import json
 
@@ -9,6 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ring_hf.geometry import LAYOUTS
+from ring_hf.hf.attention.backend import attention
 from ring_hf.hf.attn_names import BACKENDS
 from tests.harness import assert_close
 from tests.hf.architectures import tiny
@@ -21,13 +22,13 @@ RIGHT = torch.ones(2, 32, dtype=torch.long)
 RIGHT[1, 20:] = 0
 PACKED = torch.cat([torch.arange(10), torch.arange(22)])[None].expand(2, -1)
 MODELS = {"llama": llama, "mistral": mistral}
-# Softcap and a window, sinks, another value head dim, chunks, a window that only the mask is told.
-OTHER_MATHS = ("gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "qwen2_moe")
+# Softcap and a window, sinks, another value head dim, chunks, a window that only the mask has.
+OTHER_FAMILIES = ("gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "qwen2_moe")
 
 
 def pair(name):
-    """The same weights under Transformers' attention (sdpa; eager for the others) and under a ring backend."""
-    if name in OTHER_MATHS:
+    """Return two models of equal weights: with Transformers' attention (sdpa, or eager) and with a ring backend."""
+    if name in OTHER_FAMILIES:
         return tiny(name, "eager").float().eval(), tiny(name, "ring_zigzag").float().eval()
     return MODELS[name]("sdpa").eval(), MODELS[name]("ring_zigzag").eval()
 
@@ -39,7 +40,7 @@ def test_names_are_registered_and_do_not_trigger_other_backends():
         assert not any(part in name for part in ("flash", "sdpa", "flex_attention", "/"))
 
 
-def test_every_way_to_choose_a_backend_works_and_none_is_saved(tmp_path):
+def test_every_api_selects_a_backend_and_none_saves_it(tmp_path):
     model = llama("sdpa")
     model.save_pretrained(tmp_path / "plain")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="ring_striped")
@@ -51,9 +52,9 @@ def test_every_way_to_choose_a_backend_works_and_none_is_saved(tmp_path):
     assert "ring" not in json.dumps(json.loads((tmp_path / "ring" / "config.json").read_text()))
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OTHER_MATHS])
+@pytest.mark.parametrize("name", [*MODELS, *OTHER_FAMILIES])
 @pytest.mark.parametrize(
-    ("what", "inputs"),
+    ("padding", "inputs"),
     [
         ("plain", {}),
         ("packed", {"position_ids": PACKED, "use_cache": False}),
@@ -61,9 +62,9 @@ def test_every_way_to_choose_a_backend_works_and_none_is_saved(tmp_path):
         ("left-padded", {"attention_mask": LEFT}),
     ],
 )
-def test_one_process_equals_transformers(name, what, inputs):
-    if (name, what) == ("gpt_oss", "packed"):
-        pytest.skip("Transformers lets packed documents of gpt-oss see each other; the next test says what we do")
+def test_one_process_equals_transformers(name, padding, inputs):
+    if (name, padding) == ("gpt_oss", "packed"):
+        pytest.skip("Transformers lets packed documents of gpt-oss attend to each other; the next test covers it")
     plain, ring = pair(name)
     logits, gradients = [], []
     mask = inputs.get("attention_mask", torch.ones_like(TOKENS)).bool()
@@ -73,29 +74,26 @@ def test_one_process_equals_transformers(name, what, inputs):
         out.loss.backward()
         logits.append(out.logits[mask].detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert_close(f"{name} {what} logits", logits[1], logits[0], rms=2e-6)
-    assert_close(f"{name} {what} gradients", gradients[1], gradients[0], rms=1e-5)
+    assert_close(f"{name} {padding} logits", logits[1], logits[0], rms=2e-6)
+    assert_close(f"{name} {padding} gradients", gradients[1], gradients[0], rms=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "deepseek_v3"])
 def test_packed_documents_do_not_see_each_other(name):
     model = pair(name)[1]
     packed = model(input_ids=TOKENS, position_ids=PACKED, use_cache=False).logits[:, 10:]
-    alone = model(input_ids=TOKENS[:, 10:], use_cache=False).logits
-    together = model(input_ids=TOKENS, use_cache=False).logits[:, 10:]
-    assert_close("second document", packed, alone, rms=2e-6)
-    assert (packed - together).abs().max() > 1e-2
+    separate = model(input_ids=TOKENS[:, 10:], use_cache=False).logits
+    as_one_document = model(input_ids=TOKENS, use_cache=False).logits[:, 10:]
+    assert_close("second document", packed, separate, rms=2e-6)
+    assert (packed - as_one_document).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [*MODELS, *(name for name in OTHER_MATHS if name != "llama4_text")])
+@pytest.mark.parametrize("name", [*MODELS, *(name for name in OTHER_FAMILIES if name != "llama4_text")])
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left-padded"])
 def test_greedy_generation_equals_transformers(name, mask):
-    texts = []
-    for model in pair(name):
-        texts.append(
-            model.generate(input_ids=TOKENS, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
-        )
-    assert texts[0].shape == (2, 52) and torch.equal(*texts)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    plain, ring = (model.generate(input_ids=TOKENS, attention_mask=mask, **settings) for model in pair(name))
+    assert plain.shape == (2, 52) and torch.equal(plain, ring)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -115,18 +113,17 @@ def test_generating_beyond_one_chunk_of_attention_is_refused():
 
 def test_bf16_is_as_close_to_fp32_as_sdpa():
     plain, ring = pair("llama")
-    truth = plain(input_ids=TOKENS).logits.float()
-    errors = [(m.bfloat16()(input_ids=TOKENS).logits.float() - truth).square().mean().sqrt() for m in (plain, ring)]
+    expected = plain(input_ids=TOKENS).logits.float()
+    differences = [model.bfloat16()(input_ids=TOKENS).logits.float() - expected for model in (plain, ring)]
+    errors = [difference.square().mean().sqrt() for difference in differences]
     print(f"bf16 error: sdpa {errors[0]:.3e}, ring {errors[1]:.3e}")
     assert errors[1] <= 2 * errors[0]
 
 
 def test_fp32_queries_of_a_bf16_layer_return_to_bf16():
-    """As PEFT makes them, by keeping layer norms in fp32."""
+    """PEFT keeps layer norms in fp32, which makes fp32 queries."""
     model = llama("ring_zigzag").bfloat16().eval()
-    attention = model.model.layers[0].self_attn
-    from ring_hf.hf.attention.backend import attention as backend
-
+    layer = model.model.layers[0].self_attn
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
-    out, weights = backend(attention, query, key, key, None, scaling=0.3)
+    out, weights = attention(layer, query, key, key, None, scaling=0.3)
     assert out.dtype == torch.bfloat16 and out.shape == (1, 6, 4, 8) and weights is None

@@ -1,5 +1,4 @@
-"""The collator: labels shifted before anything is cut, documents and padding described, every inner collator
-served."""
+"""The collator: labels are shifted before rows are cut, metadata holds documents and padding, inner collators work."""
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers import (
 from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
 from ring_hf.hf.batch_metadata import METADATA_KEY
-from ring_hf.hf.documents import documents_of_positions, shift_left, shift_right
+from ring_hf.hf.documents import documents_from_position_ids, shift_left, shift_right
 from ring_hf.memory import apply
 from ring_hf.parallel import join
 from tests.hf.models import SIZES, llama, rank_of, rows
@@ -33,7 +32,7 @@ def config(layout="zigzag"):
 
 
 def shards(layout, num_ranks, features, ulysses=None, **settings):
-    """The batches of all ranks."""
+    """Return the batches of all ranks."""
     batches = []
     for rank in range(num_ranks):
         with rank_of(num_ranks, rank, ulysses_size=ulysses):
@@ -41,7 +40,8 @@ def shards(layout, num_ranks, features, ulysses=None, **settings):
     return batches
 
 
-def whole(batches, key):
+def join_shards(batches, key):
+    """Return the whole rows of a key of the batch."""
     sequence = batches[0][METADATA_KEY].sequence
     return join([batch[key] for batch in batches], [sequence.segments(rank) for rank in range(len(batches))], 1)
 
@@ -52,14 +52,15 @@ def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_r
     features = rows(17, 23, 20)
     batches = shards(layout, num_ranks, features, ulysses)
     length = padded_length(layout, 23, num_ranks, ulysses)
-    labels, shifted, tokens = (whole(batches, key) for key in ("labels", "shift_labels", "input_ids"))
+    tokens, labels = join_shards(batches, "input_ids"), join_shards(batches, "labels")
+    shifted = join_shards(batches, "shift_labels")
     assert tokens.shape == labels.shape == shifted.shape == (3, length)
     for row, feature in enumerate(features):
-        num = len(feature["input_ids"])
-        assert tokens[row, :num].tolist() == feature["input_ids"]
-        assert labels[row, :num].tolist() == feature["labels"]
-        assert shifted[row, : num - 1].tolist() == feature["labels"][1:]
-        assert (labels[row, num:] == -100).all() and (shifted[row, num - 1 :] == -100).all()
+        num_tokens = len(feature["input_ids"])
+        assert tokens[row, :num_tokens].tolist() == feature["input_ids"]
+        assert labels[row, :num_tokens].tolist() == feature["labels"]
+        assert shifted[row, : num_tokens - 1].tolist() == feature["labels"][1:]
+        assert (labels[row, num_tokens:] == -100).all() and (shifted[row, num_tokens - 1 :] == -100).all()
     sequence = batches[0][METADATA_KEY].sequence
     assert sequence.num_tokens == (17, 23, 20) and sequence.documents is None and sequence.length == length
     assert (sequence.num_ranks, sequence.ulysses) == (num_ranks, ulysses)
@@ -68,13 +69,13 @@ def test_labels_are_shifted_over_the_whole_row_and_nothing_is_lost(layout, num_r
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_positions_are_global_and_small_in_the_padding(layout):
     batches = shards(layout, 4, rows(21, 21))
-    positions = whole(batches, "position_ids")
+    positions = join_shards(batches, "position_ids")
     assert positions[:, :21].tolist() == [list(range(21))] * 2
     assert positions[:, 21:].tolist() == [list(range(3))] * 2
     assert batches[0][METADATA_KEY].sequence.num_tokens == (21, 21) and batches[0][METADATA_KEY].unpadded_length == 21
 
 
-def test_ranks_of_a_group_carry_the_same_description_and_other_data_another_one():
+def test_ranks_of_a_group_have_equal_metadata_and_other_data_differs():
     batches = shards("zigzag", 2, rows(16, 16))
     assert batches[0][METADATA_KEY].fingerprint == batches[1][METADATA_KEY].fingerprint
     assert batches[0][METADATA_KEY].sequence == batches[1][METADATA_KEY].sequence
@@ -83,7 +84,7 @@ def test_ranks_of_a_group_carry_the_same_description_and_other_data_another_one(
     )
 
 
-def test_tensors_that_the_description_replaces_are_dropped():
+def test_tensors_that_the_metadata_replaces_are_dropped():
     batch = shards("zigzag", 2, rows(13, 16))[0]
     assert set(batch) == {"input_ids", "position_ids", "labels", "shift_labels", METADATA_KEY}
 
@@ -91,14 +92,14 @@ def test_tensors_that_the_description_replaces_are_dropped():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packing_flattens_examples_into_documents(layout):
     batches = shards(layout, 2, rows(5, 9, 8), packing=True)
-    description = batches[0][METADATA_KEY]
+    metadata = batches[0][METADATA_KEY]
     length = padded_length(layout, 22, 2)
     tail = (length,) if length > 22 else ()
-    assert description.sequence.documents == ((0, 5, 14, 22, *tail),)
-    assert description.examples == (0, 5, 14, 22)
-    labels = whole(batches, "labels")
+    assert metadata.sequence.documents == ((0, 5, 14, 22, *tail),)
+    assert metadata.examples == (0, 5, 14, 22)
+    labels = join_shards(batches, "labels")
     assert [index for index in range(22) if labels[0, index] == -100] == [0, 5, 14]
-    assert whole(batches, "position_ids")[0, :22].tolist() == [*range(5), *range(9), *range(8)]
+    assert join_shards(batches, "position_ids")[0, :22].tolist() == [*range(5), *range(9), *range(8)]
 
 
 @pytest.mark.parametrize(("num_ranks", "ulysses"), [(2, 1), (4, 1), (4, 2)])
@@ -106,48 +107,41 @@ def test_balanced_shards_follow_the_documents_and_lose_nothing(num_ranks, ulysse
     features = rows(40, 3, 70, 9, 128, 6)
     batches = shards("balanced", num_ranks, features, ulysses, packing=True)
     tokens = [token for feature in features for token in feature["input_ids"]]
-    assert whole(batches, "input_ids")[0, :256].tolist() == tokens
-    assert whole(batches, "position_ids")[0, :43].tolist() == [*range(40), *range(3)]
+    assert join_shards(batches, "input_ids")[0, :256].tolist() == tokens
+    assert join_shards(batches, "position_ids")[0, :43].tolist() == [*range(40), *range(3)]
     assert all(
         batch["input_ids"].shape[1] == batch[METADATA_KEY].shard_length == 256 // num_ranks for batch in batches
     )
     sequence = batches[0][METADATA_KEY].sequence
-    alone = shards("balanced", num_ranks, rows(256), ulysses)[0][METADATA_KEY].sequence
-    assert [sequence.segments(rank) for rank in range(num_ranks)] != [alone.segments(r) for r in range(num_ranks)]
+    one_document = shards("balanced", num_ranks, rows(256), ulysses)[0][METADATA_KEY].sequence
+    assert any(sequence.segments(rank) != one_document.segments(rank) for rank in range(num_ranks))
 
 
-def test_transport_and_inner_ring_travel_with_the_batch():
+def test_metadata_carries_transport_and_inner_ring():
     with rank_of(4, 1, transport="double_ring", inner_ring_size=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
-    assert (
-        batch[METADATA_KEY].options.transport,
-        batch[METADATA_KEY].options.inner_ring_size,
-        batch[METADATA_KEY].rank,
-    ) == (
-        "double_ring",
-        2,
-        1,
-    )
+    metadata = batch[METADATA_KEY]
+    assert (metadata.options.transport, metadata.options.inner_ring_size, metadata.rank) == ("double_ring", 2, 1)
 
 
-def test_chunks_of_heads_travel_with_the_batch():
+def test_metadata_carries_head_chunks():
     with rank_of(4, 1, ulysses_size=2, head_chunks=2):
         batch = ContextParallelCollator(config("zigzag"))(rows(16))
     assert batch[METADATA_KEY].options.head_chunks == 2 and batch[METADATA_KEY].sequence.ulysses == 2
 
 
-def test_flattening_with_and_without_boundaries_equals_our_packing():
+def test_flattening_collators_equal_the_default_packing():
     features = rows(5, 9, 8)
-    ours = shards("zigzag", 2, features, packing=True)
+    default_batches = shards("zigzag", 2, features, packing=True)
     for inner in (
         DataCollatorWithFlattening(),
         DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True),
         DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True),
     ):
-        theirs = shards("zigzag", 2, features, inner=inner)
-        assert theirs[0][METADATA_KEY].sequence == ours[0][METADATA_KEY].sequence
+        batches = shards("zigzag", 2, features, inner=inner)
+        assert batches[0][METADATA_KEY].sequence == default_batches[0][METADATA_KEY].sequence
         for key in ("input_ids", "labels", "shift_labels"):
-            assert torch.equal(whole(theirs, key), whole(ours, key)), key
+            assert torch.equal(join_shards(batches, key), join_shards(default_batches, key)), key
 
 
 @pytest.mark.parametrize(
@@ -169,31 +163,30 @@ def test_padding_collators_of_transformers(inner):
     assert (
         batches[0][METADATA_KEY].sequence.num_tokens == (13, 20) and batches[0][METADATA_KEY].unpadded_length == length
     )
-    assert torch.equal(whole(batches, "input_ids")[:, :length], plain["input_ids"])
-    assert torch.equal(whole(batches, "labels")[:, :length], plain["labels"])
-    assert torch.equal(whole(batches, "shift_labels")[:, : length - 1], plain["labels"][:, 1:])
+    assert torch.equal(join_shards(batches, "input_ids")[:, :length], plain["input_ids"])
+    assert torch.equal(join_shards(batches, "labels")[:, :length], plain["labels"])
+    assert torch.equal(join_shards(batches, "shift_labels")[:, : length - 1], plain["labels"][:, 1:])
 
 
 def test_default_data_collator_of_equal_rows():
     features = [{**row, "attention_mask": [1] * 16} for row in rows(16, 16)]
     batches = shards("striped", 2, features, inner=default_data_collator)
     assert batches[0][METADATA_KEY].sequence.num_tokens is None
-    assert whole(batches, "labels").tolist() == [row["labels"] for row in features]
+    assert join_shards(batches, "labels").tolist() == [row["labels"] for row in features]
 
 
-def test_ready_made_shift_labels_are_kept_and_labels_follow_from_them():
+def test_given_shift_labels_are_kept_and_labels_derived():
     features = rows(16)
     shifted = [7] * 15 + [-100]
-    ready = [{"input_ids": features[0]["input_ids"], "shift_labels": shifted}]
-    batches = shards("zigzag", 2, ready)
-    assert whole(batches, "shift_labels").tolist() == [shifted]
-    assert whole(batches, "labels").tolist() == [[-100] + [7] * 15]
+    batches = shards("zigzag", 2, [{"input_ids": features[0]["input_ids"], "shift_labels": shifted}])
+    assert join_shards(batches, "shift_labels").tolist() == [shifted]
+    assert join_shards(batches, "labels").tolist() == [[-100] + [7] * 15]
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_weights_stay_with_the_targets_they_belong_to(packing, shifted):
-    """The weight of a label is made of its number, and still is after shifting, padding and cutting."""
+def test_loss_weights_stay_with_their_targets(packing, shifted):
+    """Each weight is computed from its label, and still matches it after shifting, padding and cutting."""
     features = rows(17, 23)
     for feature in features:
         labels = feature["labels"]
@@ -201,37 +194,37 @@ def test_weights_stay_with_the_targets_they_belong_to(packing, shifted):
             feature["shift_labels"] = labels = [*feature.pop("labels")[1:], -100]
         feature["loss_weights"] = [label / 128 for label in labels]
     batches = shards("zigzag", 3, features, packing=packing)
-    targets, weights = whole(batches, "shift_labels"), whole(batches, "loss_weights")
-    counted = targets != -100
-    assert counted.sum() == 38 and weights.shape == targets.shape
-    assert torch.equal(weights[counted], targets[counted] / 128)
+    targets, weights = join_shards(batches, "shift_labels"), join_shards(batches, "loss_weights")
+    is_target = targets != -100
+    assert is_target.sum() == 38 and weights.shape == targets.shape
+    assert torch.equal(weights[is_target], targets[is_target] / 128)
 
 
-def test_one_process_refuses_weights_that_its_model_would_overlook():
+def test_one_process_refuses_loss_weights_that_its_model_ignores():
     model, features = llama(), rows(17)
     features[0]["loss_weights"] = [1.0] * 17
-    with pytest.raises(ValueError, match="loss_weights, which Transformers' loss does not know"):
+    with pytest.raises(ValueError, match="loss_weights, which Transformers' loss ignores"):
         ContextParallelCollator(model)(features)
     apply(model, attention="none", ffn_block=None, loss_block=8)
     assert ContextParallelCollator(model)(features)["loss_weights"].tolist() == [[1.0] * 17]
 
 
-def test_rows_that_were_packed_before_keep_their_documents_with_or_without_an_all_ones_mask():
+def test_prepacked_rows_keep_their_documents_with_and_without_mask():
     packed = [{**row, "position_ids": [*range(6), *range(10)]} for row in rows(16, 16)]
     masked = [{**row, "attention_mask": [1] * 16} for row in packed]
     for features in (packed, masked):
-        description = shards("zigzag", 2, features)[0][METADATA_KEY]
-        assert description.sequence.documents == ((0, 6, 16), (0, 6, 16)) and description.examples is None
+        metadata = shards("zigzag", 2, features)[0][METADATA_KEY]
+        assert metadata.sequence.documents == ((0, 6, 16), (0, 6, 16)) and metadata.examples is None
 
 
-def test_positions_that_skip_forward_begin_a_document_only_without_a_mask():
+def test_skipping_positions_start_a_document_only_without_mask():
     skipping = torch.tensor([[0, 1, 2, 10, 11]])
-    assert documents_of_positions(skipping) == ((0, 3, 5),)
-    assert documents_of_positions(skipping, jumps=False) is None
-    assert documents_of_positions(torch.tensor([[0, 1, 2, 0, 0]]), num_tokens=(3,)) is None
+    assert documents_from_position_ids(skipping) == ((0, 3, 5),)
+    assert documents_from_position_ids(skipping, skips_start_documents=False) is None
+    assert documents_from_position_ids(torch.tensor([[0, 1, 2, 0, 0]]), num_tokens=(3,)) is None
 
 
-def test_shifting_back_and_forth_loses_only_what_nothing_predicts():
+def test_shifting_back_and_forth_loses_only_the_first_label():
     labels = torch.arange(10)[None]
     assert torch.equal(shift_right(shift_left(labels))[:, 1:], labels[:, 1:])
 
@@ -242,7 +235,7 @@ def test_a_batch_without_labels_stays_without():
     assert set(batch) == {"input_ids", "position_ids", METADATA_KEY}
 
 
-def test_one_process_gets_the_inner_batch_as_it_is():
+def test_one_process_gets_the_unchanged_inner_batch():
     features = rows(5, 9)
     collator = ContextParallelCollator(config())
     plain = collator.inner(features)
@@ -256,16 +249,14 @@ def _with_size_one(collator, features):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loader_workers_find_the_rank(method):
+def test_loader_workers_get_the_process_context(method):
     features = rows(16, 16, 16, 16)
     with rank_of(2, 1):
         collator = ContextParallelCollator(config())
-        here = list(DataLoader(features, batch_size=2, collate_fn=collator))
-        workers = DataLoader(
-            features, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=method
-        )
-        there = list(workers)
-    assert len(here) == len(there) == 2
-    for ours, theirs in zip(here, there, strict=True):
-        assert ours[METADATA_KEY] == theirs[METADATA_KEY] and ours[METADATA_KEY].rank == 1
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != METADATA_KEY)
+        expected_batches = list(DataLoader(features, batch_size=2, collate_fn=collator))
+        loader = DataLoader(features, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=method)
+        worker_batches = list(loader)
+    assert len(expected_batches) == len(worker_batches) == 2
+    for expected, batch in zip(expected_batches, worker_batches, strict=True):
+        assert batch[METADATA_KEY] == expected[METADATA_KEY] and batch[METADATA_KEY].rank == 1
+        assert all(torch.equal(batch[key], expected[key]) for key in expected if key != METADATA_KEY)

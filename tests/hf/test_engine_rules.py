@@ -1,6 +1,8 @@
-"""What is refused and what is said of engines and their settings, before anything runs."""
+"""Engines and their settings: selection, refusals and notices before anything runs."""
 
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_every_engine_is_found_by_what_accelerate_runs(name):
+def test_engine_is_selected_from_the_accelerate_state(name):
     assert find_engine(STATES[name]) is ENGINES[name] and check_engine(accelerator(STATES[name])) is None
     assert [engine.name for engine in ENGINES.values() if engine.is_running(STATES[name])] == [name]
 
@@ -82,7 +84,7 @@ def context(engine):
     return SimpleNamespace(engine=engine, size=2, num_replicas=2)
 
 
-def test_a_model_that_was_sharded_while_it_was_loaded_is_an_engine_of_its_own():
+def test_model_sharded_at_loading_has_its_own_engine():
     assert set(ENGINES) == {*STATES, "FSDP2 at loading"}
     ddp, model = context("DDP"), sharded_at_loading()
     assert engine_of(ddp, model) is ENGINES["FSDP2 at loading"] and weights_error(ddp, model) is None
@@ -90,7 +92,7 @@ def test_a_model_that_was_sharded_while_it_was_loaded_is_an_engine_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["tp_size", "pp_size", "ep_size"])
-def test_ranks_that_share_a_layer_are_refused_by_name(name):
+def test_loading_with_other_parallelism_is_refused_by_name(name):
     message = weights_error(context("DDP"), sharded_at_loading(**{name: 2}))
     assert f"DistributedConfig({name}=2)" in message and "Load it with DistributedConfig(fsdp_size=4)" in message
 
@@ -100,7 +102,7 @@ def test_sharding_the_same_weights_twice_is_refused():
     assert "FSDP2 was asked for as well" in message
 
 
-def test_dtensors_that_nobody_here_has_made_are_refused():
+def test_dtensors_of_other_meshes_are_refused():
     model = llama("ring_zigzag")
     assert weights_error(context("DDP"), model) is None
     model.lm_head.weight.device_mesh = SimpleNamespace(mesh_dim_names=("dp_replicate", "dp_shard_cp"))
@@ -131,25 +133,47 @@ def test_device_that_is_neither_cpu_nor_cuda_is_refused():
 
 SHARDED = "StateDictType.SHARDED_STATE_DICT"
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500, "eval_steps": 500}
-LIGER = {"use_liger_kernel": True}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Settings that an engine refuses.
+
+    Attributes:
+        engine: its name.
+        state: Accelerate's state.
+        message: a part of the error message.
+        arguments: of `TrainingArguments`.
+        uses_liger: whether `use_liger_kernel` is set.
+    """
+
+    engine: str
+    state: SimpleNamespace
+    message: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    uses_liger: bool = False
+
+
 REFUSED = {
-    "the best of sharded checkpoints": ("FSDP2", fsdp(state_dict_type=SHARDED), BEST, "ranks may choose different"),
-    "the best of FSDP1's": ("FSDP1", fsdp(1, state_dict_type=SHARDED), BEST, "ranks may choose different ones"),
-    "FSDP1 in bf16": (
+    "the best of sharded checkpoints": Refusal(
+        "FSDP2", fsdp(state_dict_type=SHARDED), "ranks may choose different", arguments=BEST
+    ),
+    "the best of FSDP1's": Refusal(
+        "FSDP1", fsdp(1, state_dict_type=SHARDED), "ranks may choose different ones", arguments=BEST
+    ),
+    "FSDP1 in bf16": Refusal(
         "FSDP1",
         fsdp(1, mixed_precision_policy=MixedPrecision(param_dtype=BF16, buffer_dtype=BF16)),
-        {},
         "casts buffers to torch.bfloat16, among them the frequencies of RoPE",
     ),
-    "AutoTP": (
-        "ZeRO-2",
-        deepspeed(2, tensor_parallel={"autotp_size": 2}),
-        {},
-        "autotp_size=2 in the DeepSpeed config",
+    "AutoTP": Refusal(
+        "ZeRO-2", deepspeed(2, tensor_parallel={"autotp_size": 2}), "autotp_size=2 in the DeepSpeed config"
     ),
-    "DeepSpeed's Ulysses": ("ZeRO-3", deepspeed(3, sequence_parallel_size=4), {}, "set context_parallel_size=4"),
+    "DeepSpeed's Ulysses": Refusal("ZeRO-3", deepspeed(3, sequence_parallel_size=4), "set context_parallel_size=4"),
     **{
-        f"a fused loss on {name}": (name, STATES[name], LIGER, "takes the weights of the LM head outside of its layer")
+        f"a fused loss on {name}": Refusal(
+            name, STATES[name], "takes the weights of the LM head outside of its layer", uses_liger=True
+        )
         for name in ("FSDP1", "FSDP2", "ZeRO-3")
     },
 }
@@ -157,11 +181,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_settings_that_cannot_be_exact_are_refused(name):
-    engine, state, settings, words = REFUSED[name]
-    args = arguments(**{key: value for key, value in settings.items() if key not in LIGER})
-    args.use_liger_kernel = "use_liger_kernel" in settings
-    (message,) = messages(ENGINES[engine].rules, state, args)
-    assert (words in message and "Set " in message) or "Leave it out" in message
+    refusal = REFUSED[name]
+    args = arguments(**refusal.arguments)
+    args.use_liger_kernel = refusal.uses_liger
+    (message,) = messages(ENGINES[refusal.engine].rules, refusal.state, args)
+    assert refusal.message in message and ("Set " in message or "Leave it out" in message)
 
 
 def test_settings_that_are_exact_pass():
@@ -174,14 +198,14 @@ def test_settings_that_are_exact_pass():
     assert messages(ENGINES["FSDP1"].rules, fp32, arguments()) == []
 
 
-def test_what_costs_memory_or_leaves_no_model_is_said():
+def test_notices_name_memory_costs_and_missing_models():
     accumulated = arguments(gradient_accumulation_steps=2)
-    said = messages(ENGINES["FSDP2"].notices, fsdp(state_dict_type=SHARDED), accumulated)
-    assert len(said) == 2 and "sync_each_batch" in said[0] and "accelerate merge-weights" in said[1]
+    notices = messages(ENGINES["FSDP2"].notices, fsdp(state_dict_type=SHARDED), accumulated)
+    assert len(notices) == 2 and "sync_each_batch" in notices[0] and "accelerate merge-weights" in notices[1]
     accumulated.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
     assert messages(ENGINES["FSDP2"].notices, fsdp(), accumulated) == []
-    (said,) = messages(ENGINES["ZeRO-3"].notices, deepspeed(3, gathers=False), arguments())
-    assert "zero_to_fp32.py" in said and messages(ENGINES["ZeRO-3"].notices, deepspeed(3), arguments()) == []
+    (notice,) = messages(ENGINES["ZeRO-3"].notices, deepspeed(3, gathers=False), arguments())
+    assert "zero_to_fp32.py" in notice and messages(ENGINES["ZeRO-3"].notices, deepspeed(3), arguments()) == []
 
 
 def test_fsdp2_casts_weights_only():
@@ -196,13 +220,13 @@ def test_fsdp2_casts_weights_only():
     assert state.fsdp_plugin.mixed_precision_policy is None
 
 
-def test_deepspeeds_loader_is_told_which_ranks_read_the_same_rows():
+def test_deepspeed_loader_gets_the_mesh_of_ranks_with_equal_rows():
     state = deepspeed(3)
     ENGINES["ZeRO-3"].adapt(state, 4)
     assert state.ds_device_mesh.mesh_dim_names == ("tp",) and state.ds_device_mesh["tp"].size() == 4
-    alone = deepspeed(3)
-    ENGINES["ZeRO-3"].adapt(alone, 1)
-    assert not hasattr(alone, "ds_device_mesh")
+    unshared = deepspeed(3)
+    ENGINES["ZeRO-3"].adapt(unshared, 1)
+    assert not hasattr(unshared, "ds_device_mesh")
 
 
 def test_sizes_that_an_engine_cannot_take_are_refused():
@@ -214,24 +238,24 @@ def test_sizes_that_an_engine_cannot_take_are_refused():
         ContextParallelConfig(context_parallel_size=1, dp_replicate_size=8)._fit(8, ENGINES["FSDP2"])
 
 
-def test_checkpointing_by_the_engine_beside_ours_is_refused():
+def test_checkpointing_by_engine_and_memory_is_refused():
     model = llama()
     assert checkpoints_layers(fsdp(activation_checkpointing=True)) and not checkpoints_layers(fsdp())
     assert not checkpoints_layers(plain("NO")) and check_memory(arguments(), model, True) is None
     memory.apply(model, attention="save", ffn_block=None, loss_block=None)
     assert check_memory(arguments(), model, False) is None
-    assert "activation_checkpointing in fsdp_config together with" in check_memory(arguments(), model, True)
+    assert "activation_checkpointing in fsdp_config conflicts with" in check_memory(arguments(), model, True)
 
 
-def test_blocks_that_would_find_no_whole_weights_are_refused():
+def test_blocks_without_whole_weights_are_refused():
     model = llama()
     assert blocks_error(ENGINES["FSDP1"], model) is None
     memory.apply(model, attention="save", ffn_block=None, loss_block=8)
     assert "loss_block=8) needs whole weights, of which FSDP1 shows views" in blocks_error(ENGINES["FSDP1"], model)
     assert all(blocks_error(engine, model) is None for name, engine in ENGINES.items() if name != "FSDP1")
-    saved = llama()
-    memory.apply(saved, attention="save", ffn_block=None, loss_block=None)
-    assert blocks_error(ENGINES["FSDP1"], saved) is None
+    without_blocks = llama()
+    memory.apply(without_blocks, attention="save", ffn_block=None, loss_block=None)
+    assert blocks_error(ENGINES["FSDP1"], without_blocks) is None
 
 
 def test_a_trial_step_that_an_engine_cannot_take_is_refused():

@@ -1,4 +1,4 @@
-"""The guard outside of the Trainer, after the first step, and when several Trainers share a process."""
+"""The guard without a Trainer, after the first step, and with several Trainers in one process."""
 
 import logging
 
@@ -25,7 +25,7 @@ def model_and_rows(attention, weighted):
 
 
 def own_loop(rank, world_size, weighted):
-    """Evaluation and training steps in a hand-written loop with Accelerate; returns the losses and a gradient."""
+    """Evaluate and train in a hand-written loop with Accelerate; return the losses and a gradient."""
     accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=world_size))
     model, examples = model_and_rows("ring_zigzag", weighted)
     guard_model(model)
@@ -36,8 +36,8 @@ def own_loop(rank, world_size, weighted):
         losses = [model(**batch).loss.item() for batch in loader]
     model.train()
     batch = next(iter(loader))
-    shares = model(**batch, num_items_in_batch=torch.tensor(35.0)).loss  # 15 + 20 targets in the first two rows
-    shares.backward()
+    loss = model(**batch, num_items_in_batch=torch.tensor(35.0)).loss  # 15 + 20 targets in the first two rows
+    loss.backward()
     gradient = accelerator.reduce(model.lm_head.weight.grad.clone(), reduction="sum")
     context.activate(None)
     return losses, gradient
@@ -49,65 +49,67 @@ def test_hand_written_loop_equals_one_process(weighted):
     collate = ContextParallelCollator(model)
     batches = [collate(examples[:2]), collate(examples[2:])]
     with torch.no_grad():
-        want = [model(**batch).loss.item() for batch in batches]
+        expected_losses = [model(**batch).loss.item() for batch in batches]
     model(**batches[0], num_items_in_batch=35).loss.backward()
     for losses, gradient in run_distributed(2, own_loop, weighted):
-        assert losses == pytest.approx(want, abs=1e-6)
-        apart = (gradient - model.lm_head.weight.grad).abs().max().item()
-        print(f"hand-written loop: worst gradient difference {apart:.2e}")
-        assert apart < 1e-6
+        assert losses == pytest.approx(expected_losses, abs=1e-6)
+        difference = (gradient - model.lm_head.weight.grad).abs().max().item()
+        print(f"hand-written loop: worst gradient difference {difference:.2e}")
+        assert difference < 1e-6
 
 
-def later_refusal(rank, world_size):
+def invalid_second_batch(rank, world_size):
+    """Return the message of an invalid batch after a valid one."""
     model = llama()
     collator = ContextParallelCollator(model)
     trainer = Trainer(model, arguments(), train_dataset=rows(16, 16), data_collator=collator)
-    good = collator(rows(16, 16))
     model.train()
-    model(**good)
-    bad = ContextParallelCollator(model, inner=LeftPadding())(rows(16, 12))
-    assert isinstance(bad[METADATA_KEY], InvalidBatch) and trainer.model is model
+    model(**collator(rows(16, 16)))
+    batch = ContextParallelCollator(model, inner=LeftPadding())(rows(16, 12))
+    assert isinstance(batch[METADATA_KEY], InvalidBatch) and trainer.model is model
     try:
-        model(**bad)
+        model(**batch)
     except ValueError as error:
         return str(error)
     finally:
         context.activate(None)
 
 
-def test_a_batch_refused_after_the_first_step_raises_with_its_reason():
-    for message in run_distributed(2, later_refusal):
+def test_invalid_batch_after_the_first_step_raises_its_message():
+    for message in run_distributed(2, invalid_second_batch):
         assert message.startswith("attention_mask has left padding")
 
 
 def two_trainers(rank, world_size):
-    """A Trainer with context parallelism, then one without, which replaces Accelerate's state; then the first
-    trains."""
-    ring = llama()
-    collator = ContextParallelCollator(ring)
-    first = Trainer(ring, arguments(), train_dataset=rows(16, 20, 12, 16), data_collator=collator)
-    active = [context.current() is not None]
-    alone = arguments(ContextParallelConfig(context_parallel_size=1))
-    Trainer(llama("sdpa"), alone, train_dataset=rows(16, 16, 16, 16), data_collator=collator).train()
-    active.append(context.current() is not None)
+    """Train a Trainer that was made before another one without context parallelism, which replaces Accelerate's state.
+
+    Return whether each had a context, and the message that the first one raises.
+    """
+    model = llama()
+    collator = ContextParallelCollator(model)
+    first = Trainer(model, arguments(), train_dataset=rows(16, 20, 12, 16), data_collator=collator)
+    has_context = [context.current() is not None]
+    without = arguments(ContextParallelConfig(context_parallel_size=1))
+    Trainer(llama("sdpa"), without, train_dataset=rows(16, 16, 16, 16), data_collator=collator).train()
+    has_context.append(context.current() is not None)
     try:
         first.train()
     except ValueError as error:
-        return active, str(error)
+        return has_context, str(error)
     finally:
         context.activate(None)
 
 
-def test_a_later_trainer_works_without_context_and_the_earlier_one_is_refused_rather_than_wrong():
-    """Accelerate keeps one state per process: after the second Trainer, the first one's loader deals other rows to
-    every rank."""
-    for active, message in run_distributed(2, two_trainers):
-        assert active == [True, False]
+def test_earlier_trainer_is_refused_after_a_later_one():
+    """Accelerate keeps one state per process: after the second Trainer, the loader of the first gives every rank other
+    rows."""
+    for has_context, message in run_distributed(2, two_trainers):
+        assert has_context == [True, False]
         assert message.startswith("The ranks disagree about the batch")
 
 
-def logged(rank, world_size):
-    """What the Trainer's callback logs about the split; only the first process speaks."""
+def logged_messages(rank, world_size):
+    """Return what the Trainer's callback logs; only the first process logs."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -126,8 +128,8 @@ def logged(rank, world_size):
     return messages
 
 
-def test_the_resolved_split_is_logged_once():
-    first, *others = run_distributed(4, logged)
+def test_resolved_degrees_are_logged_once():
+    first, *others = run_distributed(4, logged_messages)
     assert len(first) == 1 and others == [[], [], []]
     assert first[0].startswith(
         "context parallelism: ring_balanced (layout balanced), 4 ranks per sequence = ring 2 x ulysses 2, "

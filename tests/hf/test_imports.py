@@ -1,4 +1,4 @@
-"""What an import costs and brings: parts of the package leave Transformers alone, and its models find the backends."""
+"""Imports: packages load only their dependencies, and Transformers' models find the backends in any order."""
 
 import sys
 import textwrap
@@ -10,7 +10,7 @@ from ring_hf import doctor, hf
 from ring_hf.exports import export_lazily
 from tests.harness import run_command
 
-# Part -> packages that it may not load. Each is imported in a process that has not loaded them yet.
+# Module -> the lowest package that it may not load; torch stands below Transformers. All are imported in one process.
 MUST_NOT_LOAD = {
     "ring_hf": "torch",
     "ring_hf.geometry": "torch",
@@ -31,16 +31,16 @@ def run_python(code):
     return run_command([sys.executable, "-c", textwrap.dedent(code)]).stdout
 
 
-def test_parts_do_not_load_what_they_do_not_need():
+def test_packages_load_only_their_dependencies():
     run_python(
         f"""
         import importlib, sys
 
-        for part, unwanted in {MUST_NOT_LOAD!r}.items():
-            importlib.import_module(part)
+        for name, forbidden in {MUST_NOT_LOAD!r}.items():
+            importlib.import_module(name)
             loaded = {{"torch", "transformers", "accelerate", "matplotlib", "datasets"}} & set(sys.modules)
-            allowed = set() if unwanted == "torch" else {{"torch"}}
-            assert loaded <= allowed, f"{{part}} loads {{loaded - allowed}}"
+            allowed = set() if forbidden == "torch" else {{"torch"}}
+            assert loaded <= allowed, f"{{name}} loads {{loaded - allowed}}"
         """
     )
 
@@ -70,7 +70,7 @@ def test_commands_on_plain_numbers_do_not_load_torch(tmp_path):
     )
 
 
-# Runs in a process of its own after the imports of a case.
+# Runs in a separate process after the imports of a test case.
 CHECK_MODEL = """
 import copy, importlib, inspect, pickle, sys
 import torch
@@ -121,7 +121,7 @@ assert ring_hf.ContextParallelCollator.__module__ == "ring_hf.hf.collate.collato
     ],
     ids=["before", "between", "after"],
 )
-def test_models_find_the_backends_whatever_is_imported_first(imports):
+def test_models_find_the_backends_in_any_import_order(imports):
     run_python("\n".join((imports, CHECK_MODEL, CHECK_TABLES, CHECK_REST)))
 
 

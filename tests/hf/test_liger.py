@@ -1,5 +1,7 @@
-"""`use_liger_kernel=True`: accepted where Liger's loss takes shards as they are, which is tried, and refused by name
-otherwise. `tests/memory/test_trainer.py` trains with it."""
+"""`use_liger_kernel=True` is accepted if Liger's loss is exact on a shard, and refused by name otherwise.
+
+`tests/memory/test_trainer.py` trains with it.
+"""
 
 from types import SimpleNamespace
 
@@ -13,11 +15,11 @@ from tests import liger_stand_in
 from tests.liger_stand_in import averaging_loss, deaf_loss, liger
 from tests.memory.models import batch, model_of, step
 
-ASKED = SimpleNamespace(use_liger_kernel=True)
+ARGUMENTS = SimpleNamespace(use_liger_kernel=True)
 
 
 def patched(loss=None, **settings):
-    """A model as `Trainer.train` makes it."""
+    """Return a model that Liger has patched, as in `Trainer.train`."""
     model = model_of("llama").float()
     with liger(loss):
         integration.apply_liger_kernel(model, {**liger_stand_in.SETTINGS, **settings})
@@ -25,43 +27,43 @@ def patched(loss=None, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"fused_linear_cross_entropy": False}], ids=["fused loss", "own loss"])
-def test_a_loss_that_takes_shards_as_they_are_is_accepted(settings):
+def test_a_loss_that_uses_shift_labels_is_accepted(settings):
     model = patched(**settings)
-    assert check_liger(ASKED, model, applied=True) is None and model.training
+    assert check_liger(ARGUMENTS, model, is_patched=True) is None and model.training
 
 
 @pytest.mark.parametrize("loss", [deaf_loss, averaging_loss])
-def test_a_loss_that_does_not_is_refused(loss):
+def test_other_fused_losses_are_refused(loss):
     model = patched(loss)
-    assert "a loss that does not take the labels of a shard as they are" in check_liger(ASKED, model, applied=True)
-    assert check_liger(ASKED, model, applied=False) is None
-    assert check_liger(SimpleNamespace(use_liger_kernel=False), model, applied=True) is None
+    assert "a loss that does not use shift_labels" in check_liger(ARGUMENTS, model, is_patched=True)
+    assert check_liger(ARGUMENTS, model, is_patched=False) is None
+    assert check_liger(SimpleNamespace(use_liger_kernel=False), model, is_patched=True) is None
 
 
-def test_levers_that_liger_would_make_void_are_refused():
+def test_memory_options_that_liger_would_replace_are_refused():
     model = model_of("llama")
     apply(model, attention="save", ffn_block=7, loss_block=None)
-    assert "(ffn_block=7, loss_block=None) would be ignored" in check_liger(ASKED, model, applied=False)
+    assert "(ffn_block=7, loss_block=None) would be ignored" in check_liger(ARGUMENTS, model, is_patched=False)
     only_attention = model_of("llama")
     apply(only_attention, attention="save", ffn_block=None, loss_block=None)
-    assert check_liger(ASKED, only_attention, applied=False) is None
+    assert check_liger(ARGUMENTS, only_attention, is_patched=False) is None
 
 
 def test_an_auxiliary_loss_of_one_shard_is_refused():
     model = model_of("llama")
     model.config.output_router_logits = True
-    assert "use_liger_kernel=True with output_router_logits=True" in check_liger(ASKED, model, applied=False)
+    assert "use_liger_kernel=True with output_router_logits=True" in check_liger(ARGUMENTS, model, is_patched=False)
 
 
 @pytest.mark.parametrize(
-    ("lever", "settings"), [("loss", {"swiglu": False}), ("ffn", {"fused_linear_cross_entropy": False})]
+    ("option", "settings"), [("loss", {"swiglu": False}), ("ffn", {"fused_linear_cross_entropy": False})]
 )
-def test_without_context_parallelism_levers_notice_that_they_were_made_void(lever, settings):
+def test_memory_options_notice_that_liger_replaced_them(option, settings):
     model = model_of("llama")
-    apply(model, **{"attention": "none", "ffn_block": None, "loss_block": None, f"{lever}_block": 7})
-    wanted = step(model, batch())
-    assert torch.isfinite(wanted[0])
+    apply(model, **{"attention": "none", "ffn_block": None, "loss_block": None, f"{option}_block": 7})
+    loss, *_ = step(model, batch())
+    assert torch.isfinite(loss)
     with liger(liger_stand_in.fused_loss):
         integration.apply_liger_kernel(model, settings)
-    with pytest.raises(ValueError, match=f"was replaced since memory.apply.*{lever}_block would be ignored"):
+    with pytest.raises(ValueError, match=f"was replaced since memory.apply.*{option}_block would be ignored"):
         step(model, batch())

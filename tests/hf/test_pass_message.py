@@ -1,4 +1,4 @@
-"""The message of every forward pass: what it carries, and what ranks read in it."""
+"""The message that ranks exchange in every forward pass: its encoding, and the differences that raise."""
 
 import math
 from dataclasses import replace
@@ -21,37 +21,37 @@ from tests.hf.models import context_of, llama, rows
 FINGERPRINTS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 NUMBERS = st.floats(allow_nan=False)
 MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), *[NUMBERS] * 5)
-PLAIN = PassMessage("ab" * 16, True, False, 3.0, 9.0, 2.0, 0.0, 1e-6)
+MESSAGE = PassMessage("ab" * 16, True, False, 3.0, 9.0, 2.0, 0.0, 1e-6)
 
 
 @given(MESSAGES)
-def test_encoded_messages_are_64_bytes_and_come_back(message):
+def test_messages_encode_to_64_bytes_and_decode(message):
     numbers = message.encode()
     assert len(numbers) == 8 and all(-(2**63) <= number < 2**63 for number in numbers)
     assert PassMessage.decode(torch.tensor(numbers, dtype=torch.int64).tolist()) == message
 
 
-def test_a_message_without_a_backward_pass_says_nothing_of_losses():
+def test_message_without_a_backward_pass_has_no_loss():
     decoded = PassMessage.decode(PassMessage(NO_FINGERPRINT, False, True).encode())
     assert math.isnan(decoded.loss_factor) and math.isnan(decoded.loss_residual)
-    assert find_other_loss([decoded, PLAIN], context_of(2, 0)) is None
+    assert find_other_loss([decoded, MESSAGE], context_of(2, 0)) is None
 
 
-def test_ranks_of_one_group_must_agree_and_those_of_two_need_not():
-    other = replace(PLAIN, fingerprint="cd" * 16)
-    assert find_disagreement([PLAIN, PLAIN, other, other], context_of(2, 0)) is None
-    message = find_disagreement([PLAIN, PLAIN, other, PLAIN], context_of(2, 0))
+def test_ranks_must_agree_within_a_group_only():
+    other = replace(MESSAGE, fingerprint="cd" * 16)
+    assert find_disagreement([MESSAGE, MESSAGE, other, other], context_of(2, 0)) is None
+    message = find_disagreement([MESSAGE, MESSAGE, other, MESSAGE], context_of(2, 0))
     assert f"rank 2: {'cd' * 16}, rank 3: {'ab' * 16}" in message
     assert "num_items_in_batch (rank 0: 9, rank 1: 4)" in find_disagreement(
-        [PLAIN, replace(PLAIN, num_items=4.0)], context_of(2, 0)
+        [MESSAGE, replace(MESSAGE, num_items=4.0)], context_of(2, 0)
     )
     assert "the mode (rank 0: training, rank 1: evaluation)" in find_disagreement(
-        [PLAIN, replace(PLAIN, is_training=False)], context_of(2, 0)
+        [MESSAGE, replace(MESSAGE, is_training=False)], context_of(2, 0)
     )
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected_message"),
     [
         ({"loss_factor": 2.1}, r"multiplies the loss of the model by"),
         ({"loss_residual": 1e-3}, r"adds to the loss of the model"),
@@ -59,15 +59,15 @@ def test_ranks_of_one_group_must_agree_and_those_of_two_need_not():
         ({"loss_factor": 2.0 + 1e-7}, None),
     ],
 )
-def test_losses_may_differ_by_the_same_factor_and_term_on_all_ranks(change, words):
-    common = find_other_loss([replace(PLAIN, **change)] * 2, context_of(2, 0))
+def test_losses_may_differ_by_the_same_factor_and_term_on_all_ranks(change, expected_message):
+    common = find_other_loss([replace(MESSAGE, **change)] * 2, context_of(2, 0))
     assert common is None
-    message = find_other_loss([PLAIN, replace(PLAIN, **change)], context_of(2, 0))
-    assert (message is None) if words is None else words in message
+    message = find_other_loss([MESSAGE, replace(MESSAGE, **change)], context_of(2, 0))
+    assert (message is None) if expected_message is None else expected_message in message
 
 
 class DrawsOnRankZero(TrainerCallback):
-    """Moves the random numbers of rank 0 on in the middle of an epoch."""
+    """Advances the random numbers of rank 0 in the middle of an epoch."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3 and state.is_world_process_zero:
@@ -75,7 +75,7 @@ class DrawsOnRankZero(TrainerCallback):
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Rows whose tokens are replaced at random, by the global generator of PyTorch."""
+    """Rows with a token that PyTorch's global generator replaces at random."""
 
     def __len__(self):
         return 64
@@ -87,7 +87,8 @@ class Augmented(torch.utils.data.Dataset):
         return row
 
 
-def drift(rank, world_size):
+def train_with_drift(rank, world_size):
+    """Return the last step and the error of a run whose ranks draw different random numbers."""
     model = llama()
     args = arguments()
     args.max_steps = 12
@@ -107,8 +108,8 @@ def drift(rank, world_size):
     return trainer.state.global_step, "nothing was raised"
 
 
-def test_ranks_that_drift_apart_are_refused_together_with_step_and_fingerprints():
-    (step, message), other = run_distributed(2, drift)
+def test_diverging_batches_raise_with_step_and_fingerprints():
+    (step, message), other = run_distributed(2, train_with_drift)
     assert (step, message) == other and 3 <= step <= 5
     assert message.startswith(
         f"In optimizer step {step + 1}: the ranks that share a sequence disagree about the batch"
@@ -116,8 +117,14 @@ def test_ranks_that_drift_apart_are_refused_together_with_step_and_fingerprints(
     assert "rank 0: " in message and "rank 1: " in message and "Random numbers were drawn" in message
 
 
-def loop(rank, world_size, change, count, plain=False):
-    """A hand-written loop of two steps, which changes the loss of rank 1 in the second."""
+def run_loop(rank, world_size, change, count_difference, uses_accelerator=True):
+    """Run a hand-written loop; return the number of backward passes and the error.
+
+    Args:
+        change: of the loss of rank 1, in the second step.
+        count_difference: of num_items_in_batch between the ranks; None: it is not passed.
+        uses_accelerator: whether `accelerator.backward` runs the backward pass.
+    """
     accelerator = Accelerator(cpu=True, parallelism_config=ContextParallelConfig(context_parallel_size=2))
     model = llama()
     loader = DataLoader(rows(*[16] * 8), batch_size=2, collate_fn=ContextParallelCollator(model))
@@ -125,10 +132,15 @@ def loop(rank, world_size, change, count, plain=False):
     num_backward = 0
     try:
         for step, batch in enumerate(loader):
-            targets = {"num_items_in_batch": torch.tensor(30.0 + count * rank)} if count is not None else {}
-            loss = model(**batch, **targets).loss
-            loss = change(loss) if rank and step == 1 else loss
-            loss.backward() if plain else accelerator.backward(loss)
+            if count_difference is not None:
+                batch["num_items_in_batch"] = torch.tensor(30.0 + count_difference * rank)
+            loss = model(**batch).loss
+            if rank == 1 and step == 1:
+                loss = change(loss)
+            if uses_accelerator:
+                accelerator.backward(loss)
+            else:
+                loss.backward()
             num_backward += 1
     except ValueError as error:
         return num_backward, str(error)
@@ -150,22 +162,25 @@ def same(loss):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(plus_constant, "adds to the loss of the model"), (squared, "multiplies the loss of the")]
+    ("change", "expected_message"),
+    [(plus_constant, "adds to the loss of the model"), (squared, "multiplies the loss of the")],
 )
-def test_a_loss_that_changes_later_is_refused_with_the_next_pass(change, words):
-    for num_backward, message in run_distributed(2, loop, change, None):
-        assert num_backward == 2 and words in message
+def test_a_loss_that_changes_later_is_refused_with_the_next_pass(change, expected_message):
+    for num_backward, message in run_distributed(2, run_loop, change, None):
+        assert num_backward == 2 and expected_message in message
 
 
-def test_the_factor_of_a_plain_backward_pass_is_compared_too():
-    for num_backward, message in run_distributed(2, loop, squared, None, True):
+def test_the_factor_of_a_plain_backward_pass_is_compared():
+    for num_backward, message in run_distributed(2, run_loop, squared, None, False):
         assert num_backward == 2 and "multiplies the loss of the" in message
-    for num_backward, message in run_distributed(2, loop, same, None, True):
+    for num_backward, message in run_distributed(2, run_loop, same, None, False):
         assert (num_backward, message) == (4, "nothing was raised")
 
 
-@pytest.mark.parametrize("count", [None, 0, 1])
-def test_counts_that_differ_between_ranks_are_refused(count):
-    for num_backward, message in run_distributed(2, loop, same, count):
-        assert (num_backward, message) == (4, "nothing was raised") if not count else num_backward == 0
-        assert not count or "num_items_in_batch (rank 0: 30, rank 1: 31)" in message
+@pytest.mark.parametrize("count_difference", [None, 0, 1])
+def test_counts_that_differ_between_ranks_are_refused(count_difference):
+    for num_backward, message in run_distributed(2, run_loop, same, count_difference):
+        if count_difference:
+            assert num_backward == 0 and "num_items_in_batch (rank 0: 30, rank 1: 31)" in message
+        else:
+            assert (num_backward, message) == (4, "nothing was raised")

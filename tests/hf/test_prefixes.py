@@ -1,4 +1,4 @@
-"""Prefix language modelling: the column reaches the mask, the same in one process and in several."""
+"""Prefix language modelling equals a dense mask, in one process and in several."""
 
 import logging
 
@@ -18,21 +18,27 @@ PREFIXES = (7, 0, 20, 5)
 
 
 def examples():
-    return [{**row, "prefix_length": p} for row, p in zip(rows(17, 23, 20, 9), PREFIXES, strict=True)]
+    return with_prefixes(rows(17, 23, 20, 9), PREFIXES)
+
+
+def with_prefixes(features, prefix_lengths):
+    return [
+        {**row, "prefix_length": prefix_length} for row, prefix_length in zip(features, prefix_lengths, strict=True)
+    ]
 
 
 def dense_mask(boundaries, prefixes, length):
-    """[length, length], True where a query sees a key: the definition, token by token."""
-    seen = torch.zeros(length, length, dtype=torch.bool)
+    """Return [length, length], True where a query sees a key, token by token as defined."""
+    is_visible = torch.zeros(length, length, dtype=torch.bool)
     for start, end, prefix in zip(boundaries[:-1], boundaries[1:], prefixes, strict=True):
         for q in range(start, end):
             for k in range(start, end):
-                seen[q, k] = k <= q or max(q, k) < start + prefix
-    return seen
+                is_visible[q, k] = k <= q or max(q, k) < start + prefix
+    return is_visible
 
 
 def dense_batch(packing):
-    """The plain batch of one process and its mask, for `sdpa`."""
+    """Return the plain batch of one process with a dense mask, for `sdpa`."""
     batch = ContextParallelCollator(llama(), packing=packing).inner(rows(17, 23, 20, 9))
     if packing:
         mask = dense_mask((0, 17, 40, 60, 69), PREFIXES, 69)[None]
@@ -52,7 +58,7 @@ def reference(packing):
     return loss.item(), gradient(model)
 
 
-def test_column_becomes_one_number_per_document():
+def test_prefix_column_becomes_one_number_per_document():
     with rank_of(4, 0):
         padded = ContextParallelCollator(llama(), prefix_lm=True)(examples())[METADATA_KEY].sequence
         packed = ContextParallelCollator(llama(), prefix_lm=True, packing=True)(examples())[METADATA_KEY].sequence
@@ -60,17 +66,17 @@ def test_column_becomes_one_number_per_document():
     assert packed.documents == ((0, 17, 40, 60, 69, 72),) and packed.prefixes == ((7, 0, 20, 5, 0),)
 
 
-def test_prefixes_are_part_of_the_fingerprint_and_those_of_one_token_change_nothing():
-    def batch(*prefixes):
-        features = [{**row, "prefix_length": p} for row, p in zip(rows(16, 16), prefixes, strict=True)]
+def test_prefixes_enter_the_fingerprint_and_one_token_is_causal():
+    def metadata(*prefixes):
         with rank_of(2, 0):
-            return ContextParallelCollator(llama(), prefix_lm=True)(features)[METADATA_KEY]
+            collator = ContextParallelCollator(llama(), prefix_lm=True)
+            return collator(with_prefixes(rows(16, 16), prefixes))[METADATA_KEY]
 
-    assert batch(3, 4).fingerprint != batch(4, 3).fingerprint
-    assert batch(1, 0).sequence.prefixes is None and batch(2, 0).sequence.prefixes == ((2,), (0,))
+    assert metadata(3, 4).fingerprint != metadata(4, 3).fingerprint
+    assert metadata(1, 0).sequence.prefixes is None and metadata(2, 0).sequence.prefixes == ((2,), (0,))
 
 
-def test_targets_inside_a_prefix_are_warned_of_once(caplog):
+def test_targets_in_prefixes_are_logged_once(caplog):
     with rank_of(2, 0), caplog.at_level(logging.WARNING, logger="ring_hf"):
         collator = ContextParallelCollator(llama(), prefix_lm=True)
         collator(examples())
@@ -83,9 +89,9 @@ def test_one_process_equals_the_dense_mask(packing):
     model = llama("ring_zigzag")
     loss = model(**ContextParallelCollator(model, prefix_lm=True, packing=packing)(examples())).loss
     loss.backward()
-    want, want_gradient = reference(packing)
-    assert loss.item() == pytest.approx(want, abs=1e-6)
-    assert_close("gradient of one process", gradient(model), want_gradient, rms=1e-5)
+    expected_loss, expected_gradient = reference(packing)
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-6)
+    assert_close("gradient of one process", gradient(model), expected_gradient, rms=1e-5)
 
 
 def test_trainer_of_one_process_evaluates_and_trains_with_prefixes():
@@ -109,7 +115,7 @@ def test_trainer_of_one_process_evaluates_and_trains_with_prefixes():
 
 
 def step(rank, world_size, layout, packing, settings):
-    """Loss and gradient of this rank's shard, without a Trainer."""
+    """Return loss and gradient of this rank's shard, without a Trainer."""
     group = register_group(torch.distributed.group.WORLD)
     model = llama(f"ring_{layout}")
     context.activate(context.ProcessContext(world_size, rank, 1, 0, group, None, RingOptions(**settings)))
@@ -122,20 +128,24 @@ def step(rank, world_size, layout, packing, settings):
     return loss.item(), gradient(model)
 
 
+def check_sums(results, expected, name):
+    """Compare the sums over ranks of losses and gradients with those of one process."""
+    losses, gradients = zip(*results, strict=True)
+    expected_loss, expected_gradient = expected
+    assert sum(losses) == pytest.approx(expected_loss, abs=1e-6)
+    assert_close(f"gradient {name}", sum(gradients), expected_gradient, rms=1e-5)
+
+
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_equal_the_dense_mask(layout, packing):
     results = run_distributed(2, step, layout, packing, {})
-    want, want_gradient = reference(packing)
-    assert sum(loss for loss, _ in results) == pytest.approx(want, abs=1e-6)
-    assert_close(f"gradient {layout}", sum(part for _, part in results), want_gradient, rms=1e-5)
+    check_sums(results, reference(packing), layout)
 
 
 @pytest.mark.parametrize(
     "settings", [{"ulysses_size": 2}, {"transport": "direct"}, {"transport": "allgather"}], ids=str
 )
-def test_two_processes_equal_the_dense_mask_by_every_way(settings):
+def test_every_transport_equals_the_dense_mask(settings):
     results = run_distributed(2, step, "zigzag", True, settings)
-    want, want_gradient = reference(True)
-    assert sum(loss for loss, _ in results) == pytest.approx(want, abs=1e-6)
-    assert_close(f"gradient {settings}", sum(part for _, part in results), want_gradient, rms=1e-5)
+    check_sums(results, reference(True), settings)

@@ -1,5 +1,6 @@
-"""Every refusal in one place: what is refused, and words of the message that names the fault and the way out."""
+"""Refusals before and in a forward pass: the message names the fault and the way out."""
 
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -13,40 +14,42 @@ from ring_hf.hf.attention import announcements
 from ring_hf.hf.attention.backend import attention, mask_2d
 from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ring_hf.hf.checks.argument_rules import ARGUMENT_RULES, first_error
-from ring_hf.hf.checks.batch_rules import find_batch_error
+from ring_hf.hf.checks.batch_rules import check_batch
 from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.hf.trainer.engines import ENGINES
 from ring_hf.hf.trainer.model_guard import base_model
 from tests.harness import run_distributed
+from tests.hf import faults
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
 from tests.hf.models import context_of, llama, rank_of, rows
-from tests.hf.refusal_tables import (
-    ARGUMENTS,
+from tests.hf.refusal_tables import ARGUMENTS, CONFIGS, MODELS
+from tests.hf.refused_batches import (
     BATCHES,
     CALLS,
     COLLATORS,
-    CONFIGS,
-    DESCRIPTION,
-    DISTRIBUTED,
-    FOUR,
-    MODELS,
+    EXAMPLES_WITH_PREFIX,
+    FORWARD_ARGUMENTS,
     ONES,
-    PASSED,
-    PREFIXED,
     SHARD,
+    SHARD_METADATA,
 )
+
+
+def by_name(table):
+    """Run a test with the value of each row of a table; the key is its id."""
+    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+
 
 # Configuration time
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_refuses(name):
-    settings, message = CONFIGS[name]
-    with pytest.raises(ValueError, match=message):
-        ContextParallelConfig(**settings)
+@by_name(CONFIGS)
+def test_config_refuses(case):
+    with pytest.raises(ValueError, match=case.message):
+        ContextParallelConfig(**case.kwargs)
 
 
-def test_environment_that_is_no_number_is_refused(monkeypatch):
+def test_invalid_environment_variables_are_refused(monkeypatch):
     monkeypatch.setenv("RING_HF_CONTEXT_PARALLEL_SIZE", "two")
     with pytest.raises(ValueError, match="RING_HF_CONTEXT_PARALLEL_SIZE='two' must be a whole number"):
         ContextParallelConfig()
@@ -69,7 +72,7 @@ def test_wrong_world_size_names_both_numbers_and_the_way_out():
     )
 
 
-def test_a_size_that_nobody_gave_is_refused_in_several_processes(monkeypatch):
+def test_a_missing_size_is_refused_in_several_processes(monkeypatch):
     with pytest.raises(ValueError, match=r"2 processes were started, but nothing says how many.*or 1 if plain data"):
         ContextParallelConfig()._fit(2, ENGINES["DDP"])
     ContextParallelConfig()._fit(1, ENGINES["DDP"])
@@ -78,34 +81,35 @@ def test_a_size_that_nobody_gave_is_refused_in_several_processes(monkeypatch):
     ContextParallelConfig()._fit(2, ENGINES["DDP"])
 
 
-# Batches: the collator refuses, and says so in the batch
+# Batches: the collator returns the error message in the batch
 
 
-def refusal_of(collator, features, num_ranks=4):
+def invalid_batch_message(collator, features, num_ranks=4):
+    """Return the message of the invalid batch that a collator returns."""
     with rank_of(num_ranks, 1):
         result = collator(features)
-    assert isinstance(result[METADATA_KEY], InvalidBatch), "the batch was accepted"
+    assert isinstance(result[METADATA_KEY], InvalidBatch), "the collator accepted the batch"
     assert (result["labels"] == -100).all() and (result["shift_labels"] == -100).all()
     return result[METADATA_KEY].message
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_collator_refuses(name):
-    inner_batch, message = BATCHES[name]
-    found = refusal_of(ContextParallelCollator(llama(), inner=lambda features: dict(inner_batch)), rows(16, 16))
-    assert re.search(message, found), found
+@by_name(BATCHES)
+def test_collator_refuses(case):
+    collator = ContextParallelCollator(llama(), inner=lambda features: dict(case.kwargs))
+    message = invalid_batch_message(collator, rows(16, 16))
+    assert re.search(case.message, message), message
 
 
-@pytest.mark.parametrize("name", COLLATORS)
-def test_examples_are_refused(name):
-    settings, features, message = COLLATORS[name]
-    found = refusal_of(ContextParallelCollator(llama(), **settings), features, num_ranks=2)
-    assert re.search(message, found), found
+@by_name(COLLATORS)
+def test_examples_are_refused(case):
+    collator = ContextParallelCollator(llama(), **case.kwargs)
+    message = invalid_batch_message(collator, case.examples, num_ranks=2)
+    assert re.search(case.message, message), message
 
 
-def test_backend_that_is_not_ours_is_refused_by_the_collator():
-    found = refusal_of(ContextParallelCollator(llama("sdpa")), rows(16, 16))
-    assert "attn_implementation='sdpa' attends inside one shard only" in found and "ring_zigzag" in found
+def test_other_backends_are_refused_by_the_collator():
+    message = invalid_batch_message(ContextParallelCollator(llama("sdpa")), rows(16, 16))
+    assert "attn_implementation='sdpa' attends within one shard only" in message and "ring_zigzag" in message
 
 
 def test_inner_collator_and_packing_exclude_each_other():
@@ -113,18 +117,18 @@ def test_inner_collator_and_packing_exclude_each_other():
         ContextParallelCollator(llama(), inner=LeftPadding(), packing=True)
 
 
-def test_prefixes_that_a_backend_would_not_look_at_are_refused_in_one_process():
+def test_prefixes_under_other_backends_are_refused_in_one_process():
     with pytest.raises(ValueError, match=r"prefix_lm=True with attn_implementation='sdpa'.*ring_zigzag"):
-        ContextParallelCollator(llama("sdpa"), prefix_lm=True)(PREFIXED)
+        ContextParallelCollator(llama("sdpa"), prefix_lm=True)(EXAMPLES_WITH_PREFIX)
 
 
 def test_prefixes_with_a_router_loss_in_one_process_are_refused():
     model = llama()
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match=r"prefix_lm=True with output_router_logits=True in one process"):
-        ContextParallelCollator(model, prefix_lm=True)(PREFIXED)
-    with pytest.raises(ValueError, match="column prefix_length, which only counts with"):
-        ContextParallelCollator(llama("sdpa"))(PREFIXED)
+        ContextParallelCollator(model, prefix_lm=True)(EXAMPLES_WITH_PREFIX)
+    with pytest.raises(ValueError, match="column prefix_length, which has an effect only with"):
+        ContextParallelCollator(llama("sdpa"))(EXAMPLES_WITH_PREFIX)
 
 
 def test_numpy_batches_are_refused():
@@ -144,26 +148,26 @@ def call(
     backend="ring_zigzag",
     **kwargs,
 ):
+    """Call the attention function with zeros of these shapes, from the first layer of a model."""
     model = llama(backend)
     module = model.model.layers[0].self_attn.to(dtype).train(training)
-    for name, setting in kwargs.pop("module_config", {}).items():
-        setattr(module.config, name, setting)
+    for name, value_of_config in kwargs.pop("module_config", {}).items():
+        setattr(module.config, name, value_of_config)
     mask = kwargs.pop("attention_mask", None)
-    if isinstance(batch := kwargs.get(METADATA_KEY), ContextParallelMetadata):
+    if isinstance(metadata := kwargs.get(METADATA_KEY), ContextParallelMetadata):
         announcements.register(model)
-        announcements.announce(model, batch)
+        announcements.announce(model, metadata)
     tensors = (torch.zeros(shape, dtype=dtype) for shape in (query, key, value or key))
     return attention(module, *tensors, mask, scaling=0.3, **kwargs)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_attention_refuses(name):
-    settings, message = CALLS[name]
-    with pytest.raises(ValueError, match=message):
-        call(**settings)
+@by_name(CALLS)
+def test_attention_refuses(case):
+    with pytest.raises(ValueError, match=case.message):
+        call(**case.kwargs)
 
 
-def test_training_batch_that_did_not_come_from_the_collator_is_refused():
+def test_training_batch_without_metadata_is_refused():
     with rank_of(2, 0), pytest.raises(ValueError, match="did not come from ContextParallelCollator"):
         call(training=True)
 
@@ -194,14 +198,13 @@ def test_a_cache_beyond_one_chunk_of_attention_is_refused():
 # Models
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_model_is_refused(name):
-    build, message = MODELS[name]
-    found = first_error(MODEL_RULES, build())
-    assert found is not None and re.search(message, found), found
+@by_name(MODELS)
+def test_model_is_refused(case):
+    message = first_error(MODEL_RULES, case.build())
+    assert message is not None and re.search(case.message, message), message
 
 
-def test_the_plain_model_is_accepted_and_something_else_is_no_model():
+def test_plain_model_is_accepted_and_other_modules_are_refused():
     assert first_error(MODEL_RULES, llama()) is None
     with pytest.raises(ValueError, match="Linear holds no Transformers model"):
         base_model(torch.nn.Linear(1, 1))
@@ -210,76 +213,79 @@ def test_the_plain_model_is_accepted_and_something_else_is_no_model():
 # Trainer arguments
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_trainer_argument_is_refused(name):
-    settings, message = ARGUMENTS[name]
+@by_name(ARGUMENTS)
+def test_trainer_argument_is_refused(case):
     args = arguments(ContextParallelConfig())
-    for key, value in settings.items():
+    for key, value in case.kwargs.items():
         if key == "accelerator_config":
-            for field, setting in value.items():
-                setattr(args.accelerator_config, field, setting)
+            for field, field_value in value.items():
+                setattr(args.accelerator_config, field, field_value)
         else:
             setattr(args, key, value)
-    found = first_error(ARGUMENT_RULES, args)
-    assert found is not None and message in found
+    message = first_error(ARGUMENT_RULES, args)
+    assert message is not None and re.search(case.message, message), message
 
 
 def test_plain_arguments_are_accepted():
     assert first_error(ARGUMENT_RULES, arguments(ContextParallelConfig())) is None
 
 
-# What is passed to the model beside a sharded batch
+# Arguments of a forward pass with a sharded batch
 
 
-@pytest.mark.parametrize("name", PASSED)
-def test_model_arguments_are_refused(name):
-    changes, message = PASSED[name]
-    found = find_batch_error(llama(), (), {**SHARD, **changes}, context_of(2, 0))
-    assert found is not None and message in found
-    assert find_batch_error(llama(), (), SHARD, context_of(2, 0)) is None
+@by_name(FORWARD_ARGUMENTS)
+def test_model_arguments_are_refused(case):
+    message = check_batch(llama(), (), {**SHARD, **case.kwargs}, context_of(2, 0))
+    assert message is not None and re.search(case.message, message), message
+    assert check_batch(llama(), (), SHARD, context_of(2, 0)) is None
 
 
-def test_weights_of_tokens_in_half_precision_are_refused():
+def test_loss_weights_in_half_precision_are_refused():
     model = llama()
     memory.apply(model, attention="none", ffn_block=None, loss_block=8)
     weights = torch.ones(2, 8)
-    assert find_batch_error(model, (), {**SHARD, "loss_weights": weights}, context_of(2, 0)) is None
-    found = find_batch_error(model, (), {**SHARD, "loss_weights": weights.bfloat16()}, context_of(2, 0))
-    assert "loss_weights are torch.bfloat16, which rounds them: under DeepSpeed" in found
+    assert check_batch(model, (), {**SHARD, "loss_weights": weights}, context_of(2, 0)) is None
+    message = check_batch(model, (), {**SHARD, "loss_weights": weights.bfloat16()}, context_of(2, 0))
+    assert "loss_weights have dtype torch.bfloat16, which rounds them: with DeepSpeed" in message
 
 
-def test_router_losses_that_would_be_overlooked_are_refused():
-    for config, passed, message in (
+def test_router_losses_that_hooks_would_miss_are_refused():
+    for configured, kwargs, expected_message in (
         (False, {"output_router_logits": True}, "output_router_logits=True was passed to the model, but its config"),
         (True, {"return_dict": False}, "output_router_logits=True with return_dict=False hides the auxiliary loss"),
     ):
         model = llama()
-        model.config.output_router_logits = config
-        found = find_batch_error(model, (), {**SHARD, **passed}, context_of(2, 0))
-        assert found is not None and message in found
-        assert find_batch_error(model, (), SHARD, context_of(2, 0)) is None
+        model.config.output_router_logits = configured
+        message = check_batch(model, (), {**SHARD, **kwargs}, context_of(2, 0))
+        assert message is not None and expected_message in message
+        assert check_batch(model, (), SHARD, context_of(2, 0)) is None
 
 
-def test_tokens_by_position_are_refused():
-    assert "Tokens were passed by position" in find_batch_error(
-        llama(), (ONES,), {METADATA_KEY: DESCRIPTION}, context_of(2, 0)
-    )
+def test_positional_arguments_are_refused():
+    message = check_batch(llama(), (ONES,), {METADATA_KEY: SHARD_METADATA}, context_of(2, 0))
+    assert "The model got positional arguments" in message
 
 
-# Two processes: every rank gets the message, whoever is at fault, and none hangs
+# Several processes: every rank raises the message, whichever is at fault, and none hangs
 
 
-@pytest.mark.parametrize("name", DISTRIBUTED)
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if 2 in fault.num_ranks])
 def test_both_ranks_refuse_together(name):
     for message in run_distributed(2, run_fault, name, timeout=60):
-        assert DISTRIBUTED[name] in message, message
+        assert FAULTS[name].message in message, message
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if 4 in fault.num_ranks])
 def test_all_replicas_refuse_together(name):
     for message in run_distributed(4, run_fault, name, timeout=60):
-        assert FOUR[name] in message, message
+        assert FAULTS[name].message in message, message
 
 
 def test_every_fault_is_tested():
-    assert set(FAULTS) == set(DISTRIBUTED) | set(FOUR)
+    scripts = {
+        name
+        for name, value in vars(faults).items()
+        if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["rank", "world_size"]
+    }
+    assert scripts == set(FAULTS) and len(FAULTS) == 29
+    assert all(set(fault.num_ranks) <= {2, 4} and fault.num_ranks for fault in FAULTS.values())

@@ -1,6 +1,8 @@
-"""What a model and a config come to: one pure function that every rank, the collator and the guard ask."""
+"""`resolve_degrees`: the parallel degrees that follow from a model and a config, equal on all ranks."""
 
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 from transformers import LlamaConfig
@@ -10,73 +12,121 @@ from ring_hf.hf.attn_names import BACKENDS
 from ring_hf.hf.degrees import find_degrees_error, resolve_degrees
 from tests.hf.models import SIZES, context_of
 
-# name: (attention, heads, settings of the context, (layout, ring, ulysses, inner ring, transport))
+
+class Degrees(NamedTuple):
+    """The degrees that must be resolved."""
+
+    layout: str
+    ring: int
+    ulysses: int
+    inner_ring: int = 1
+    transport: str = "auto"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the settings of a context of 4 ranks, and the result.
+
+    Attributes:
+        attention: its attention implementation.
+        heads: its numbers of query and key/value heads.
+        settings: fields of the context.
+        expected: the resolved degrees.
+        message: a regular expression of the error message.
+    """
+
+    attention: str
+    heads: tuple[int, int] = (4, 2)
+    settings: dict[str, Any] = field(default_factory=dict)
+    expected: Degrees | None = None
+    message: str = ""
+
+
 RESOLVED = {
-    "plain": ("ring_zigzag", (4, 2), {}, ("zigzag", 4, 1, 1, "auto")),
-    "hybrid": ("ring_striped", (4, 2), {"ulysses_size": 2}, ("striped", 2, 2, 1, "auto")),
-    "all ranks by number": ("ring_balanced", (4, 2), {"ulysses_size": 4}, ("balanced", 1, 4, 1, "auto")),
-    "all ranks by name": ("ulysses", (4, 2), {}, ("contiguous", 1, 4, 1, "auto")),
-    "all ranks by both": ("ulysses", (4, 2), {"ulysses_size": 4}, ("contiguous", 1, 4, 1, "auto")),
-    "auto": ("ring_zigzag", (4, 4), {"ulysses_size": "auto"}, ("zigzag", 1, 4, 1, "auto")),
-    "auto, heads": ("ring_zigzag", (6, 2), {"ulysses_size": "auto"}, ("zigzag", 2, 2, 1, "auto")),
-    "auto, odd heads": ("ring_zigzag", (3, 3), {"ulysses_size": "auto"}, ("zigzag", 4, 1, 1, "auto")),
-    "auto, node": (
-        "ring_zigzag",
-        (4, 4),
-        {"ulysses_size": "auto", "ranks_per_node": 2},
-        ("zigzag", 2, 2, 1, "auto"),
+    "plain": Case("ring_zigzag", expected=Degrees("zigzag", ring=4, ulysses=1)),
+    "hybrid": Case("ring_striped", settings={"ulysses_size": 2}, expected=Degrees("striped", ring=2, ulysses=2)),
+    "all ranks by number": Case(
+        "ring_balanced", settings={"ulysses_size": 4}, expected=Degrees("balanced", ring=1, ulysses=4)
     ),
-    "double ring": (
-        "ring_zigzag",
-        (4, 2),
-        {"transport": "double_ring", "inner_ring_size": 2},
-        ("zigzag", 4, 1, 2, "double_ring"),
+    "all ranks by name": Case("ulysses", expected=Degrees("contiguous", ring=1, ulysses=4)),
+    "all ranks by both": Case(
+        "ulysses", settings={"ulysses_size": 4}, expected=Degrees("contiguous", ring=1, ulysses=4)
     ),
-    "inner ring if auto likes it": ("ring_zigzag", (4, 2), {"inner_ring_size": 2}, ("zigzag", 4, 1, 2, "auto")),
-    "inner ring of the node": (
-        "ring_zigzag",
-        (4, 2),
-        {"transport": "double_ring", "ranks_per_node": 2},
-        ("zigzag", 4, 1, 2, "double_ring"),
+    "auto": Case(
+        "ring_zigzag", heads=(4, 4), settings={"ulysses_size": "auto"}, expected=Degrees("zigzag", ring=1, ulysses=4)
     ),
-    "chunks of heads": ("ulysses", (8, 4), {"head_chunks": 2}, ("contiguous", 1, 4, 1, "auto")),
-    "direct": ("ring_contiguous", (4, 2), {"transport": "direct"}, ("contiguous", 4, 1, 1, "direct")),
+    "auto, heads": Case(
+        "ring_zigzag", heads=(6, 2), settings={"ulysses_size": "auto"}, expected=Degrees("zigzag", ring=2, ulysses=2)
+    ),
+    "auto, odd heads": Case(
+        "ring_zigzag", heads=(3, 3), settings={"ulysses_size": "auto"}, expected=Degrees("zigzag", ring=4, ulysses=1)
+    ),
+    "auto, node": Case(
+        "ring_zigzag",
+        heads=(4, 4),
+        settings={"ulysses_size": "auto", "ranks_per_node": 2},
+        expected=Degrees("zigzag", ring=2, ulysses=2),
+    ),
+    "double ring": Case(
+        "ring_zigzag",
+        settings={"transport": "double_ring", "inner_ring_size": 2},
+        expected=Degrees("zigzag", ring=4, ulysses=1, inner_ring=2, transport="double_ring"),
+    ),
+    "inner ring with auto": Case(
+        "ring_zigzag", settings={"inner_ring_size": 2}, expected=Degrees("zigzag", ring=4, ulysses=1, inner_ring=2)
+    ),
+    "inner ring of the node": Case(
+        "ring_zigzag",
+        settings={"transport": "double_ring", "ranks_per_node": 2},
+        expected=Degrees("zigzag", ring=4, ulysses=1, inner_ring=2, transport="double_ring"),
+    ),
+    "head chunks": Case(
+        "ulysses", heads=(8, 4), settings={"head_chunks": 2}, expected=Degrees("contiguous", ring=1, ulysses=4)
+    ),
+    "direct": Case(
+        "ring_contiguous",
+        settings={"transport": "direct"},
+        expected=Degrees("contiguous", ring=4, ulysses=1, transport="direct"),
+    ),
 }
 
 REFUSED = {
-    "no backend of ours": ("sdpa", (4, 2), {}, "attn_implementation='sdpa' attends inside one shard only"),
-    "ulysses of some ranks": (
+    "another backend": Case("sdpa", message="attn_implementation='sdpa' attends within one shard only"),
+    "ulysses with some of the ranks": Case(
         "ulysses",
-        (4, 2),
-        {"ulysses_size": 2},
-        "exchanges heads among all context_parallel_size=4 ranks, but ulysses_size=2. Leave ulysses_size out",
+        settings={"ulysses_size": 2},
+        message="exchanges heads among all context_parallel_size=4 ranks, but ulysses_size=2. Leave ulysses_size out",
     ),
-    "ulysses of unknown size": ("ulysses", (4, 2), {"ulysses_size": "auto"}, "but ulysses_size='auto'"),
-    "fewer heads than ranks": ("ulysses", (2, 2), {}, "ulysses_size=4 deals 2 query heads to 4 ranks"),
-    "fewer heads than ranks of a hybrid": ("ring_zigzag", (1, 1), {"ulysses_size": 2}, "deals 1 query heads to 2"),
-    "inner ring that auto left no room for": (
+    "ulysses of unknown size": Case("ulysses", settings={"ulysses_size": "auto"}, message="but ulysses_size='auto'"),
+    "fewer heads than ranks": Case("ulysses", heads=(2, 2), message="ulysses_size=4 deals 2 query heads to 4 ranks"),
+    "fewer heads than ranks of a hybrid": Case(
+        "ring_zigzag", heads=(1, 1), settings={"ulysses_size": 2}, message="deals 1 query heads to 2"
+    ),
+    "inner ring that auto leaves no ring for": Case(
         "ring_zigzag",
-        (4, 4),
-        {"ulysses_size": "auto", "inner_ring_size": 2},
-        "inner_ring_size=2 needs a ring that is made of smaller rings, but .* ulysses_size=4 leaves a ring of 1",
+        heads=(4, 4),
+        settings={"ulysses_size": "auto", "inner_ring_size": 2},
+        message="inner_ring_size=2 needs a ring that is made of smaller rings, but "
+        ".* ulysses_size=4 leaves a ring of 1",
     ),
-    "more chunks than heads of a rank": (
+    "more head chunks than heads of a rank": Case(
         "ulysses",
-        (8, 4),
-        {"head_chunks": 3},
-        "head_chunks=3 is more than the 2 query heads that the busiest of ulysses_size=4 ranks attends with .8 heads",
+        heads=(8, 4),
+        settings={"head_chunks": 3},
+        message="head_chunks=3 is more than the 2 query heads that the busiest of ulysses_size=4 ranks attends with "
+        ".8 heads",
     ),
-    "chunks of heads that auto leaves alone": (
+    "head chunks without ulysses": Case(
         "ring_zigzag",
-        (3, 3),
-        {"ulysses_size": "auto", "head_chunks": 2},
-        "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged",
+        heads=(3, 3),
+        settings={"ulysses_size": "auto", "head_chunks": 2},
+        message="head_chunks=2 cuts the exchange of heads, but with ulysses_size=1 no heads are exchanged",
     ),
-    "double ring in one node": (
+    "double ring in one node": Case(
         "ring_zigzag",
-        (4, 2),
-        {"transport": "double_ring"},
-        "LOCAL_WORLD_SIZE is 4 with ulysses_size=1, and the ring has 4 ranks. Set inner_ring_size to a divisor of 4",
+        settings={"transport": "double_ring"},
+        message="LOCAL_WORLD_SIZE is 4 with ulysses_size=1, and the ring has 4 ranks. "
+        "Set inner_ring_size to a divisor of 4",
     ),
 }
 
@@ -86,40 +136,52 @@ def config(attention, heads):
     return LlamaConfig(**sizes, attn_implementation=attention)
 
 
-@pytest.mark.parametrize("name", RESOLVED)
-def test_sizes_are_resolved_with_the_model(name):
-    attention, heads, settings, want = RESOLVED[name]
-    splits = {resolve_degrees(config(attention, heads), context_of(4, rank, **settings)) for rank in range(4)}
-    assert len(splits) == 1
-    split = splits.pop()
-    options = split.options
-    assert (split.layout, split.ring_size, split.ulysses_size, options.inner_ring_size, options.transport) == want
-    assert options.head_chunks == settings.get("head_chunks", 1)
-    assert (f"heads in {options.head_chunks} chunks" in str(split)) == (options.head_chunks > 1)
-    assert f"ring {want[1]} x ulysses {want[2]}, inner ring {want[3]}, transport {want[4]}" in str(split)
+@pytest.mark.parametrize("case", RESOLVED.values(), ids=RESOLVED.keys())
+def test_degrees_are_resolved_with_the_model(case):
+    model_config = config(case.attention, case.heads)
+    results = {resolve_degrees(model_config, context_of(4, rank, **case.settings)) for rank in range(4)}
+    assert len(results) == 1
+    degrees, expected = results.pop(), case.expected
+    assert expected == Degrees(
+        layout=degrees.layout,
+        ring=degrees.ring_size,
+        ulysses=degrees.ulysses_size,
+        inner_ring=degrees.options.inner_ring_size,
+        transport=degrees.options.transport,
+    )
+    assert degrees.options.head_chunks == case.settings.get("head_chunks", 1)
+    assert (f"heads in {degrees.options.head_chunks} chunks" in str(degrees)) == (degrees.options.head_chunks > 1)
+    assert (
+        f"ring {expected.ring} x ulysses {expected.ulysses}, inner ring {expected.inner_ring}, "
+        f"transport {expected.transport}" in str(degrees)
+    )
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_the_model_is_refused(name):
-    attention, heads, settings, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        resolve_degrees(config(attention, heads), context_of(4, 0, **settings))
-    assert find_degrees_error(config(attention, heads), context_of(4, 0, **settings)) is not None
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_degrees_that_do_not_fit_the_model_are_refused(case):
+    model_config, context = config(case.attention, case.heads), context_of(4, 0, **case.settings)
+    with pytest.raises(ValueError, match=case.message):
+        resolve_degrees(model_config, context)
+    assert find_degrees_error(model_config, context) is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_rank_needs_no_split(backend):
+def test_one_rank_has_degrees_of_one(backend):
     for transport in ("auto", "double_ring", "direct"):
-        split = resolve_degrees(config(backend, (4, 2)), context_of(1, 0, transport=transport))
-        assert (split.ring_size, split.ulysses_size, split.options.inner_ring_size) == (1, 1, 1)
-    assert split.layout in LAYOUTS
+        degrees = resolve_degrees(config(backend, (4, 2)), context_of(1, 0, transport=transport))
+        assert (degrees.ring_size, degrees.ulysses_size, degrees.options.inner_ring_size) == (1, 1, 1)
+    assert degrees.layout in LAYOUTS
 
 
 def test_auto_needs_to_know_the_heads():
-    listed = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
-    assert "does not give under their usual names" in find_degrees_error(listed, context_of(4, 0, ulysses_size="auto"))
-    split = resolve_degrees(listed, context_of(4, 0, ulysses_size=2, head_chunks=9))  # for each layer to judge
-    assert (split.ulysses_size, split.options.head_chunks) == (2, 9)
+    heads_per_layer = SimpleNamespace(_attn_implementation="ring_zigzag", num_attention_heads=[4, 8])
+    assert "does not give under their usual names" in find_degrees_error(
+        heads_per_layer, context_of(4, 0, ulysses_size="auto")
+    )
+    degrees = resolve_degrees(
+        heads_per_layer, context_of(4, 0, ulysses_size=2, head_chunks=9)
+    )  # every layer checks its own heads
+    assert (degrees.ulysses_size, degrees.options.head_chunks) == (2, 9)
 
 
 def test_every_layer_of_a_model_with_unequal_layers_must_fit():

@@ -1,4 +1,4 @@
-"""The trial step: what it proves, what it catches, and that it leaves no trace."""
+"""The trial step: which Trainers and models pass, which are refused, and that it has no side effects."""
 
 import random
 
@@ -17,8 +17,8 @@ from tests.hf.faults import arguments
 from tests.hf.models import llama, rows
 
 
-class Own(Trainer):
-    """A loss of its own, from logits."""
+class OwnLossTrainer(Trainer):
+    """Computes the loss from logits."""
 
     reduction, coefficient = "sum", 0.0
 
@@ -32,15 +32,17 @@ class Own(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class Means(Own):
+class MeanLossTrainer(OwnLossTrainer):
     reduction = "mean"
 
 
-class ZLoss(Own):
+class ZLossTrainer(OwnLossTrainer):
     coefficient = 1e-3
 
 
-class OwnBackward(Trainer):
+class OwnBackwardTrainer(Trainer):
+    """Runs a backward pass inside compute_loss."""
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         outputs.logits.logsumexp(-1).mean().backward(retain_graph=True)
@@ -48,11 +50,11 @@ class OwnBackward(Trainer):
 
 
 class HarmlessForCausalLM(LlamaForCausalLM):
-    """Another name, the same numbers."""
+    """Computes the same as its base class."""
 
 
 class LeakyForCausalLM(LlamaForCausalLM):
-    """A loss that is weighed by a mean over tokens."""
+    """Multiplies the loss by a mean over tokens, which a shard does not know."""
 
     def forward(self, input_ids=None, **kwargs):
         embedded = self.model.embed_tokens(input_ids)
@@ -62,32 +64,34 @@ class LeakyForCausalLM(LlamaForCausalLM):
         return output
 
 
-def train(rank, world_size, kind, dtype, settings, model_class=LlamaForCausalLM, levers=None):
+def train(rank, world_size, trainer_class, dtype, settings, model_class=LlamaForCausalLM, memory_options=None):
+    """Return "trained" or the error, and the state before each optimizer step."""
     model = model_class(llama().config).to(dtype)
-    if levers is not None:
-        memory.apply(model, **levers)
+    if memory_options is not None:
+        memory.apply(model, **memory_options)
     config = ContextParallelConfig(context_parallel_size=2, **settings)
     data = rows(31, 22, 17, 30, 12, 25, 31, 8)
-    trainer = kind(model, arguments(config), train_dataset=data, data_collator=ContextParallelCollator(model))
+    trainer = trainer_class(model, arguments(config), train_dataset=data, data_collator=ContextParallelCollator(model))
     torch.manual_seed(5)
-    before = states(trainer)
-    seen = []
-    stock = trainer.accelerator.clip_grad_norm_
-    trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: (
-        seen.append(states(trainer)),
-        stock(*args, **kwargs),
-    )[1]
+    states = []
+    clip_grad_norm = trainer.accelerator.clip_grad_norm_
+
+    def record_and_clip(*args, **kwargs):
+        states.append(disturbable_state(trainer))
+        return clip_grad_norm(*args, **kwargs)
+
+    trainer.accelerator.clip_grad_norm_ = record_and_clip
     try:
         trainer.train()
     except ValueError as error:
-        return str(error), before, seen
+        return str(error), states
     finally:
         context.reset()
-    return "trained", before, seen
+    return "trained", states
 
 
-def states(trainer):
-    """What a trial step could disturb."""
+def disturbable_state(trainer):
+    """Return random states and attributes of the Trainer that a trial step could change."""
     return (
         torch.get_rng_state().sum().item(),
         str(random.getstate())[:200],
@@ -97,69 +101,78 @@ def states(trainer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(Own, torch.float32), (Own, torch.bfloat16), (Own, torch.float64), (Trainer, torch.bfloat16)],
+    ("trainer_class", "dtype"),
+    [
+        (OwnLossTrainer, torch.float32),
+        (OwnLossTrainer, torch.bfloat16),
+        (OwnLossTrainer, torch.float64),
+        (Trainer, torch.bfloat16),
+    ],
     ids=["own-fp32", "own-bf16", "own-fp64", "plain-bf16"],
 )
-def test_a_loss_that_is_a_sum_over_the_count_is_proven_and_trained(kind, dtype):
-    for message, _, _ in run_distributed(2, train, kind, dtype, {"verify": True}):
+def test_sum_of_losses_over_the_count_passes_the_trial(trainer_class, dtype):
+    for message, _ in run_distributed(2, train, trainer_class, dtype, {"verify": True}):
         assert message == "trained"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "levers",
+    "memory_options",
     [{"attention": "save", "ffn_block": 5}, {"attention": "recompute", "loss_block": 5}],
     ids=["save", "recompute"],
 )
-def test_levers_on_memory_are_tried_as_they_are(levers, dtype):
-    for message, _, _ in run_distributed(2, train, Trainer, dtype, {"verify": True}, LlamaForCausalLM, levers):
+def test_memory_options_pass_the_trial(memory_options, dtype):
+    for message, _ in run_distributed(2, train, Trainer, dtype, {"verify": True}, LlamaForCausalLM, memory_options):
         assert message == "trained"
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "words"),
+    ("trainer_class", "dtype", "expected_message"),
     [
-        (Means, torch.float32, "does not have the numbers of one process"),
-        (Means, torch.bfloat16, "does not have the numbers of one process"),
-        (ZLoss, torch.float32, "does not have the numbers of one process"),
-        (ZLoss, torch.bfloat16, "does not have the numbers of one process"),
-        (OwnBackward, torch.float32, "runs a backward pass of its own"),
+        (MeanLossTrainer, torch.float32, "does not have the numbers of one process"),
+        (MeanLossTrainer, torch.bfloat16, "does not have the numbers of one process"),
+        (ZLossTrainer, torch.float32, "does not have the numbers of one process"),
+        (ZLossTrainer, torch.bfloat16, "does not have the numbers of one process"),
+        (OwnBackwardTrainer, torch.float32, "runs a backward pass of its own"),
     ],
     ids=["means-fp32", "means-bf16", "z-loss-fp32", "z-loss-bf16", "own-backward"],
 )
-def test_a_loss_of_one_shard_is_refused_before_the_first_step(kind, dtype, words):
-    (message, *_, first), (other, *_, second) = run_distributed(2, train, kind, dtype, {})
-    assert words in message and message == other and first == second == []
-    assert f"{kind.__name__} is not Transformers' own Trainer" in message or kind is OwnBackward
+def test_a_loss_of_one_shard_is_refused_before_the_first_step(trainer_class, dtype, expected_message):
+    result, other_result = run_distributed(2, train, trainer_class, dtype, {})
+    assert result == other_result
+    message, states = result
+    assert expected_message in message and states == []
+    assert (
+        f"{trainer_class.__name__} is not Transformers' own Trainer" in message or trainer_class is OwnBackwardTrainer
+    )
 
 
 @pytest.mark.parametrize(
     "settings", [{"transport": "direct"}, {"transport": "allgather"}, {"ulysses_size": 2, "head_chunks": 2}], ids=str
 )
-def test_unknown_classes_are_tried_by_every_way(settings):
-    for message, _, _ in run_distributed(2, train, Trainer, torch.float32, settings, HarmlessForCausalLM):
+def test_unknown_classes_are_tried_under_every_transport(settings):
+    for message, _ in run_distributed(2, train, Trainer, torch.float32, settings, HarmlessForCausalLM):
         assert message == "trained"
-    for message, _, _ in run_distributed(2, train, Trainer, torch.float32, settings, LeakyForCausalLM):
+    for message, _ in run_distributed(2, train, Trainer, torch.float32, settings, LeakyForCausalLM):
         assert "LeakyForCausalLM is not one of the classes that are proven by name" in message
 
 
 def test_a_trial_step_leaves_no_trace():
-    """The first optimizer step finds the random numbers and counters of a run without a trial."""
-    (tried, *_, with_trial), _ = run_distributed(2, train, Trainer, torch.float32, {"verify": True})
-    (plain, *_, without), _ = run_distributed(2, train, Trainer, torch.float32, {})
-    assert tried == plain == "trained" and with_trial and with_trial == without
+    """Every optimizer step starts with the random states and counters of a run without a trial."""
+    (message, states), _ = run_distributed(2, train, Trainer, torch.float32, {"verify": True})
+    (message_without_trial, states_without_trial), _ = run_distributed(2, train, Trainer, torch.float32, {})
+    assert message == message_without_trial == "trained" and states and states == states_without_trial
 
 
 def test_preserved_restores_modes_buffers_checkpointing_and_counters():
-    class Counting:
+    class Counter:
         def __init__(self, model):
             self.model, self.steps, self.metrics = model, 3, {"loss": [1.0]}
 
     model = llama().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.register_buffer("count", torch.zeros(3))
-    owner = Counting(model)
+    owner = Counter(model)
     metrics, flags = owner.metrics, [module.gradient_checkpointing for module in model.model.layers]
     with preserved(model, owner):
         assert not any(module.gradient_checkpointing for module in model.model.layers)
@@ -174,7 +187,7 @@ def test_preserved_restores_modes_buffers_checkpointing_and_counters():
     assert [module.gradient_checkpointing for module in model.model.layers] == flags == [True, True]
 
 
-def test_what_is_not_proven_is_named():
+def test_find_unproven_names_the_module():
     model = llama()
     guard_model(model)
     assert find_unproven(model) is None
@@ -182,24 +195,24 @@ def test_what_is_not_proven_is_named():
     hook = model.model.layers[1].register_forward_hook(lambda module, args, output: None)
     assert "model.layers.1 has a hook" in find_unproven(model)
     hook.remove()
-    model.model.layers[0].mlp.act_fn = Own2()
-    assert "model.layers.0.mlp.act_fn is a Own2, which is not part of Transformers" in find_unproven(model)
+    model.model.layers[0].mlp.act_fn = IdentityModule()
+    assert "model.layers.0.mlp.act_fn is a IdentityModule, which is not part of Transformers" in find_unproven(model)
     model = llama()
     model.model.forward = lambda *args, **kwargs: None
     assert "the forward of model was replaced" in find_unproven(model)
 
 
-class Own2(torch.nn.Module):
+class IdentityModule(torch.nn.Module):
     def forward(self, x):
         return x
 
 
-def test_trainers_that_are_not_proven_are_named():
+def test_find_unproven_path_names_the_trainer():
     model = llama("sdpa")
     args = arguments(ContextParallelConfig(context_parallel_size=1))
     try:
         assert find_unproven_path(Trainer(model, args)) is None
-        assert "Own is not Transformers' own Trainer" in find_unproven_path(Own(model, args))
+        assert "OwnLossTrainer is not Transformers' own Trainer" in find_unproven_path(OwnLossTrainer(model, args))
         trainer = Trainer(model, args)
         trainer.compute_loss = lambda *args, **kwargs: None
         assert "the Trainer's compute_loss was replaced" in find_unproven_path(trainer)

@@ -1,10 +1,10 @@
-"""One optimizer step of an unmodified Trainer, and every number of it that must be that of one process.
+"""One optimizer step of an unmodified Trainer, with all results that must equal those of one process.
 
-The Trainer is Transformers' own; what it computes is read by a callback and by a hook that is registered after
-ring_hf has inspected the model for hooks. A step has two micro-batches of unequal numbers of targets, unequally spread
-over rows: a mean of means is not the mean over all targets.
+The Trainer is Transformers' own. A callback records the results, with a hook that is registered after ring_hf has
+checked the model for hooks. A step has two micro-batches with different numbers of targets, spread unevenly over rows,
+so that a mean of means differs from the mean over all targets.
 
-Shapes: B rows, C tokens that this rank holds, S tokens of the whole row, V words.
+Shapes: B rows, C tokens of this rank, S tokens of the whole row, V tokens of the vocabulary.
 """
 
 import os
@@ -23,9 +23,9 @@ from ring_hf.hf.batch_metadata import METADATA_KEY, ContextParallelMetadata
 
 MICRO_BATCHES = 2
 LENGTHS = (40, 33, 29, 36)  # of the rows, two in each micro-batch
-# First tokens of each row that are no targets. The first label of a row, which nothing predicts, is counted by the
-# Trainer for models without a `loss_type`.
-PROMPTS = (0, 21, 0, 12)
+# Tokens at the start of each row that are not targets. For models without a `loss_type`, the Trainer also counts the
+# first label of a row, which is never predicted.
+PROMPT_LENGTHS = (0, 21, 0, 12)
 PROCESS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -35,22 +35,22 @@ class ForwardPass:
 
     Attributes:
         logits_BCV: of this rank's tokens.
-        attention_mask: as the model was given it, or None.
-        batch: the description of the shard; None where the sequence is whole.
-        is_counted: whether the Trainer told the model the number of targets.
+        attention_mask: [B, S] as the model got it, or None.
+        metadata: of the batch; None if the sequence is not sharded.
+        is_counted: whether the Trainer passed the number of targets to the model.
         aux_loss: of the routers, if the model has one.
     """
 
     logits_BCV: torch.Tensor
     attention_mask: torch.Tensor | None
-    batch: ContextParallelMetadata | None
+    metadata: ContextParallelMetadata | None
     is_counted: bool
     aux_loss: float | None
 
 
 @dataclass
 class Step:
-    """Loss as logged, gradients as the optimizer gets them, and the forward passes."""
+    """The logged loss, the gradients of the optimizer step by parameter, and the forward passes."""
 
     loss: float = float("nan")
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Step:
 
 
 class Recorder(TrainerCallback):
-    """Fills in a `Step`. Its hook comes after those of ring_hf and sees what the Trainer sees."""
+    """Records a `Step`. Its hook runs after those of ring_hf and gets the output that the Trainer gets."""
 
     def __init__(self) -> None:
         self.step = Step()
@@ -82,31 +82,31 @@ class Recorder(TrainerCallback):
         aux_loss = getattr(output, "aux_loss", None)
         self.step.passes.append(
             ForwardPass(
-                output.logits.detach(),
-                kwargs.get("attention_mask"),
-                kwargs.get(METADATA_KEY),
-                kwargs.get("num_items_in_batch") is not None,
-                None if aux_loss is None else aux_loss.item(),
+                logits_BCV=output.logits.detach(),
+                attention_mask=kwargs.get("attention_mask"),
+                metadata=kwargs.get(METADATA_KEY),
+                is_counted=kwargs.get("num_items_in_batch") is not None,
+                aux_loss=None if aux_loss is None else aux_loss.item(),
             )
         )
 
 
-def make_examples(num_words: int) -> list[dict[str, list[int]]]:
+def make_examples(vocab_size: int) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(0)
     examples = []
-    for length, num_ignored in zip(LENGTHS, PROMPTS, strict=True):
-        tokens = torch.randint(3, num_words, (length,), generator=generator).tolist()
+    for length, num_ignored in zip(LENGTHS, PROMPT_LENGTHS, strict=True):
+        tokens = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
         examples.append({"input_ids": tokens, "labels": [-100] * num_ignored + tokens[num_ignored:]})
     return examples
 
 
 def train_one_step(model: PreTrainedModel, num_ranks: int | None, packing: bool = False) -> Step:
-    """Return what a Trainer computes for one optimizer step.
+    """Train for one optimizer step and return its results.
 
     Args:
-        model: is trained.
-        num_ranks: that share each sequence; None: no `ContextParallelConfig` at all.
-        packing: the rows of a micro-batch in one, as documents.
+        model: the model to train.
+        num_ranks: ranks that share each sequence; None: no `ContextParallelConfig` at all.
+        packing: concatenate the rows of a micro-batch, as documents of one row.
     """
     config = None if num_ranks is None else ContextParallelConfig(context_parallel_size=num_ranks)
     arguments = TrainingArguments(
@@ -116,7 +116,7 @@ def train_one_step(model: PreTrainedModel, num_ranks: int | None, packing: bool 
         gradient_accumulation_steps=MICRO_BATCHES,
         train_sampling_strategy="sequential",
         optim="sgd",
-        max_grad_norm=0.0,  # gradients as they are
+        max_grad_norm=0.0,  # no clipping
         logging_steps=1,
         use_cpu=True,
         report_to=[],
@@ -141,7 +141,7 @@ def train_one_step(model: PreTrainedModel, num_ranks: int | None, packing: bool 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Within, Accelerate takes this process for one that was started alone."""
+    """Make this process look to Accelerate as if it had been started alone."""
     variables = {name: os.environ.pop(name) for name in PROCESS_VARIABLES if name in os.environ}
     try:
         yield

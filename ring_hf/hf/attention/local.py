@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ring_hf.geometry import AttentionSpec
 from ring_hf.parallel import local_attention
 
-from ..documents import Documents, documents_of_cu_seq_lens, documents_of_positions
+from ..documents import Documents, documents_from_cu_seq_lens, documents_from_position_ids
 
 
 def local_attention_forward(
@@ -114,10 +114,10 @@ def _documents(
     if q_len != kv_len:
         return None
     if cu_seq_lens is not None and num_rows == 1:
-        return documents_of_cu_seq_lens(cu_seq_lens, kv_len)
+        return documents_from_cu_seq_lens(cu_seq_lens, kv_len)
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != kv_len:
         return None
-    return documents_of_positions(position_ids.expand(num_rows, -1))
+    return documents_from_position_ids(position_ids.expand(num_rows, -1))
 
 
 def _documents_of_mask(mask_BS: torch.Tensor, causal: bool) -> Documents | None:

@@ -1,2 +1,4 @@
-"""Rules that are checked before anything runs: functions of arguments, models, Trainers and batches to a message or
-None."""
+"""Checks of arguments, models, Trainers and batches that run before anything is computed.
+
+Rules and `check_*` functions return an error message, or None. `refuse_*` functions raise.
+"""

@@ -1,6 +1,6 @@
-"""What is refused of one batch, at every forward pass: arguments that do not belong beside a shard.
+"""Arguments of a forward pass that are refused with a sharded batch, checked before every pass.
 
-These are checks of what this rank can see by itself. What ranks must compare is in `pass_message.py`.
+Every check needs only what this rank knows. `pass_message.py` compares values between ranks.
 """
 
 from typing import Any
@@ -13,78 +13,102 @@ from .. import context as process
 from ..attention.backend import MISSING_METADATA_ERROR
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..degrees import resolve_degrees
-from .argument_rules import check_loader, check_weights
-from .moe_aux_loss import router_output_error
+from .argument_rules import check_loader, check_loss_weights
+from .moe_aux_loss import check_router_output
 
 
-def find_batch_error(
+def check_batch(
     model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], context: process.ProcessContext
 ) -> str | None:
-    """Return what is wrong with the arguments of a forward pass of sharded sequences, as far as this rank can see."""
-    batch = kwargs.get(METADATA_KEY)
-    if isinstance(batch, InvalidBatch):
-        return batch.message
-    if not isinstance(batch, ContextParallelMetadata):
+    """Return an error message for the arguments of a forward pass on sharded sequences, or None.
+
+    Args:
+        model: the model that is called.
+        args: its positional arguments.
+        kwargs: its keyword arguments, `input_ids` [rows, tokens of this rank] among them.
+        context: the ranks that share the sequences.
+    """
+    metadata = kwargs.get(METADATA_KEY)
+    if isinstance(metadata, InvalidBatch):
+        return metadata.message
+    if not isinstance(metadata, ContextParallelMetadata):
         return MISSING_METADATA_ERROR
     if args:
-        return "Tokens were passed by position. Call the model with the batch as keyword arguments: model(**batch)."
-    if model.training and kwargs.get("shift_labels") is not None and kwargs.get("labels") is None:
-        return (
-            "The batch has shift_labels but its labels were taken out before the forward pass (as "
-            "label_smoothing_factor and compute_loss_func do): a loss outside the model would see one shard. Let the "
-            "model compute the loss."
-        )
-    if kwargs.get("loss_weights") is not None and (weights_error := check_weights(model)) is not None:
-        return weights_error
+        return "The model got positional arguments. Pass the batch as keyword arguments: model(**batch)."
+    return (
+        _check_labels(model, kwargs)
+        or _check_loss_weights(model, kwargs)
+        or check_loader(GradientState().active_dataloader)
+        or _check_unsupported(kwargs)
+        or check_router_output(model, kwargs)
+        or _check_degrees(model, metadata, context)
+        or _check_input_ids(kwargs["input_ids"], metadata)
+    )
+
+
+def _check_labels(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    if not model.training or kwargs.get("shift_labels") is None or kwargs.get("labels") is not None:
+        return None
+    return (
+        "The batch has shift_labels, but labels were removed before the forward pass (label_smoothing_factor and "
+        "compute_loss_func do that): a loss computed outside the model would see only one shard. Let the model "
+        "compute the loss."
+    )
+
+
+def _check_loss_weights(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
     weights_BC = kwargs.get("loss_weights")
-    if weights_BC is not None and weights_BC.dtype in (torch.bfloat16, torch.float16):
-        return (
-            f"loss_weights are {weights_BC.dtype}, which rounds them: under DeepSpeed in half precision, the Trainer "
-            "casts all numbers of a batch. Use FSDP2 or DDP, which keep them in fp32."
+    if weights_BC is None:
+        return None
+    error = check_loss_weights(model)
+    if error is None and weights_BC.dtype in (torch.bfloat16, torch.float16):
+        error = (
+            f"loss_weights have dtype {weights_BC.dtype}, which rounds them: with DeepSpeed in half precision, the "
+            "Trainer casts all floating-point tensors of a batch. Use FSDP2 or DDP, which keep them in fp32."
         )
-    loader_error = check_loader(GradientState().active_dataloader)
-    if loader_error is not None:
-        return loader_error
-    for name, why in (
-        ("attention_mask", "padding and documents travel in the batch that ContextParallelCollator made"),
+    return error
+
+
+def _check_unsupported(kwargs: dict[str, Any]) -> str | None:
+    for name, reason in (
+        ("attention_mask", "ContextParallelCollator already describes padding and documents in the batch"),
         ("past_key_values", "a KV cache cannot be combined with sharded sequences"),
         ("inputs_embeds", "only token ids can be sharded"),
     ):
         if kwargs.get(name) is not None:
-            return f"{name} was passed beside a sharded batch, but {why}. Leave it out."
+            return f"{name} was passed with a sharded batch, but {reason}. Leave it out."
     if kwargs.get("output_attentions"):
         return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
-    error = router_output_error(model, kwargs) or _find_other_degrees(model, batch, context)
-    if error is not None:
-        return error
-    num_tokens, sequence = kwargs["input_ids"].shape[1], batch.sequence
-    if num_tokens != batch.shard_length:
-        return (
-            f"This rank got {num_tokens} tokens, but its {sequence.layout} shard of {sequence.length} tokens has "
-            f"{batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
-        )
-    if kwargs["input_ids"].device.type not in ("cpu", "cuda"):
-        return f"Device {kwargs['input_ids'].device} is not supported by ring attention. Use a CPU or CUDA device."
     return None
 
 
-def _find_other_degrees(
-    model: PreTrainedModel, batch: ContextParallelMetadata, context: process.ProcessContext
+def _check_degrees(
+    model: PreTrainedModel, metadata: ContextParallelMetadata, context: process.ProcessContext
 ) -> str | None:
-    """The collator resolved the split from the model it was given: is it still that of the model that runs?"""
+    """Compare the degrees of the model that runs with those of the model that the collator was built from."""
     try:
         degrees = resolve_degrees(model.config, context)
     except ValueError as error:
         return str(error)
-    sequence = batch.sequence
-    if (degrees.layout, degrees.size, degrees.options) == (sequence.layout, sequence.num_ranks, batch.options):
+    sequence = metadata.sequence
+    if (degrees.layout, degrees.size, degrees.options) == (sequence.layout, sequence.num_ranks, metadata.options):
         return None
-    more = (
-        f", {sequence.num_ranks} ranks with ulysses_size={sequence.ulysses}, not for {degrees}"
-        if degrees.layout == sequence.layout
-        else ""
-    )
+    details = ""
+    if degrees.layout == sequence.layout:
+        details = f", {sequence.num_ranks} ranks with ulysses_size={sequence.ulysses}, not for {degrees}"
     return (
-        f"The model attends with {degrees.backend!r}, but the batch was sharded for layout {sequence.layout!r}{more}. "
-        "Build the collator from the model that is trained, after its last set_attn_implementation call."
+        f"The model attends with {degrees.backend!r}, but the batch was sharded for layout {sequence.layout!r}"
+        f"{details}. Build the collator from the model that is trained, after its last set_attn_implementation call."
     )
+
+
+def _check_input_ids(input_ids_BC: torch.Tensor, metadata: ContextParallelMetadata) -> str | None:
+    num_tokens, sequence = input_ids_BC.shape[1], metadata.sequence
+    if num_tokens != metadata.shard_length:
+        return (
+            f"This rank got {num_tokens} tokens, but its {sequence.layout} shard of {sequence.length} tokens has "
+            f"{metadata.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
+        )
+    if input_ids_BC.device.type not in ("cpu", "cuda"):
+        return f"Device {input_ids_BC.device} is not supported by ring attention. Use a CPU or CUDA device."
+    return None

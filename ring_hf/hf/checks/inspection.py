@@ -1,8 +1,8 @@
-"""What a model's attention layers ask of a kernel, seen without its weights: for `ring-hf doctor`.
+"""What the attention layers of a model need from a kernel, without loading its weights: for `ring-hf doctor`.
 
-The model is built on torch's meta device from its configuration, judged by the rules that training would judge it by,
-and run once on a few tokens that do not exist, with an attention function that only notes what it is asked for. Where
-a model cannot run without data, the usual names of its configuration are read instead.
+The model is built from its config on torch's meta device, checked by the rules that training applies, and run once on
+a few meta tokens with an attention function that only records its arguments. If a model cannot run on meta tensors,
+the usual field names of its config are read instead.
 """
 
 import copy
@@ -19,12 +19,23 @@ from .argument_rules import first_error
 from .model_rules import MODEL_RULES, text_config
 
 _PROBE = "ring_hf_probe"
-_TOKENS = 8
+_NUM_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Layers that ask for the same: head counts and dims, what is visible, what is done to the scores."""
+    """The arguments that layers of one kind pass to the attention function.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        head_dim: elements of a query or key of one head.
+        v_head_dim: elements of a value of one head.
+        window: tokens of a sliding window, the query's own included; None: no window.
+        chunk: tokens of an attention chunk; None: no chunks.
+        softcap: bound of the scores; None: not bounded.
+        sinks: whether each head has an attention sink.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -38,62 +49,73 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class ModelInspection:
-    """A model as context parallelism sees it.
+    """The properties of a model that matter to context parallelism.
 
     Attributes:
-        refused: the message with which training would refuse it, or None.
-        kinds: its attention layers and how many there are of each kind.
-        probed: whether the layers were seen at work, or read from the configuration.
+        error: the message with which training would refuse the model, or None.
+        kinds: the kinds of its attention layers, with the number of layers of each.
+        is_probed: whether the kinds were recorded in a forward pass; otherwise they were read from the config.
     """
 
     name: str
     model_type: str
-    refused: str | None
+    error: str | None
     kinds: tuple[tuple[AttentionKind, int], ...]
-    probed: bool
+    is_probed: bool
 
 
 def load_config(keys: Mapping[str, Any], source: str) -> Any:
-    """The configuration with the keys of a `config.json`, read at `source`.
+    """Return the config with the keys of a `config.json` that was read from `source` (a path or repository).
 
     Raises:
-        ValueError: if Transformers does not know the architecture, or cannot read a key.
+        ValueError: if Transformers does not know the architecture, or rejects a key.
     """
     try:
         return AutoConfig.for_model(**keys)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source} is no configuration that Transformers can read ({error}).") from error
+        raise ValueError(f"{source} is not a config that Transformers can read ({error}).") from error
 
 
 def inspect_model(name: str, config: Any, attention: str) -> ModelInspection:
-    """Builds the model of a configuration without weights and looks at its attention.
+    """Build the model of a config without weights and inspect its attention.
 
     Args:
-        attention: the backend it would attend with, such as "ring_zigzag".
+        name: of the model, for the result.
+        config: a Transformers config; it is not changed.
+        attention: the attention implementation to check the model with, for example "ring_zigzag".
     """
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # not causal, not this backend, a field missing
-        said = " ".join(str(error).split())
-        return ModelInspection(name, config.model_type, f"Transformers cannot build it: {said}", (), False)
-    refused = first_error(MODEL_RULES, model)
-    counted = _probe(model)
-    if counted is None:
-        counted = _configured(text_config(model))
-        return ModelInspection(name, config.model_type, refused, counted, False)
-    return ModelInspection(name, config.model_type, refused, counted, True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # not causal, not this backend, a missing field
+        reason = " ".join(str(error).split())
+        message = f"Transformers cannot build it: {reason}"
+        return ModelInspection(name, config.model_type, message, kinds=(), is_probed=False)
+    model_error = first_error(MODEL_RULES, model)
+    kinds = _probe(model)
+    is_probed = kinds is not None
+    if kinds is None:
+        kinds = _read_kinds(text_config(model))
+    return ModelInspection(name, config.model_type, model_error, kinds, is_probed)
 
 
 def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionKind, int], ...] | None:
-    seen: Counter[AttentionKind] = Counter()
+    """Record the arguments of the attention calls of one forward pass; None if the pass fails."""
+    counts: Counter[AttentionKind] = Counter()
 
     def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
-        window = kwargs.get("sliding_window") or backend.layer_window(module)
-        heads = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
-        sinks = kwargs.get("s_aux") is not None
-        seen[AttentionKind(*heads, window, backend.layer_chunk(module), kwargs.get("softcap") or None, sinks)] += 1
+        kind = AttentionKind(
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            v_head_dim=value.shape[-1],
+            window=kwargs.get("sliding_window") or backend.layer_window(module),
+            chunk=backend.layer_chunk(module),
+            softcap=kwargs.get("softcap") or None,
+            sinks=kwargs.get("s_aux") is not None,
+        )
+        counts[kind] += 1
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     AttentionInterface.register(_PROBE, attention)
@@ -101,31 +123,37 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionKind, int], ...] | No
     try:
         model.set_attn_implementation(_PROBE)
         with torch.no_grad(), torch.device("meta"):
-            tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
-            # A mask, or Transformers would look into the positions for packed documents.
+            tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
+            # Without a mask, Transformers would read the positions to detect packed documents.
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return None  # experts chosen by values, architectures that refuse the probe: their configuration is read
-    return tuple(seen.items()) or None
+        return None  # experts are chosen by values, or the architecture does not support the probe
+    return tuple(counts.items()) or None
 
 
-def _configured(config: Any) -> tuple[tuple[AttentionKind, int], ...]:
+def _read_kinds(config: Any) -> tuple[tuple[AttentionKind, int], ...]:
+    """Read the kinds of attention layers from the usual fields of a config; empty if they are missing."""
     num_heads = getattr(config, "num_attention_heads", None)
     if not isinstance(num_heads, int):
         return ()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    latent = getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None)
-    if latent:  # multi-head latent attention: a key of both parts for every head
-        num_kv_heads, head_dim = num_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-    v_head_dim = config.v_head_dim if latent else head_dim
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    sinks = config.model_type in ("gpt_oss",)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    counted = []
-    for name, count in Counter(types).items():
-        window = config.sliding_window if name == "sliding_attention" else None
-        chunk = getattr(config, "attention_chunk_size", None) if name == "chunked_attention" else None
-        kind = AttentionKind(num_heads, num_kv_heads, head_dim, v_head_dim, window, chunk, softcap, sinks)
-        counted.append((kind, count))
-    return tuple(counted)
+    head_dim = v_head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None):
+        # Multi-head latent attention: every head has a key, with and without RoPE.
+        num_kv_heads, v_head_dim = num_heads, config.v_head_dim
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    kinds = []
+    for layer_type, num_layers in Counter(layer_types).items():
+        kind = AttentionKind(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            v_head_dim,
+            window=config.sliding_window if layer_type == "sliding_attention" else None,
+            chunk=getattr(config, "attention_chunk_size", None) if layer_type == "chunked_attention" else None,
+            softcap=getattr(config, "attn_logit_softcapping", None),
+            sinks=config.model_type == "gpt_oss",
+        )
+        kinds.append((kind, num_layers))
+    return tuple(kinds)

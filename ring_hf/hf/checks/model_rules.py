@@ -1,10 +1,10 @@
 """Which models can be sharded: rules about architectures, checked before anything is computed.
 
-A model is exact under context parallelism if attention through Transformers' interface is the only place where tokens
-meet, if everything else treats a token by itself and by the `position_ids` it is given, and if nothing is drawn at
-random. Each rule is a function that returns a message or None. What cannot be seen in a model's configuration or
-modules is listed by model type in `REFUSED_TYPES`. `tests/hf/architectures.py` holds the verdict on every family of
-Transformers, proven against one process where it is "exact".
+A model is exact under context parallelism if tokens interact only in attention that is called through Transformers'
+interface, if everything else depends on one token and its `position_ids`, and if nothing is random. Each rule is named
+after the property it checks and returns an error message, or None. `REFUSED_TYPES` lists model types that break these
+conditions in a way that neither config nor modules show. `tests/hf/architectures.py` holds the verdict on every family
+of Transformers; those called exact are compared with one process.
 """
 
 import inspect
@@ -19,33 +19,33 @@ from ring_hf.memory.chunked_loss import stock_of
 from ring_hf.memory.token_wise import values_above_zero
 
 from ..attn_names import layout_of
-from .moe_aux_loss import router_error
+from .moe_aux_loss import check_aux_loss
 
 Rule = Callable[[PreTrainedModel], str | None]
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-# What the other kinds of layers do; kinds that are not listed are refused too.
+# Why other types of layers are refused; types in neither table get the reason in `STATEFUL`.
 OTHER_LAYERS = {
-    "conv": "look at neighbouring tokens, which another rank may hold",
+    "conv": "look at neighbouring tokens, which may be on another rank",
     "indexed_attention": "choose the keys of a query by an index over the whole sequence",
     "compressed_sparse_attention": "attend to summaries of the whole sequence",
     "heavily_compressed_attention": "attend to summaries of the whole sequence",
 }
-STATE = "carry a state along the sequence or look at its neighbourhood"
+STATEFUL = "carry a state along the sequence or look at neighbouring tokens"
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 REFUSED_TYPES = {
     "doge": "makes its attention mask from the values of all tokens",
-    "gemma4_unified": "joins the tokens of images in its attention mask, also where there are none",
+    "gemma4_unified": "joins the tokens of images in its attention mask, even if there are none",
     "gemma4_assistant": "predicts from hidden states of another model",
     "gemma4_unified_assistant": "predicts from hidden states of another model",
-    "mllama_text_model": "attends to images in layers that text alone skips",
-    "nemotron": "does not hand keyword arguments to its attention layers, so the description of the sequence cannot "
-    "reach them",
-    "phimoe": "draws experts at random while training, so no run would equal one process",
+    "mllama_text_model": "attends to images in layers that text without images skips",
+    "nemotron": "does not pass keyword arguments to its attention layers, so the batch metadata cannot reach them",
+    "phimoe": "samples experts at random in training, so no run would equal one process",
 }
 
 
 def text_config(model: PreTrainedModel) -> Any:
+    """Return the config of the language model, also of a multimodal model."""
     return model.config.get_text_config()
 
 
@@ -61,8 +61,8 @@ def _attention_interface(model: PreTrainedModel) -> str | None:
     if model._supports_attention_backend:
         return None
     return (
-        f"{type(model).__name__} does not pass its attention through Transformers' attention interface: it accepts "
-        "the name of the backend and ignores it, so every rank would attend inside its shard. Use a model that "
+        f"{type(model).__name__} does not call its attention through Transformers' attention interface: it accepts "
+        "attn_implementation and ignores it, so every rank would attend within its own shard. Use a model that "
         "supports attention backends."
     )
 
@@ -74,10 +74,10 @@ def _layer_types(model: PreTrainedModel) -> str | None:
         types |= set(getattr(config, name, None) or ()) - ATTENTION_LAYERS
     if not types:
         return None
-    why = {OTHER_LAYERS.get(kind, STATE) for kind in types}
+    reasons = {OTHER_LAYERS.get(layer_type, STATEFUL) for layer_type in types}
     return (
-        f"{type(model).__name__} has layers of type {', '.join(sorted(types))}. They {' and '.join(sorted(why))}. Use "
-        "a model with attention layers only."
+        f"{type(model).__name__} has layers of type {', '.join(sorted(types))}. They {' and '.join(sorted(reasons))}. "
+        "Use a model with attention layers only."
     )
 
 
@@ -87,53 +87,52 @@ def _refused_type(model: PreTrainedModel) -> str | None:
 
 
 def _convolution(model: PreTrainedModel) -> str | None:
-    """In the decoder; an image or audio encoder beside it is never given anything."""
+    """Check the decoder only: image and audio encoders get no input here."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for name, module in (decoder or model).named_modules():
         if isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1:
             return (
-                f"{type(model).__name__} has convolutions ({name}), which look at neighbouring tokens that another "
-                "rank may hold. Use a model with attention layers only."
+                f"{type(model).__name__} has convolutions ({name}), which look at neighbouring tokens that may be "
+                "on another rank. Use a model with attention layers only."
             )
     return None
 
 
-def _own_positions(model: PreTrainedModel) -> str | None:
+def _internal_positions(model: PreTrainedModel) -> str | None:
     if not any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         return None
     return (
-        f"{type(model).__name__} counts positions by itself, from behind the padding token's number, and not as the "
-        "position_ids it is given. Use a decoder model."
+        f"{type(model).__name__} computes position ids itself, from its padding_idx + 1, instead of taking the "
+        "position_ids of the batch. Use another model."
     )
 
 
-def _not_causal_decoder(model: PreTrainedModel) -> str | None:
+def _encoder_decoder(model: PreTrainedModel) -> str | None:
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
-    return f"{type(model).__name__} is an encoder-decoder; only decoder models can be sharded along the sequence."
+    return f"{type(model).__name__} is an encoder-decoder, which cannot be sharded. Use a decoder-only model."
 
 
-def _loss(model: PreTrainedModel) -> str | None:
+def _loss_type(model: PreTrainedModel) -> str | None:
     loss_type = getattr(model, "loss_type", None)
-    known = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
-    # GPT-2 and other old names have no loss type; Transformers gives them the causal loss.
-    known = known or (loss_type is None and type(model).__name__.endswith("LMHeadModel"))
-    if known and stock_of(model.loss_function) is ForCausalLMLoss:
+    is_causal_loss = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    if loss_type is None and type(model).__name__.endswith("LMHeadModel"):
+        is_causal_loss = True  # GPT-2 and other old names have no loss type; Transformers gives them the causal loss
+    if is_causal_loss and stock_of(model.loss_function) is ForCausalLMLoss:
         return None
     return (
-        f"{type(model).__name__} does not use the causal language modelling loss "
-        f"(loss_type={getattr(model, 'loss_type', None)!r}), the only one that is known to split over shards. Use a "
-        "...ForCausalLM model."
+        f"{type(model).__name__} does not use the causal language modelling loss (loss_type={loss_type!r}), the only "
+        "loss that is exact over shards. Use a ...ForCausalLM model."
     )
 
 
-def _forward_takes_kwargs(model: PreTrainedModel) -> str | None:
+def _forward_kwargs(model: PreTrainedModel) -> str | None:
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return (
-        f"{type(model).__name__}.forward takes no **kwargs, so shift_labels and the description of the sequence "
-        "cannot reach the loss and the attention layers."
+        f"{type(model).__name__}.forward takes no **kwargs, so shift_labels and the batch metadata cannot reach the "
+        "loss and the attention layers. Add **kwargs to forward and pass them on."
     )
 
 
@@ -142,8 +141,8 @@ def _attention_dropout(model: PreTrainedModel) -> str | None:
     if dropout == 0:
         return None
     return (
-        f"attention_dropout={dropout} would draw another mask on every rank. Set model.config.attention_dropout = 0.0 "
-        "before the model is built (from_pretrained takes it as an argument)."
+        f"attention_dropout={dropout} would draw a different mask on every rank. Set "
+        "model.config.attention_dropout = 0.0 before the model is built (from_pretrained takes it as an argument)."
     )
 
 
@@ -152,8 +151,9 @@ def _dropout(model: PreTrainedModel) -> str | None:
     if not names:
         return None
     return (
-        f"{len(names)} dropout modules are active, for example {names[0]}. Ranks start from one seed, so all shards "
-        "would drop the same places, and no run would equal one process. Set the dropout probabilities to 0."
+        f"{len(names)} dropout modules are active, for example {names[0]}. Ranks start from the same seed, so all "
+        "shards would get the same dropout mask, and no run would equal one process. Set the dropout probabilities "
+        "to 0."
     )
 
 
@@ -162,8 +162,8 @@ def _jitter(model: PreTrainedModel) -> str | None:
     if not names:
         return None
     return (
-        f"Random noise on the router is active ({names[0]}); every rank would draw its own. Set the model's jitter "
-        "noise to 0."
+        f"Random noise on the router is active ({names[0]}), and every rank would draw its own. Set the model's "
+        "jitter noise to 0."
     )
 
 
@@ -174,8 +174,8 @@ def _rope(model: PreTrainedModel) -> str | None:
     if not types:
         return None
     return (
-        f"rope_type={types.pop()!r} picks its frequencies by the largest position in the batch, which differs between "
-        'shards. Use "linear", "yarn", "llama3" or a larger rope_theta.'
+        f"rope_type={types.pop()!r} chooses its frequencies by the largest position of a shard, which differs between "
+        'ranks. Use "linear", "yarn", "llama3" or a larger rope_theta.'
     )
 
 
@@ -186,19 +186,19 @@ def _output_attentions(model: PreTrainedModel) -> str | None:
 
 
 MODEL_RULES: tuple[Rule, ...] = (
-    _not_causal_decoder,
+    _encoder_decoder,
     _layer_types,
     _attention_interface,
     _backend,
     _refused_type,
     _convolution,
-    _own_positions,
-    _loss,
-    _forward_takes_kwargs,
+    _internal_positions,
+    _loss_type,
+    _forward_kwargs,
     _attention_dropout,
     _dropout,
     _jitter,
     _rope,
-    router_error,
+    check_aux_loss,
     _output_attentions,
 )

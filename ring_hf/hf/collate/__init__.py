@@ -1,1 +1,1 @@
-"""The collator: rows to batches, batches to shards."""
+"""Collators: they turn examples into a batch, and a batch into the shard of this rank."""

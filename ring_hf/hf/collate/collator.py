@@ -1,13 +1,14 @@
-"""The collator that shards: every rank gets its part of a batch that was prepared as a whole.
+"""The collator that shards: it prepares a whole batch and returns this rank's shard of it.
 
-An inner collator makes the plain batch. Here the labels are shifted (globally, before anything is cut), documents and
-padding are found, everything is padded to the layout's multiple, and this rank's segments are taken. What the shard
-cannot tell travels beside it as `ContextParallelMetadata`. Without context parallelism the inner batch is returned as
-it is, so one script serves both (with prefixes, which no plain batch can carry, it is one shard of one).
+An inner collator makes the plain batch. Then the labels are shifted (globally, before anything is cut), documents and
+padding are detected, the rows are padded to a multiple that the layout can cut, and this rank's segments are taken.
+`ContextParallelMetadata` carries the facts about the whole sequence that a shard does not contain. Without context
+parallelism the inner batch is returned unchanged, so the same script runs in one process. (Prefixes are the
+exception: a plain batch cannot carry them, so one process gets metadata, too.)
 
-To the Trainer a shard is a batch of its own with distinct target tokens, so its token-weighted mean of the loss over
-ranks is exact with no change. (That is why the config keeps Accelerate's `cp_size` at 1: the Trainer would divide the
-token count by it.)
+To the Trainer a shard is a batch with target tokens of its own, so its token-weighted mean of the loss over ranks is
+exact without changes. (That is why the config keeps Accelerate's `cp_size` at 1: the Trainer would divide the token
+count by it.)
 
 Shapes: B rows, S tokens of the whole row, C tokens of this rank.
 """
@@ -27,28 +28,34 @@ from ring_hf.parallel import cut
 from .. import context as process
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata, InvalidBatch
-from ..checks import padded_targets
-from ..checks.argument_rules import check_weights
+from ..checks.argument_rules import check_loss_weights
+from ..checks.padded_targets import check_padded_targets
 from ..degrees import resolve_degrees
 from ..documents import (
     Documents,
-    documents_of_cu_seq_lens,
-    documents_of_positions,
+    documents_from_cu_seq_lens,
+    documents_from_position_ids,
     num_real_tokens,
     shift_left,
     shift_right,
 )
 from .default_collator import PadOrPackCollator
-from .prefix_lm import prefixes_of_documents, refuse_column, take_prefixes, targets_inside
+from .prefix_lm import (
+    PrefixLengths,
+    count_targets_in_prefixes,
+    pop_prefix_lengths,
+    prefixes_per_document,
+    refuse_prefix_column,
+)
 
 logger = logging.getLogger(__name__)
 
-# One process that holds whole sequences, for what only the description of a batch can carry.
+# Used where a batch needs metadata (prefixes) although this process holds whole sequences.
 SINGLE_PROCESS = process.ProcessContext(size=1, rank=0, num_replicas=1, replica=0, group="", replica_group=None)
 
-PER_TOKEN = ("input_ids", "labels", "shift_labels", "loss_weights", "attention_mask", "position_ids", "seq_idx")
-DESCRIPTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-NOT_TOKENS = (
+PER_TOKEN_KEYS = ("input_ids", "labels", "shift_labels", "loss_weights", "attention_mask", "position_ids", "seq_idx")
+PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+NON_TOKEN_KEYS = (
     "inputs_embeds",
     "pixel_values",
     "pixel_values_videos",
@@ -62,19 +69,22 @@ class ContextParallelCollator:
     """Collates a batch and takes this rank's shard of it.
 
     Args:
-        model_or_config: the model that is trained (or its config): its attention implementation names the layout.
+        model_or_config: the model to train (or its config): its attention implementation selects the layout.
         inner: any collator that returns right-padded or packed tensors; default: pad on the right, or pack.
-        packing: with the default inner collator, flatten the examples into one row with document boundaries.
-        pad_token_id: for padding; default: the config's, or 0 (padding is never attended to, nor predicted).
-        prefix_lm: take the column `prefix_length` of every example: its first tokens see each other both ways (set
-            remove_unused_columns=False, or the Trainer drops the column).
+        packing: with the default inner collator, concatenate the examples into one row with document boundaries.
+        pad_token_id: default: the config's, or 0 (padding is neither attended to nor predicted).
+        prefix_lm: read the column `prefix_length` of every example: attention is bidirectional among its first tokens
+            (set remove_unused_columns=False, or the Trainer drops the column).
 
-    A column `loss_weights`, one number per label (of shift_labels if the batch has them), weighs tokens in a loss that
-    is taken in blocks (`ring_hf.memory.apply`; set remove_unused_columns=False here, too). No other loss knows any:
-    the column is refused then (in one process if the collator was given the model, not its config).
+    A column `loss_weights`, one number per label (of shift_labels if the batch has them), weights the tokens in a loss
+    that is computed in blocks (`ring_hf.memory.apply`; it needs remove_unused_columns=False, too). With other losses,
+    which would ignore it, it is refused (in one process, only if the collator was given the model, not its config).
 
-    Documents are taken from `cu_seq_lens_q`, else from `position_ids` that restart, whether or not an all-ones
-    attention mask comes with them.
+    Documents are read from `cu_seq_lens_q`, else from `position_ids` that restart, with or without an attention mask
+    of ones.
+
+    Raises:
+        ValueError: if both `inner` and `packing` are given.
     """
 
     def __init__(
@@ -87,240 +97,269 @@ class ContextParallelCollator:
     ):
         if inner is not None and packing:
             raise ValueError(
-                "packing=True belongs to the default collator, but inner= was given too. Let the inner collator pack "
-                "(for example transformers.DataCollatorWithFlattening), or leave it out."
+                "packing=True belongs to the default collator, but inner= was given. Let the inner collator pack "
+                "(for example transformers.DataCollatorWithFlattening), or leave inner out."
             )
         model = model_or_config.get_base_model() if hasattr(model_or_config, "get_base_model") else model_or_config
         self._config = getattr(model, "config", model)
         self._model = weakref.ref(model) if isinstance(model, torch.nn.Module) else None
         if pad_token_id is None:
             pad_token_id = getattr(self._config, "pad_token_id", None)
-        self._pad_token_id = _valid_padding(pad_token_id, self._config)
+        self._pad_token_id = _valid_pad_token_id(pad_token_id, self._config)
         self.inner = inner if inner is not None else PadOrPackCollator(packing, self._pad_token_id)
         self.prefix_lm = prefix_lm
         self._warned = False
-        self._sent_context: process.ProcessContext | None = None
+        self._pickled_context: process.ProcessContext | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A spawned loader worker has no process context of its own: it travels with the collator."""
-        return {**self.__dict__, "_sent_context": self._context(), "_model": None}
+        """Pickle the process context, too: a spawned loader worker has none of its own."""
+        return {**self.__dict__, "_pickled_context": self._context(), "_model": None}
 
     def _context(self) -> process.ProcessContext | None:
-        return process.current() or self._sent_context
+        return process.current() or self._pickled_context
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
-        """The batch of this rank. A batch that cannot be sharded becomes a `InvalidBatch`: raising here, perhaps in a
-        loader worker of one rank only, would leave the other ranks waiting."""
+        """Return the batch of this rank: tensors [B, C] by key, and the metadata under `METADATA_KEY`.
+
+        With several ranks, an invalid batch is returned as `InvalidBatch` instead of raised: an error, perhaps in a
+        loader worker of one rank only, would leave the other ranks waiting. The model raises it on all ranks.
+
+        Raises:
+            ValueError: in one process, if the batch is invalid; or if `return_tensors` is not "pt".
+        """
         if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors={return_tensors!r}: only PyTorch tensors ('pt') can be sharded.")
+            raise ValueError(
+                f"return_tensors={return_tensors!r}: only PyTorch tensors ('pt') are supported. Leave it out."
+            )
         context = self._context()
         if context is None or context.size == 1:
-            whole = self._whole(features)
-            self._refuse_padded_targets(whole)
-            model = self._model() if self._model is not None and whole.get("loss_weights") is not None else None
-            if model is not None and (error := check_weights(model)) is not None:
+            batch = self._collate_whole(features)
+            self._refuse_padded_targets(batch)
+            model = self._model() if self._model is not None and batch.get("loss_weights") is not None else None
+            if model is not None and (error := check_loss_weights(model)) is not None:
                 raise ValueError(error)
-            return whole
+            return batch
         try:
-            return self._shard(features, context)
+            return self._collate_shard(features, context)
         except ValueError as error:
             logger.warning("batch refused: %s", error)
-            nothing = torch.full((max(len(features), 1), 1), IGNORE_INDEX)
-            empty = {"labels": nothing, "shift_labels": nothing.clone()}
-            return {"input_ids": torch.zeros_like(nothing), **empty, METADATA_KEY: InvalidBatch(str(error))}
+            labels = torch.full((max(len(features), 1), 1), IGNORE_INDEX)
+            return {
+                "input_ids": torch.zeros_like(labels),
+                "labels": labels,
+                "shift_labels": labels.clone(),
+                METADATA_KEY: InvalidBatch(str(error)),
+            }
 
-    def _refuse_padded_targets(self, whole: Mapping[str, Any]) -> None:
-        """In one process as with several, a ring backend is not asked for predictions of padding."""
-        mask, labels = whole.get("attention_mask"), whole.get("labels")
+    def _refuse_padded_targets(self, batch: Mapping[str, Any]) -> None:
+        """Raise if a ring backend in one process would have to predict from padding, as with several processes."""
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
         if attention_name(self._config) not in BACKENDS or mask is None or labels is None or mask.ndim != 2:
             return
-        error = padded_targets.check(whole.get("shift_labels", shift_left(labels)), mask)
+        error = check_padded_targets(batch.get("shift_labels", shift_left(labels)), mask)
         if error is not None:
             raise ValueError(error)
 
-    def _whole(self, features: Sequence[Any]) -> dict[str, Any]:
-        """The batch of a process that holds whole sequences."""
+    def _collate_whole(self, features: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch of a process that holds whole sequences."""
         if not self.prefix_lm:
-            refuse_column(features)
+            refuse_prefix_column(features)
             return dict(self.inner(list(features)))
         if attention_name(self._config) not in BACKENDS:
             raise ValueError(
-                f"prefix_lm=True with attn_implementation={attention_name(self._config)!r}, which would not look at "
-                f"the prefixes. Set attn_implementation to one of {', '.join(BACKENDS)}, also for one process."
+                f"prefix_lm=True with attn_implementation={attention_name(self._config)!r}, which would ignore the "
+                f"prefixes. Set attn_implementation to one of {', '.join(BACKENDS)}, also for one process."
             )
         text_config = self._config.get_text_config() if hasattr(self._config, "get_text_config") else self._config
         if getattr(text_config, "output_router_logits", False):
             raise ValueError(
                 "prefix_lm=True with output_router_logits=True in one process: the model would count padding in the "
-                "auxiliary loss, which only the ranks of a shared sequence leave out. Set "
+                "auxiliary loss, which only ranks that share a sequence leave out. Set "
                 "model.config.output_router_logits = False."
             )
-        return self._shard(features, SINGLE_PROCESS)
+        return self._collate_shard(features, SINGLE_PROCESS)
 
-    def _shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:
-        split = resolve_degrees(self._config, context)
-        taken: tuple[int, ...] | None = None
+    def _collate_shard(self, features: Sequence[Any], context: process.ProcessContext) -> dict[str, Any]:
+        degrees = resolve_degrees(self._config, context)
+        prefix_lengths: tuple[int, ...] | None = None
         if self.prefix_lm:
-            features, taken = take_prefixes(features)
+            features, prefix_lengths = pop_prefix_lengths(features)
         else:
-            refuse_column(features)
+            refuse_prefix_column(features)
         batch = dict(self.inner(list(features)))
-        _check_keys(batch)
+        _refuse_unsupported_keys(batch)
         num_rows, length = batch["input_ids"].shape
         mask = batch.get("attention_mask")
         num_tokens = None if mask is None else num_real_tokens(mask)
-        documents = _documents(batch, num_tokens)
-        whole = _prepare(batch)
-        if (
-            mask is not None
-            and "shift_labels" in whole
-            and (error := padded_targets.check(whole["shift_labels"], mask))
-        ):
-            raise ValueError(error)
-        examples = _examples(features, num_rows, length)
+        documents = _document_boundaries(batch, num_tokens)
+        tensors = _whole_tensors(batch)
+        if mask is not None and "shift_labels" in tensors:
+            error = check_padded_targets(tensors["shift_labels"], mask)
+            if error is not None:
+                raise ValueError(error)
+        examples = _example_boundaries(features, num_rows, length)
         prefixes = None
-        if taken is not None:
-            prefixes = prefixes_of_documents(taken, num_rows, length, documents, num_tokens, examples)
-            self._warn_of_visible_targets(whole, documents, prefixes)
-            prefixes = prefixes if max(taken) > 1 else None  # one token sees itself anyway
-        fingerprint = _fingerprint(whole, (documents, prefixes))
+        if prefix_lengths is not None:
+            prefixes = prefixes_per_document(prefix_lengths, num_rows, length, documents, num_tokens, examples)
+            self._warn_of_visible_targets(tensors, documents, prefixes)
+            prefixes = prefixes if max(prefix_lengths) > 1 else None  # a prefix of one token is causal
+        fingerprint = _fingerprint(tensors, (documents, prefixes))
 
-        padded = padded_length(split.layout, length, split.size, split.ulysses_size)
-        whole = {key: _pad_to(value, padded, self._fill(key)) for key, value in whole.items()}
+        padded = padded_length(degrees.layout, length, degrees.size, degrees.ulysses_size)
+        tensors = {key: _pad_to(tensor, padded, self._padding_value(key)) for key, tensor in tensors.items()}
         if padded > length:
             num_tokens = num_tokens or (length,) * num_rows
             if documents is not None:
                 documents = tuple((*row, padded) for row in documents)
                 prefixes = prefixes and tuple((*row, 0) for row in prefixes)
         sequence = ShardedSequence(
-            split.layout, padded, split.size, documents, num_tokens, prefixes=prefixes, ulysses=split.ulysses_size
+            degrees.layout,
+            padded,
+            degrees.size,
+            documents,
+            num_tokens,
+            prefixes=prefixes,
+            ulysses=degrees.ulysses_size,
         )
-        description = ContextParallelMetadata(
+        metadata = ContextParallelMetadata(
             sequence=sequence,
             group=context.group,
             rank=context.rank,
-            options=split.options,
+            options=degrees.options,
             unpadded_length=length,
             examples=examples,
             fingerprint=fingerprint,
         )
         segments = sequence.segments(context.rank)
-        return {**{key: cut(value, segments, 1) for key, value in whole.items()}, METADATA_KEY: description}
+        shard: dict[str, Any] = {key: cut(tensor, segments, 1) for key, tensor in tensors.items()}
+        shard[METADATA_KEY] = metadata
+        return shard
 
     def _warn_of_visible_targets(
-        self, whole: Mapping[str, torch.Tensor], documents: Documents | None, prefixes: Documents
+        self, tensors: Mapping[str, torch.Tensor], documents: Documents | None, prefixes: PrefixLengths
     ) -> None:
-        if self._warned or "shift_labels" not in whole:
+        """Log once per collator if labels lie inside prefixes."""
+        if self._warned or "shift_labels" not in tensors:
             return
-        count = targets_inside(whole["shift_labels"], documents, prefixes)
+        count = count_targets_in_prefixes(tensors["shift_labels"], documents, prefixes)
         if count:
             self._warned = True
             logger.warning(
-                "%d targets lie inside prefixes, where their own prediction sees them. Set the labels of prefix "
-                "tokens to %d.",
+                "%d targets lie inside prefixes, where the model sees the token that it predicts. Set the labels of "
+                "prefix tokens to %d.",
                 count,
                 IGNORE_INDEX,
             )
 
-    def _fill(self, key: str) -> int | None:
+    def _padding_value(self, key: str) -> int | None:
+        """Return the value to pad a tensor with; None: count from 0."""
         return {"input_ids": self._pad_token_id, "position_ids": None, "loss_weights": 0}.get(key, IGNORE_INDEX)
 
 
-def _valid_padding(token_id: Any, config: Any) -> int:
-    """Return a token that the embedding knows: padding is neither attended to nor predicted, so any will do."""
+def _valid_pad_token_id(token_id: Any, config: Any) -> int:
+    """Return `token_id` if the embedding has it, else 0: padding is neither attended to nor predicted."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    num_words = getattr(text_config, "vocab_size", None)
-    is_valid = isinstance(token_id, int) and token_id >= 0 and (num_words is None or token_id < num_words)
+    vocab_size = getattr(text_config, "vocab_size", None)
+    is_valid = isinstance(token_id, int) and token_id >= 0 and (vocab_size is None or token_id < vocab_size)
     return token_id if is_valid else 0
 
 
-def _check_keys(batch: Mapping[str, Any]) -> None:
-    embedded = [key for key in NOT_TOKENS if batch.get(key) is not None]
-    if embedded:
+def _refuse_unsupported_keys(batch: Mapping[str, Any]) -> None:
+    """Raise if the inner batch has a key or a shape that cannot be sharded."""
+    non_tokens = [key for key in NON_TOKEN_KEYS if batch.get(key) is not None]
+    if non_tokens:
         raise ValueError(
-            f"The batch holds {', '.join(embedded)}: only token ids can be sharded, not embeddings, images or audio."
+            f"The batch contains {', '.join(non_tokens)}: only token ids can be sharded, not embeddings, images or "
+            "audio. Remove these columns."
         )
     if "input_ids" not in batch:
-        raise ValueError(f"The inner collator returned no input_ids, only {sorted(batch)}.")
-    unknown = sorted(set(batch) - {*PER_TOKEN, *DESCRIPTION})
-    if unknown:
         raise ValueError(
-            f"The batch holds {', '.join(unknown)}, and it is not known how that is cut into shards. Remove it from "
-            "the dataset or in the inner collator."
+            f"The inner collator returned no input_ids, only {sorted(batch)}. Use a collator that returns token ids."
         )
-    if batch["input_ids"].ndim != 2:
+    unknown_keys = sorted(set(batch) - {*PER_TOKEN_KEYS, *PACKING_KEYS})
+    if unknown_keys:
         raise ValueError(
-            f"input_ids has shape {tuple(batch['input_ids'].shape)}; a batch of rows of tokens is needed."
+            f"The batch contains {', '.join(unknown_keys)}, which ContextParallelCollator does not know how to shard. "
+            "Remove it from the dataset or in the inner collator."
         )
     shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2:
+        raise ValueError(f"input_ids has shape {shape}, but must be 2D: rows of tokens.")
     positions = batch.get("position_ids")
     if positions is not None and positions.ndim == 3:
         raise ValueError(
-            f"position_ids of shape {tuple(positions.shape)} (multimodal RoPE) cannot be sharded. Only 2D "
-            "position_ids can."
+            f"position_ids of shape {tuple(positions.shape)} (multimodal RoPE) cannot be sharded. Pass 2D "
+            "position_ids, or none."
         )
     for key in ("labels", "shift_labels", "loss_weights", "position_ids", "seq_idx"):
         value = batch.get(key)
-        rows_may_be_one = key == "position_ids" and value is not None and tuple(value.shape) == (1, shape[1])
-        if value is not None and tuple(value.shape) != shape and not rows_may_be_one:
+        is_broadcast = key == "position_ids" and value is not None and tuple(value.shape) == (1, shape[1])
+        if value is not None and tuple(value.shape) != shape and not is_broadcast:
             raise ValueError(
-                f"{key} has shape {tuple(value.shape)} beside input_ids {shape}: one value per token is needed."
+                f"{key} has shape {tuple(value.shape)}, but input_ids has shape {shape}. {key} must have one value "
+                "per token."
             )
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim == 2 and tuple(mask.shape) != shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)} beside input_ids {shape}: they must be equal.")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but input_ids has shape {shape}. They must be equal."
+        )
 
 
-def _documents(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> Documents | None:
+def _document_boundaries(batch: Mapping[str, Any], num_tokens: tuple[int, ...] | None) -> Documents | None:
     num_rows, length = batch["input_ids"].shape
     boundaries = batch.get("cu_seq_lens_q")
     if boundaries is not None:
         if num_rows != 1:
             raise ValueError(
                 f"cu_seq_lens_q describes one flattened row, but the batch has {num_rows} rows. Use position_ids that "
-                "restart to mark documents in several rows."
+                "restart to mark the documents of several rows."
             )
-        keys = batch.get("cu_seq_lens_k")
-        if keys is not None and keys.tolist() != boundaries.tolist():
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs them equal.")
-        return documents_of_cu_seq_lens(boundaries, length)
+        key_boundaries = batch.get("cu_seq_lens_k")
+        if key_boundaries is not None and key_boundaries.tolist() != boundaries.tolist():
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but must be equal for self-attention.")
+        return documents_from_cu_seq_lens(boundaries, length)
     positions = batch.get("position_ids")
     if positions is None:
         return None
-    return documents_of_positions(positions.expand(num_rows, -1), num_tokens, jumps="attention_mask" not in batch)
+    has_mask = "attention_mask" in batch
+    return documents_from_position_ids(positions.expand(num_rows, -1), num_tokens, skips_start_documents=not has_mask)
 
 
-def _prepare(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Tokens, positions, both kinds of labels and the weights of shift_labels, of the whole rows."""
+def _whole_tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of the whole rows, [B, S]: tokens, positions, and if the batch has any, both kinds of labels
+    and the weights of shift_labels."""
     num_rows, length = batch["input_ids"].shape
     positions = batch.get("position_ids")
     if positions is None:
         positions = torch.arange(length)[None]
-    whole = {"input_ids": batch["input_ids"], "position_ids": positions.expand(num_rows, -1)}
+    tensors = {"input_ids": batch["input_ids"], "position_ids": positions.expand(num_rows, -1)}
     labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
     if shift_labels is None and labels is not None:
         shift_labels = shift_left(labels)
     if shift_labels is not None:
-        whole["shift_labels"] = shift_labels
-        whole["labels"] = shift_right(shift_labels) if labels is None else labels
+        tensors["shift_labels"] = shift_labels
+        tensors["labels"] = shift_right(shift_labels) if labels is None else labels
     weights = batch.get("loss_weights")
     if weights is not None:
-        whole["loss_weights"] = weights if "shift_labels" in batch else pad(weights, (0, 1))[:, 1:]
-    return whole
+        tensors["loss_weights"] = weights if "shift_labels" in batch else pad(weights, (0, 1))[:, 1:]
+    return tensors
 
 
-def _fingerprint(whole: Mapping[str, torch.Tensor], described: Any) -> str:
-    """Hash of the unsharded batch: ranks that share a sequence must have been given the same one."""
-    digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
-    for key in sorted(whole):
-        digest.update(f"{key}{tuple(whole[key].shape)}".encode())
-        digest.update(whole[key].contiguous().cpu().numpy().tobytes())
+def _fingerprint(tensors: Mapping[str, torch.Tensor], boundaries: Any) -> str:
+    """Return a hash of the unsharded batch, which must be equal on all ranks that share a sequence."""
+    digest = hashlib.blake2b(repr(boundaries).encode(), digest_size=16)
+    for key in sorted(tensors):
+        digest.update(f"{key}{tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _examples(features: Sequence[Any], num_rows: int, length: int) -> tuple[int, ...] | None:
-    """Boundaries of the examples if one row holds several (evaluation weighs by example); empty if they cannot be
-    told."""
+def _example_boundaries(features: Sequence[Any], num_rows: int, length: int) -> tuple[int, ...] | None:
+    """Return the boundaries of the examples in one row, by which evaluation weights them.
+
+    None if every row is one example; empty if the boundaries are unknown.
+    """
     if num_rows == len(features):
         return None
     boundaries = [0]
@@ -330,13 +369,13 @@ def _examples(features: Sequence[Any], num_rows: int, length: int) -> tuple[int,
     return tuple(boundaries) if len(boundaries) == len(features) + 1 and boundaries[-1] == length else ()
 
 
-def _pad_to(value_BS: torch.Tensor, length: int, fill: int | None) -> torch.Tensor:
-    """Rows extended to `length`; without a fill they go on counting from 0, so that no table of positions is
-    exceeded."""
-    missing = length - value_BS.shape[1]
-    if missing == 0:
+def _pad_to(value_BS: torch.Tensor, length: int, padding_value: int | None) -> torch.Tensor:
+    """Pad rows on the right to `length` tokens. Without a value, pad with 0, 1, 2, ...: positions of padding then stay
+    inside the tables of a model."""
+    num_missing = length - value_BS.shape[1]
+    if num_missing == 0:
         return value_BS
-    if fill is not None:
-        return pad(value_BS, (0, missing), value=fill)
-    tail = torch.arange(missing, dtype=value_BS.dtype).expand(value_BS.shape[0], -1)
+    if padding_value is not None:
+        return pad(value_BS, (0, num_missing), value=padding_value)
+    tail = torch.arange(num_missing, dtype=value_BS.dtype).expand(value_BS.shape[0], -1)
     return torch.cat([value_BS, tail], dim=1)

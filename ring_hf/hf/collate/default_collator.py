@@ -1,7 +1,7 @@
 """The default inner collator: pads examples on the right, or packs them into one row.
 
-Both return a plain, unsharded batch that a single process can train on as it is. Any other collator (Transformers'
-`DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, ...) can take its place.
+Both produce a plain, unsharded batch that a single process can train on. Any other collator (Transformers'
+`DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, ...) can replace it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ import torch
 
 from ..batch_metadata import IGNORE_INDEX
 
-# What missing tokens are filled with; input_ids take the pad token.
-FILL = {
+# Padding values by key; input_ids are padded with the pad token.
+PADDING_VALUES = {
     "labels": IGNORE_INDEX,
     "shift_labels": IGNORE_INDEX,
     "attention_mask": 0,
@@ -22,12 +22,16 @@ FILL = {
 
 
 class PadOrPackCollator:
-    """Collates lists of token ids (keys input_ids, labels, shift_labels, attention_mask, position_ids) and of
-    loss_weights, one number per label.
+    """Collates examples, which are mappings of input_ids and optionally of the keys of `PADDING_VALUES`.
 
-    Labels default to the tokens themselves, as for causal language modelling. With `packing`, the examples follow each
-    other in one row, positions restart at each of them, and the first label of each is ignored: no document is
-    predicted from the one before it. An example without tokens adds neither token nor target to a packed row.
+    Every value is a list or 1D tensor with one number per token. The labels default to the tokens themselves, as in
+    causal language modelling. With `packing`, all examples are concatenated into one row, positions restart at each of
+    them, and the first label of each is ignored, so that no document is predicted from the one before it. An example
+    without tokens adds nothing to a packed row.
+
+    Args:
+        packing: concatenate the examples into one row instead of padding them.
+        pad_token_id: of `input_ids`.
     """
 
     def __init__(self, packing: bool = False, pad_token_id: int = 0):
@@ -35,29 +39,38 @@ class PadOrPackCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        examples = [self._example(number, feature) for number, feature in enumerate(features)]
+        """Return tensors [rows, tokens] by key: int64, and fp32 for loss_weights.
+
+        Raises:
+            ValueError: if no example has a token, or an example cannot be collated with the others.
+        """
+        examples = [self._example(index, feature) for index, feature in enumerate(features)]
         if not any(len(example["input_ids"]) for example in examples):
             raise ValueError(
-                f"None of the {len(examples)} examples of the batch has a token. Drop empty examples from the dataset."
+                f"None of the {len(examples)} examples of the batch contains a token. Drop empty examples from the "
+                "dataset."
             )
         if any(example.keys() != examples[0].keys() for example in examples):
-            raise ValueError(f"Examples of one batch have different keys: {sorted({tuple(e) for e in examples})}.")
+            raise ValueError(
+                f"The examples of a batch have different keys: {sorted({tuple(e) for e in examples})}. Give all of "
+                "them the same columns."
+            )
         return self._pack(examples) if self.packing else self._pad(examples)
 
-    def _example(self, number: int, feature: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        unknown = sorted(set(feature) - {"input_ids", *FILL})
-        if unknown:
+    def _example(self, index: int, feature: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        unknown_keys = sorted(set(feature) - {"input_ids", *PADDING_VALUES})
+        if unknown_keys:
             raise ValueError(
-                f"The default collator does not know {', '.join(unknown)}. Remove the columns, or pass the collator "
-                "that knows them as inner=."
+                f"The default collator does not know {', '.join(unknown_keys)}. Remove these columns, or pass a "
+                "collator that knows them as inner=."
             )
         if "input_ids" not in feature:
             raise ValueError(f"An example has no input_ids, only {sorted(feature)}. Tokenise the dataset first.")
-        example = {key: _tensor(number, key, value) for key, value in feature.items()}
+        example = {key: _tensor(index, key, value) for key, value in feature.items()}
         lengths = {key: len(value) for key, value in example.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
-                f"The parts of one example differ in length: {lengths}. All must have one value per token."
+                f"The columns of an example differ in length: {lengths}. Each must have one value per token."
             )
         if "labels" not in example and "shift_labels" not in example:
             example["labels"] = example["input_ids"].clone()
@@ -70,8 +83,8 @@ class PadOrPackCollator:
                 example.setdefault("attention_mask", torch.ones_like(example["input_ids"]))
         batch = {}
         for key in examples[0]:
-            fill = FILL.get(key, self.pad_token_id)
-            rows = torch.full((len(examples), length), fill, dtype=_dtype(key))
+            value = PADDING_VALUES.get(key, self.pad_token_id)
+            rows = torch.full((len(examples), length), value, dtype=_dtype(key))
             for row, example in zip(rows, examples, strict=True):
                 row[: len(example[key])] = example[key]
             batch[key] = rows
@@ -83,7 +96,7 @@ class PadOrPackCollator:
             mask = example.pop("attention_mask", None)
             if mask is not None and not bool(mask.bool().all()):
                 raise ValueError(
-                    "An example to be packed carries padding (zeros in attention_mask). Pack unpadded examples."
+                    "An example contains padding (zeros in attention_mask), but packing=True. Pack unpadded examples."
                 )
             if "position_ids" not in example:
                 example["position_ids"] = torch.arange(len(example["input_ids"]))
@@ -93,12 +106,12 @@ class PadOrPackCollator:
         return {key: torch.cat([example[key] for example in examples])[None] for key in examples[0]}
 
 
-def _tensor(number: int, key: str, value: Any) -> torch.Tensor:
+def _tensor(index: int, key: str, value: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(value, dtype=_dtype(key)).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"Example {number} of the batch: {key} is no list of numbers, one per token, but {str(value)[:60]} "
+            f"Example {index} of the batch: {key} must be a list of numbers, one per token, but is {str(value)[:60]} "
             f"({error}). Tokenise the dataset, and drop or repair rows without values."
         ) from None
 

@@ -1,8 +1,8 @@
-"""Prefix language modelling: the first tokens of an example see each other both ways, the rest is causal.
+"""Prefix language modelling: attention is bidirectional inside a prefix of each example and causal after it.
 
-Examples say so in an integer column `prefix_length`. It is taken off before the inner collator sees them, and becomes
-one number per document of the whole batch, which every layer finds in the batch's description. The layout of the idea:
-T5's prefix LM (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1), PaliGemma's images and prompts.
+An integer column `prefix_length` gives the tokens of each prefix. It is removed before the inner collator runs, and
+becomes one number per document in the batch metadata, which every attention layer gets. For the mask, see T5's prefix
+LM (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1) and PaliGemma's images and prompts.
 """
 
 import itertools
@@ -14,73 +14,108 @@ import torch
 from ..batch_metadata import IGNORE_INDEX
 from ..documents import Documents
 
-COLUMN = "prefix_length"
+PREFIX_COLUMN = "prefix_length"
+
+# By row: the tokens of the prefix of each document; 0: the document is causal.
+PrefixLengths = tuple[tuple[int, ...], ...]
 
 
-def take_prefixes(features: Sequence[Any]) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
-    """The examples without their column, and its values."""
-    plain, prefixes = [], []
-    for number, feature in enumerate(features):
-        if not isinstance(feature, Mapping) or COLUMN not in feature:
+def pop_prefix_lengths(features: Sequence[Any]) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """Return copies of the examples without `PREFIX_COLUMN`, and the values of that column.
+
+    Raises:
+        ValueError: if an example has no such column, or its value is not a whole number of at least 0.
+    """
+    examples, prefix_lengths = [], []
+    for index, feature in enumerate(features):
+        if not isinstance(feature, Mapping) or PREFIX_COLUMN not in feature:
             raise ValueError(
-                f"Example {number} of the batch has no {COLUMN}, but prefix_lm=True. Give every example that column "
-                "(0: causal), and set remove_unused_columns=False in TrainingArguments: the Trainer drops columns "
-                "that the model does not take."
+                f"Example {index} of the batch has no {PREFIX_COLUMN}, but prefix_lm=True. Add the column to every "
+                "example (0: causal), and set remove_unused_columns=False in TrainingArguments: the Trainer drops "
+                "columns that the model does not take."
             )
-        value = feature[COLUMN]
+        value = feature[PREFIX_COLUMN]
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
-            raise ValueError(f"{COLUMN}={value!r} of example {number} must be a whole number of tokens, at least 0.")
-        prefixes.append(int(value))
-        plain.append({key: part for key, part in feature.items() if key != COLUMN})
-    return plain, tuple(prefixes)
+            raise ValueError(
+                f"{PREFIX_COLUMN}={value!r} of example {index} must be a whole number of tokens, at least 0."
+            )
+        prefix_lengths.append(int(value))
+        examples.append({key: column for key, column in feature.items() if key != PREFIX_COLUMN})
+    return examples, tuple(prefix_lengths)
 
 
-def refuse_column(features: Sequence[Any]) -> None:
-    """A column that would be overlooked."""
-    if any(isinstance(feature, Mapping) and COLUMN in feature for feature in features):
+def refuse_prefix_column(features: Sequence[Any]) -> None:
+    """Check the examples of a collator that was built without `prefix_lm=True`.
+
+    Raises:
+        ValueError: if they have the column `PREFIX_COLUMN`, which would be ignored.
+    """
+    if any(isinstance(feature, Mapping) and PREFIX_COLUMN in feature for feature in features):
         raise ValueError(
-            f"The examples have a column {COLUMN}, which only counts with ContextParallelCollator(..., "
-            "prefix_lm=True). Set it, or remove the column."
+            f"The examples have a column {PREFIX_COLUMN}, which has an effect only with "
+            "ContextParallelCollator(..., prefix_lm=True). Set prefix_lm=True, or remove the column."
         )
 
 
-def prefixes_of_documents(
-    prefixes: tuple[int, ...],
+def prefixes_per_document(
+    prefix_lengths: tuple[int, ...],
     num_rows: int,
     length: int,
     documents: Documents | None,
     num_tokens: tuple[int, ...] | None,
     examples: tuple[int, ...] | None,
-) -> Documents:
-    """Per row and document of the unpadded batch, from the prefixes of its examples.
+) -> PrefixLengths:
+    """Return the prefix lengths of each row, by document, of the unpadded batch.
 
     Args:
+        prefix_lengths: of the examples, in tokens.
+        num_rows: rows of the batch.
+        length: tokens of a row.
+        documents: boundaries of each row; None if every row is one document.
+        num_tokens: real tokens of each row; None without padding.
         examples: boundaries of the examples in the one row that holds them all; None if every row is one example;
             empty if that is not known.
+
+    Raises:
+        ValueError: if documents and examples have different boundaries, or a prefix is longer than its example.
     """
     bounds = documents or ((0, length),) * num_rows
-    wanted = ((0, length),) * num_rows if examples is None else (examples,)
-    if bounds != wanted:
-        found = sum(len(row) - 1 for row in bounds)
+    example_bounds = ((0, length),) * num_rows if examples is None else (examples,)
+    if bounds != example_bounds:
+        num_documents = sum(len(row) - 1 for row in bounds)
         raise ValueError(
-            f"{COLUMN} counts from the start of an example, but {len(prefixes)} examples became {found} documents at "
-            "other places. Give every example one document, padded or packed by the default collator (packing=True)."
+            f"{PREFIX_COLUMN} counts from the start of an example, but the {num_documents} documents of the batch do "
+            f"not start where its {len(prefix_lengths)} examples do. Make every example one document, padded or "
+            "packed by the default collator (packing=True)."
         )
-    lengths = num_tokens if examples is None else [b - a for a, b in itertools.pairwise(examples)]
-    for number, (prefix, tokens) in enumerate(zip(prefixes, lengths or (length,) * num_rows, strict=True)):
-        if prefix > tokens:
-            raise ValueError(f"{COLUMN}={prefix} of example {number} is more than its {tokens} tokens.")
-    return tuple((prefix,) for prefix in prefixes) if examples is None else (prefixes,)
+    if examples is not None:
+        example_lengths = tuple(end - start for start, end in itertools.pairwise(examples))
+    else:
+        example_lengths = num_tokens or (length,) * num_rows
+    for index, (prefix_length, num_example_tokens) in enumerate(zip(prefix_lengths, example_lengths, strict=True)):
+        if prefix_length > num_example_tokens:
+            raise ValueError(
+                f"{PREFIX_COLUMN}={prefix_length} of example {index} is more than its {num_example_tokens} tokens."
+            )
+    return tuple((prefix_length,) for prefix_length in prefix_lengths) if examples is None else (prefix_lengths,)
 
 
-def targets_inside(shift_labels_BS: torch.Tensor, documents: Documents | None, prefixes: Documents) -> int:
-    """Targets that their own prediction can see: labels of prefix tokens."""
+def count_targets_in_prefixes(
+    shift_labels_BS: torch.Tensor, documents: Documents | None, prefixes: PrefixLengths
+) -> int:
+    """Return the number of labels on prefix tokens: the queries that predict them also attend to them.
+
+    Args:
+        shift_labels_BS: integers, the label of the next token at every position.
+        documents: boundaries of each row; None if every row is one document.
+        prefixes: as `prefixes_per_document` returns them.
+    """
     count = 0
-    for row, row_prefixes in enumerate(prefixes):
+    for row, prefix_lengths in enumerate(prefixes):
         starts = documents[row] if documents else (0,)
-        for start, prefix in zip(starts, row_prefixes, strict=False):
-            inside = shift_labels_BS[row, start : start + max(prefix - 1, 0)]
-            count += int((inside != IGNORE_INDEX).sum())
+        for start, prefix_length in zip(starts, prefix_lengths, strict=False):
+            labels = shift_labels_BS[row, start : start + max(prefix_length - 1, 0)]
+            count += int((labels != IGNORE_INDEX).sum())
     return count

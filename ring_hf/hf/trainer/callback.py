@@ -118,7 +118,7 @@ class ContextParallelCallback(TrainerCallback):
             error
             or check_memory(args, inner, checkpoints_layers(running))
             or blocks_error(engine, inner)
-            or check_liger(args, inner, applied=loader is not None)
+            or check_liger(args, inner, is_patched=loader is not None)
         )
         error = error or find_degrees_error(inner.config, context)
         trainer = find_trainer()

@@ -25,11 +25,11 @@ from ..attention import announcements
 from ..attention.backend import attention_calls
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata
-from ..checks import padded_targets
 from ..checks.argument_rules import first_error
-from ..checks.batch_rules import find_batch_error
+from ..checks.batch_rules import check_batch
 from ..checks.model_rules import MODEL_RULES, text_config
-from ..checks.moe_aux_loss import gather_router_logits, share
+from ..checks.moe_aux_loss import gather_router_logits, rescale_aux_loss
+from ..checks.padded_targets import refuse_padded_targets
 from ..refusal import raise_on_all_ranks
 from ..runtime.loss_monitor import find_other_loss
 from ..runtime.pass_message import NO_FINGERPRINT, PassMessage, exchange, find_disagreement, groups_of
@@ -159,7 +159,7 @@ class Guard:
         """Refuse, or make the arguments ready."""
         context, evaluator = process.current(), current_evaluator()
         if context is None or evaluator is None:
-            padded_targets.refuse(model, kwargs)
+            refuse_padded_targets(model, kwargs)
             return None
         batch = kwargs.get(METADATA_KEY)
         runtime_state.batch = None
@@ -169,7 +169,7 @@ class Guard:
             runtime_state.token_reads.inside_model = True
         mode = _mode(model)
         error = first_error(MODEL_RULES, model) if mode not in self._proven else None
-        error = error or find_batch_error(model, args, kwargs, context)
+        error = error or check_batch(model, args, kwargs, context)
         error = error or (None if model.training else evaluator.error(batch))
         messages = self._compare(model, kwargs, error, context)
         assert isinstance(batch, ContextParallelMetadata)
@@ -205,7 +205,7 @@ class Guard:
                 self._proven.add(mode)
         has_labels = kwargs.get("labels") is not None
         if has_labels and getattr(output, "loss", None) is not None:
-            output.loss = share(model, output, kwargs[METADATA_KEY])
+            output.loss = rescale_aux_loss(model, output, kwargs[METADATA_KEY])
         if model.training:
             if has_labels and self._counted_here:
                 # The engine takes the mean over ranks, of which each has a share of the group's loss.
