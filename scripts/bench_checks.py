@@ -84,7 +84,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
             steps[-1] += time.perf_counter()
 
     set_seed(0)
-    messages, trials = Stopwatch(model_guard, "exchange"), Stopwatch(trainer_hooks, "run_trial")
+    messages, trials = Stopwatch(model_guard, "exchange_messages"), Stopwatch(trainer_hooks, "run_trial")
     model = LlamaForCausalLM(model_config(job, "ring_zigzag"))
     rows = [{"input_ids": tokens, "labels": tokens} for tokens in sequences(job)]
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
         )
         collator = ring_hf.ContextParallelCollator(model)
         Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()  # type: ignore[arg-type]
-    setattr(model_guard, "exchange", messages._function)  # noqa: B010
+    setattr(model_guard, "exchange_messages", messages._function)  # noqa: B010
     setattr(trainer_hooks, "run_trial", trials._function)  # noqa: B010
     in_steps = messages.seconds[-len(steps) + 1 :]
     return {

@@ -190,7 +190,7 @@ def loop(engine: str, folder: Path) -> dict[str, Any]:
 # How a model is loaded, and what the message says.
 REFUSED_AT_LOADING: dict[str, tuple[dict[str, Any], bool, str]] = {
     "tensor parallelism": ({"tp_size": 2}, False, "DistributedConfig(tp_size=2)"),
-    "mixed precision": ({"fsdp_size": 2, "fsdp_mixed_precision": True}, False, "the number of targets among it"),
+    "mixed precision": ({"fsdp_size": 2, "fsdp_mixed_precision": True}, False, "among them the number of targets"),
     "uneven tied weights": ({"fsdp_size": 2}, True, "67 rows, which 2 ranks cannot share evenly"),
 }
 

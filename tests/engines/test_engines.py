@@ -109,7 +109,7 @@ def test_a_deliberate_mistake_shows(engine_launches, case):
 def test_trial_steps_tell_right_losses_from_wrong_ones_on_shards_of_weights(engine_launches, engine, dtype):
     trials = engine_launches.of(family_of(engine), 2)[f"trials on {engine}"]
     assert trials[f"sum over shards {dtype}"] == "trained"
-    assert "does not have the numbers of one process" in trials[f"mean of shards {dtype}"]
+    assert "does not match one process" in trials[f"mean of shards {dtype}"]
     assert "runs a backward pass of its own" in trials[f"backward of its own {dtype}"]
 
 

@@ -236,13 +236,13 @@ def ulysses_of_another_size(rank: int, world_size: int) -> None:
     train(llama("ulysses"), args=arguments(config))
 
 
-@fault("The ranks disagree about the way sequences are split")
+@fault("The ranks disagree about the parallel degrees")
 def other_transport_on_rank_1(rank: int, world_size: int) -> None:
     config = ContextParallelConfig(context_parallel_size=2, transport="direct" if rank == 1 else "ring")
     train(args=arguments(config))
 
 
-@fault("The ranks disagree about the levers on memory")
+@fault("The ranks disagree about the memory options")
 def other_memory_options_on_rank_1(rank: int, world_size: int) -> None:
     """Rank 1 would exchange keys and values again in the backward pass, and wait forever."""
     model = llama("ring_contiguous")
@@ -282,7 +282,7 @@ def evaluated_stream(rank: int, world_size: int) -> None:
     Trainer(model, args, data_collator=ContextParallelCollator(model)).evaluate(Stream())
 
 
-@fault("Predictions of packed rows cannot be put in order over 2 data-parallel replicas", num_ranks=(4,))
+@fault("Predictions of packed rows cannot be ordered over 2 data-parallel replicas", num_ranks=(4,))
 def packed_predictions(rank: int, world_size: int) -> None:
     model = llama()
     collator = ContextParallelCollator(model, packing=True)

@@ -28,8 +28,8 @@ def test_groups_warm_up_after_all_ranks_agree(error):
         "first_error": lambda rules, subject: error,
         "check_loader": lambda loader: None,
         "AcceleratorState": lambda: None,
-        "weights_error": lambda context, model: None,
-        "blocks_error": lambda engine, model: None,
+        "check_sharded_weights": lambda context, model: None,
+        "check_blocks": lambda engine, model: None,
         "check_memory": lambda args, model, engine_checkpoints: None,
         "check_liger": lambda args, model, is_patched: None,
         "find_degrees_error": lambda config, context: None,
@@ -39,7 +39,7 @@ def test_groups_warm_up_after_all_ranks_agree(error):
         "warm_up": lambda *args: calls.append(args),
         "guard_model": mock.MagicMock(),
     }
-    stand_ins["guard_model"].return_value.announce.return_value = False
+    stand_ins["guard_model"].return_value.should_log.return_value = False
     args = SimpleNamespace(parallelism_config=None, device=torch.device("cpu"))
     with mock.patch.multiple(callback, **stand_ins):
         if error is None:

@@ -15,14 +15,14 @@ from ring_hf.hf import ContextParallelConfig
 from ring_hf.hf.checks.argument_rules import check_memory
 from ring_hf.hf.trainer.engines import (
     ENGINES,
-    blocks_error,
+    check_blocks,
     check_engine,
+    check_sharded_weights,
     checkpoints_layers,
+    collect_messages,
     engine_of,
     find_engine,
-    gradient_method,
-    messages,
-    weights_error,
+    require_gradient_method,
 )
 from tests.hf.models import llama
 
@@ -87,30 +87,30 @@ def context(engine):
 def test_model_sharded_at_loading_has_its_own_engine():
     assert set(ENGINES) == {*STATES, "FSDP2 at loading"}
     ddp, model = context("DDP"), sharded_at_loading()
-    assert engine_of(ddp, model) is ENGINES["FSDP2 at loading"] and weights_error(ddp, model) is None
+    assert engine_of(ddp, model) is ENGINES["FSDP2 at loading"] and check_sharded_weights(ddp, model) is None
     assert engine_of(ddp, llama("ring_zigzag")) is ENGINES["DDP"]
 
 
 @pytest.mark.parametrize("name", ["tp_size", "pp_size", "ep_size"])
 def test_loading_with_other_parallelism_is_refused_by_name(name):
-    message = weights_error(context("DDP"), sharded_at_loading(**{name: 2}))
+    message = check_sharded_weights(context("DDP"), sharded_at_loading(**{name: 2}))
     assert f"DistributedConfig({name}=2)" in message and "Load it with DistributedConfig(fsdp_size=4)" in message
 
 
 def test_sharding_the_same_weights_twice_is_refused():
-    message = weights_error(context("FSDP2"), sharded_at_loading())
-    assert "FSDP2 was asked for as well" in message
+    message = check_sharded_weights(context("FSDP2"), sharded_at_loading())
+    assert "FSDP2 was requested as well" in message
 
 
 def test_dtensors_of_other_meshes_are_refused():
     model = llama("ring_zigzag")
-    assert weights_error(context("DDP"), model) is None
+    assert check_sharded_weights(context("DDP"), model) is None
     model.lm_head.weight.device_mesh = SimpleNamespace(mesh_dim_names=("dp_replicate", "dp_shard_cp"))
-    assert "and DDP did not shard them so" in weights_error(context("DDP"), model)
-    assert weights_error(context("FSDP2"), model) is None
+    assert "and DDP did not create them" in check_sharded_weights(context("DDP"), model)
+    assert check_sharded_weights(context("FSDP2"), model) is None
     for names in (("tp",), ("dp_shard_cp", "tp"), None):
         model.lm_head.weight.device_mesh = SimpleNamespace(mesh_dim_names=names)
-        assert "and FSDP2 did not shard them so" in weights_error(context("FSDP2"), model)
+        assert "and FSDP2 did not create them" in check_sharded_weights(context("FSDP2"), model)
 
 
 @pytest.mark.parametrize("kind", ["MEGATRON_LM", "XLA", "MULTI_XPU", "MULTI_NPU"])
@@ -121,7 +121,7 @@ def test_other_engines_are_refused_by_name(kind):
 
 def test_fsdp_that_accelerate_would_silently_run_as_ddp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"FSDP was asked for, but Accelerate runs DDP here .it has"):
+    with pytest.raises(ValueError, match=r"FSDP was requested, but Accelerate runs DDP here .it has"):
         ContextParallelConfig(context_parallel_size=2)._validate_accelerator(accelerator(plain("MULTI_CPU")))
     assert check_engine(accelerator(fsdp())) is None
 
@@ -172,7 +172,7 @@ REFUSED = {
     "DeepSpeed's Ulysses": Refusal("ZeRO-3", deepspeed(3, sequence_parallel_size=4), "set context_parallel_size=4"),
     **{
         f"a fused loss on {name}": Refusal(
-            name, STATES[name], "takes the weights of the LM head outside of its layer", uses_liger=True
+            name, STATES[name], "reads the weights of the LM head outside of its layer", uses_liger=True
         )
         for name in ("FSDP1", "FSDP2", "ZeRO-3")
     },
@@ -184,28 +184,28 @@ def test_settings_that_cannot_be_exact_are_refused(name):
     refusal = REFUSED[name]
     args = arguments(**refusal.arguments)
     args.use_liger_kernel = refusal.uses_liger
-    (message,) = messages(ENGINES[refusal.engine].rules, refusal.state, args)
+    (message,) = collect_messages(ENGINES[refusal.engine].rules, refusal.state, args)
     assert refusal.message in message and ("Set " in message or "Leave it out" in message)
 
 
 def test_settings_that_are_exact_pass():
     args = arguments(**BEST)
     for name, state in STATES.items():
-        assert messages(ENGINES[name].rules, state, args) == []
+        assert collect_messages(ENGINES[name].rules, state, args) == []
     args.use_liger_kernel, args.liger_kernel_config = True, {"fused_linear_cross_entropy": False}
-    assert messages(ENGINES["FSDP2"].rules, STATES["FSDP2"], args) == []
+    assert collect_messages(ENGINES["FSDP2"].rules, STATES["FSDP2"], args) == []
     fp32 = fsdp(1, mixed_precision_policy=MixedPrecision(param_dtype=torch.float32, buffer_dtype=torch.float32))
-    assert messages(ENGINES["FSDP1"].rules, fp32, arguments()) == []
+    assert collect_messages(ENGINES["FSDP1"].rules, fp32, arguments()) == []
 
 
 def test_notices_name_memory_costs_and_missing_models():
     accumulated = arguments(gradient_accumulation_steps=2)
-    notices = messages(ENGINES["FSDP2"].notices, fsdp(state_dict_type=SHARDED), accumulated)
+    notices = collect_messages(ENGINES["FSDP2"].notices, fsdp(state_dict_type=SHARDED), accumulated)
     assert len(notices) == 2 and "sync_each_batch" in notices[0] and "accelerate merge-weights" in notices[1]
     accumulated.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
-    assert messages(ENGINES["FSDP2"].notices, fsdp(), accumulated) == []
-    (notice,) = messages(ENGINES["ZeRO-3"].notices, deepspeed(3, gathers=False), arguments())
-    assert "zero_to_fp32.py" in notice and messages(ENGINES["ZeRO-3"].notices, deepspeed(3), arguments()) == []
+    assert collect_messages(ENGINES["FSDP2"].notices, fsdp(), accumulated) == []
+    (notice,) = collect_messages(ENGINES["ZeRO-3"].notices, deepspeed(3, gathers=False), arguments())
+    assert "zero_to_fp32.py" in notice and collect_messages(ENGINES["ZeRO-3"].notices, deepspeed(3), arguments()) == []
 
 
 def test_fsdp2_casts_weights_only():
@@ -249,16 +249,16 @@ def test_checkpointing_by_engine_and_memory_is_refused():
 
 def test_blocks_without_whole_weights_are_refused():
     model = llama()
-    assert blocks_error(ENGINES["FSDP1"], model) is None
+    assert check_blocks(ENGINES["FSDP1"], model) is None
     memory.apply(model, attention="save", ffn_block=None, loss_block=8)
-    assert "loss_block=8) needs whole weights, of which FSDP1 shows views" in blocks_error(ENGINES["FSDP1"], model)
-    assert all(blocks_error(engine, model) is None for name, engine in ENGINES.items() if name != "FSDP1")
+    assert "loss_block=8) needs whole weights, but FSDP1 exposes them as views" in check_blocks(ENGINES["FSDP1"], model)
+    assert all(check_blocks(engine, model) is None for name, engine in ENGINES.items() if name != "FSDP1")
     without_blocks = llama()
     memory.apply(without_blocks, attention="save", ffn_block=None, loss_block=None)
-    assert blocks_error(ENGINES["FSDP1"], without_blocks) is None
+    assert check_blocks(ENGINES["FSDP1"], without_blocks) is None
 
 
 def test_a_trial_step_that_an_engine_cannot_take_is_refused():
     with pytest.raises(ValueError, match=r"A trial step is needed, because verify=True, but .* on FSDP1.*Use FSDP2"):
-        gradient_method(ENGINES["FSDP1"], "verify=True")
-    assert all(gradient_method(engine, "") for name, engine in ENGINES.items() if name != "FSDP1")
+        require_gradient_method(ENGINES["FSDP1"], "verify=True")
+    assert all(require_gradient_method(engine, "") for name, engine in ENGINES.items() if name != "FSDP1")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
-from ring_hf.hf.runtime.loss_monitor import find_other_loss
+from ring_hf.hf.runtime.loss_monitor import find_loss_mismatch
 from ring_hf.hf.runtime.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
 from tests.harness import run_distributed
 from tests.hf.faults import arguments
@@ -34,7 +34,7 @@ def test_messages_encode_to_64_bytes_and_decode(message):
 def test_message_without_a_backward_pass_has_no_loss():
     decoded = PassMessage.decode(PassMessage(NO_FINGERPRINT, False, True).encode())
     assert math.isnan(decoded.loss_factor) and math.isnan(decoded.loss_residual)
-    assert find_other_loss([decoded, MESSAGE], context_of(2, 0)) is None
+    assert find_loss_mismatch([decoded, MESSAGE], context_of(2, 0)) is None
 
 
 def test_ranks_must_agree_within_a_group_only():
@@ -60,9 +60,9 @@ def test_ranks_must_agree_within_a_group_only():
     ],
 )
 def test_losses_may_differ_by_the_same_factor_and_term_on_all_ranks(change, expected_message):
-    common = find_other_loss([replace(MESSAGE, **change)] * 2, context_of(2, 0))
+    common = find_loss_mismatch([replace(MESSAGE, **change)] * 2, context_of(2, 0))
     assert common is None
-    message = find_other_loss([MESSAGE, replace(MESSAGE, **change)], context_of(2, 0))
+    message = find_loss_mismatch([MESSAGE, replace(MESSAGE, **change)], context_of(2, 0))
     assert (message is None) if expected_message is None else expected_message in message
 
 

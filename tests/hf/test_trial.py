@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM, Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
-from ring_hf.hf.runtime.preserved_state import preserved
-from ring_hf.hf.runtime.proven_classes import find_unproven, find_unproven_path
+from ring_hf.hf.runtime.preserved_state import preserve_state
+from ring_hf.hf.runtime.proven_classes import find_unproven_module, find_unproven_part
 from tests.harness import run_distributed
 from tests.hf.faults import arguments
 from tests.hf.models import llama, rows
@@ -129,10 +129,10 @@ def test_memory_options_pass_the_trial(memory_options, dtype):
 @pytest.mark.parametrize(
     ("trainer_class", "dtype", "expected_message"),
     [
-        (MeanLossTrainer, torch.float32, "does not have the numbers of one process"),
-        (MeanLossTrainer, torch.bfloat16, "does not have the numbers of one process"),
-        (ZLossTrainer, torch.float32, "does not have the numbers of one process"),
-        (ZLossTrainer, torch.bfloat16, "does not have the numbers of one process"),
+        (MeanLossTrainer, torch.float32, "does not match one process"),
+        (MeanLossTrainer, torch.bfloat16, "does not match one process"),
+        (ZLossTrainer, torch.float32, "does not match one process"),
+        (ZLossTrainer, torch.bfloat16, "does not match one process"),
         (OwnBackwardTrainer, torch.float32, "runs a backward pass of its own"),
     ],
     ids=["means-fp32", "means-bf16", "z-loss-fp32", "z-loss-bf16", "own-backward"],
@@ -174,7 +174,7 @@ def test_preserved_restores_modes_buffers_checkpointing_and_counters():
     model.register_buffer("count", torch.zeros(3))
     owner = Counter(model)
     metrics, flags = owner.metrics, [module.gradient_checkpointing for module in model.model.layers]
-    with preserved(model, owner):
+    with preserve_state(model, owner):
         assert not any(module.gradient_checkpointing for module in model.model.layers)
         model.eval()
         model.count += 1
@@ -190,16 +190,16 @@ def test_preserved_restores_modes_buffers_checkpointing_and_counters():
 def test_find_unproven_names_the_module():
     model = llama()
     guard_model(model)
-    assert find_unproven(model) is None
-    assert "HarmlessForCausalLM is not one of the classes" in find_unproven(HarmlessForCausalLM(model.config))
+    assert find_unproven_module(model) is None
+    assert "HarmlessForCausalLM is not one of the classes" in find_unproven_module(HarmlessForCausalLM(model.config))
     hook = model.model.layers[1].register_forward_hook(lambda module, args, output: None)
-    assert "model.layers.1 has a hook" in find_unproven(model)
+    assert "model.layers.1 has a hook" in find_unproven_module(model)
     hook.remove()
     model.model.layers[0].mlp.act_fn = IdentityModule()
-    assert "model.layers.0.mlp.act_fn is a IdentityModule, which is not part of Transformers" in find_unproven(model)
+    assert "model.layers.0.mlp.act_fn is a IdentityModule, which is not part of Transformers" in find_unproven_module(model)
     model = llama()
     model.model.forward = lambda *args, **kwargs: None
-    assert "the forward of model was replaced" in find_unproven(model)
+    assert "the forward of model was replaced" in find_unproven_module(model)
 
 
 class IdentityModule(torch.nn.Module):
@@ -211,10 +211,10 @@ def test_find_unproven_path_names_the_trainer():
     model = llama("sdpa")
     args = arguments(ContextParallelConfig(context_parallel_size=1))
     try:
-        assert find_unproven_path(Trainer(model, args)) is None
-        assert "OwnLossTrainer is not Transformers' own Trainer" in find_unproven_path(OwnLossTrainer(model, args))
+        assert find_unproven_part(Trainer(model, args)) is None
+        assert "OwnLossTrainer is not Transformers' own Trainer" in find_unproven_part(OwnLossTrainer(model, args))
         trainer = Trainer(model, args)
         trainer.compute_loss = lambda *args, **kwargs: None
-        assert "the Trainer's compute_loss was replaced" in find_unproven_path(trainer)
+        assert "the Trainer's compute_loss was replaced" in find_unproven_part(trainer)
     finally:
         context.reset()

@@ -24,7 +24,7 @@ from arguments import (
 from transformers import TrainingArguments
 
 from ring_hf.hf import ContextParallelConfig
-from ring_hf.hf.trainer.engines import find_engine, messages
+from ring_hf.hf.trainer.engines import collect_messages, find_engine
 from tests.harness import ROOT
 
 LAUNCHES = {path.name: path for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
@@ -95,7 +95,7 @@ def test_launch_configs_start_the_engine_they_name(name, engine, settings, sizes
     args = TrainingArguments(use_cpu=True, report_to=[])
     args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}  # as the recipe does
     row = find_engine(state)
-    assert row.name == engine and messages((*row.rules, *row.notices), state, args) == []
+    assert row.name == engine and collect_messages((*row.rules, *row.notices), state, args) == []
     config = ContextParallelConfig(**settings)
     config._fit(sizes[2], row)
     assert (config.dp_replicate_size, config.dp_shard_size, config.total_size) == sizes

@@ -1,2 +1,2 @@
-"""What runs around every forward and backward pass: messages between ranks, losses that are followed to the optimizer,
-trial steps."""
+"""Checks around every forward and backward pass: messages between ranks, the loss that reaches the optimizer, trial
+steps."""

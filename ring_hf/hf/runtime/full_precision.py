@@ -1,12 +1,13 @@
-"""Compute a half-precision model in fp32 for the length of a trial step, without another copy of it.
+"""Compute a half-precision model in fp32 during a trial step, without a second copy of its weights.
 
-In bf16, rounding makes gradients of two right computations differ by per cents, and a trial could not tell a small
-mistake from it. Within `computing()`, every function of PyTorch gets its half-precision arguments, weights among
-them, as fp32, and so does whoever uses its results. Gradients come back in the dtype of the weights.
+In bf16, rounding makes the gradients of two correct computations differ by several percent, which would hide a small
+mistake from a trial. Within `FullPrecisionMode()`, every PyTorch function receives its half-precision arguments
+(including weights) as fp32 and returns fp32. Gradients come back in the dtype of the weights.
 
-Engines that gather weights in hooks (FSDP2, ZeRO-3) move them as they are.
+Engines that gather weights in hooks (FSDP2, ZeRO-3) still move them in their own dtype.
 
-What cannot run so (kernels for half precision only) fails, and its caller tries again in the model's own precision.
+Operations without an fp32 implementation (kernels for half precision only) raise, and the trial is repeated in the
+model's own precision.
 """
 
 import sys
@@ -18,52 +19,52 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-HALF = (torch.bfloat16, torch.float16)
-ENGINES = ("torch.distributed.fsdp", "deepspeed")
-COMPUTES = "deepspeed.runtime.zero.linear"  # ZeRO-3 has linear layers of its own
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+ENGINE_PACKAGES = ("torch.distributed.fsdp", "deepspeed")
+ZERO3_LINEAR_MODULE = "deepspeed.runtime.zero.linear"  # part of an engine package, but computes layers of the model
 
 
-class computing(TorchFunctionMode):
-    """Within, functions of PyTorch compute in fp32 what they would compute in half precision.
+class FullPrecisionMode(TorchFunctionMode):
+    """Context in which PyTorch functions compute in fp32 instead of half precision.
 
-    Automatic mixed precision, which works below these functions, must be off.
+    Automatic mixed precision, which acts below these functions, must be off.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        attribute = getattr(func, "__name__", "") in ("__get__", "__set__")  # such as .dtype or .grad
-        # Whose inputs are the weights themselves, not what they become.
-        if attribute or func is torch.autograd.grad or _is_called_by_engine():
+        is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")  # .dtype, .grad, ...
+        # `autograd.grad` takes the weights themselves, not their fp32 copies.
+        if is_attribute or func is torch.autograd.grad or _is_called_by_engine():
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
-        return tree_map_only(Tensor, _widened, func(*args, **kwargs))
+        args, kwargs = tree_map_only(Tensor, _to_fp32, (args, kwargs or {}))
+        return tree_map_only(Tensor, _to_fp32, func(*args, **kwargs))
 
 
-def fits(model: nn.Module) -> bool:
-    """Return whether a half-precision model can run in fp32: its kernels know it, and there is memory for weights that
-    autograd keeps as fp32."""
+def can_run_in_fp32(model: nn.Module) -> bool:
+    """Return whether a half-precision model can run in fp32: its kernels support it (bitsandbytes does not), and on
+    CUDA there is free memory for the fp32 weights that autograd keeps (5 bytes per parameter)."""
     if any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
         return False
     device = next(model.parameters()).device
     if device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return 5 * sum(parameter.numel() for parameter in model.parameters()) < free
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return 5 * sum(parameter.numel() for parameter in model.parameters()) < free_bytes
 
 
 def _is_called_by_engine() -> bool:
-    """Return whether the function of PyTorch that is being called was called by FSDP2 or DeepSpeed."""
+    """Return whether FSDP2 or DeepSpeed called the PyTorch function that is being dispatched."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith(ENGINES):
-            return name != COMPUTES
+        if name.startswith(ENGINE_PACKAGES):
+            return name != ZERO3_LINEAR_MODULE
         if not name.startswith("torch."):
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
+def _to_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALF_DTYPES else x

@@ -1,11 +1,10 @@
-"""What ranks tell each other at every forward pass of a sharded batch: 64 bytes, before anything is exchanged.
+"""The message that every rank sends before the forward pass of a sharded batch: 64 bytes, one `all_gather`.
 
-Ranks that share a sequence must hold shards of the same batch, in every step and not only in the first: whatever is
-drawn at random on one rank alone (a callback that samples text, an augmentation in a loader worker) makes samplers
-drift apart later. So each pass begins with one small `all_gather` of all processes. It carries the fingerprint of the
-batch, whether this rank has something to say that does not fit into the message (an error, the facts of a first
-pass), the number of target tokens and the number that the caller divides by, and what the loss of the pass before was
-multiplied with and added to.
+Ranks that share a sequence must hold shards of the same batch in every step, not only in the first: random numbers
+drawn on one rank alone (a callback that samples text, an augmentation in a loader worker) make samplers diverge later.
+So each pass begins with one small `all_gather` over all processes. The message holds the fingerprint of the batch,
+whether this rank needs a longer comparison (it has an error, or this is a first pass), the number of target tokens,
+the number that the caller divides by, and how the last trained loss differed from the model's loss.
 """
 
 import struct
@@ -28,11 +27,12 @@ class PassMessage:
     Attributes:
         fingerprint: 32 hex digits, the hash of the whole batch (see `ContextParallelMetadata`).
         is_training: the mode of the model.
-        needs_agreement: whether this rank wants all ranks to compare their facts and errors.
+        needs_agreement: whether this rank asks all ranks for `raise_on_all_ranks`, to compare values and errors.
         num_targets: target tokens of this rank's shard (or the sum of their weights).
         num_items: `num_items_in_batch` as the caller passed it; NaN if it did not.
-        loss_factor, loss_residual, loss_bar: of the last backward pass (see `loss_monitor.py`), and what rounding may
-            make of the residual; NaN if there is none to compare.
+        loss_factor, loss_residual: of the last backward pass, in which the loss `loss_factor * model_loss +
+            loss_residual` was trained (see `loss_monitor.py`); NaN if there is nothing to compare.
+        loss_tolerance: largest difference of `loss_residual` between ranks that is rounding.
     """
 
     fingerprint: str
@@ -42,30 +42,34 @@ class PassMessage:
     num_items: float = float("nan")
     loss_factor: float = float("nan")
     loss_residual: float = float("nan")
-    loss_bar: float = float("nan")
+    loss_tolerance: float = float("nan")
 
     def encode(self) -> list[int]:
-        """Return eight 64-bit integers."""
+        """Return eight signed 64-bit integers."""
         digest = bytes.fromhex(self.fingerprint)
         flags = self.is_training + 2 * self.needs_agreement
-        floats = (self.num_targets, self.num_items, self.loss_factor, self.loss_residual, self.loss_bar)
-        return [*struct.unpack("<qq", digest), flags, *map(_bits, floats)]
+        floats = (self.num_targets, self.num_items, self.loss_factor, self.loss_residual, self.loss_tolerance)
+        return [*struct.unpack("<qq", digest), flags, *map(_float_to_bits, floats)]
 
     @classmethod
     def decode(cls, numbers: Sequence[int]) -> "PassMessage":
+        """Return the message that `encode` made these eight integers of."""
         fingerprint = struct.pack("<qq", *numbers[:2]).hex()
         flags = numbers[2]
-        return cls(fingerprint, bool(flags & 1), bool(flags & 2), *(_number(bits) for bits in numbers[3:]))
+        return cls(fingerprint, bool(flags & 1), bool(flags & 2), *(_bits_to_float(bits) for bits in numbers[3:]))
 
 
-def exchange(message: PassMessage, device: torch.device) -> list[PassMessage]:
-    """Return the messages of all processes, in the order of their ranks. A collective call."""
+def exchange_messages(message: PassMessage, device: torch.device) -> list[PassMessage]:
+    """Return the messages of all processes, ordered by rank. A collective call."""
     return [PassMessage.decode(numbers) for numbers in gather_numbers(message.encode(), device)]
 
 
 def find_disagreement(messages: Sequence[PassMessage], context: ProcessContext) -> str | None:
-    """Return what the ranks of any group disagree about, for an error that is the same on every rank."""
-    for group in groups_of(messages, context):
+    """Return the first difference within a group of ranks that share a sequence, or None.
+
+    The result is the same on every rank, so all can raise it together.
+    """
+    for group in group_by_sequence(messages, context):
         for label, values in (
             ("the mode", ["training" if m.is_training else "evaluation" for _, m in group]),
             ("the batch (hash of its tokens, labels and documents)", [m.fingerprint for _, m in group]),
@@ -77,15 +81,16 @@ def find_disagreement(messages: Sequence[PassMessage], context: ProcessContext) 
     return None
 
 
-def groups_of(messages: Sequence[PassMessage], context: ProcessContext) -> list[list[tuple[int, PassMessage]]]:
-    """Return (rank, message) by group: the ranks that share a sequence are neighbours in the mesh."""
+def group_by_sequence(messages: Sequence[PassMessage], context: ProcessContext) -> list[list[tuple[int, PassMessage]]]:
+    """Return pairs of global rank and message, one list for each replica: ranks that share a sequence are neighbours
+    in the device mesh."""
     numbered = list(enumerate(messages))
-    return [numbered[first : first + context.size] for first in range(0, len(numbered), context.size)]
+    return [numbered[start : start + context.size] for start in range(0, len(numbered), context.size)]
 
 
-def _bits(number: float) -> int:
+def _float_to_bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
-def _number(bits: int) -> float:
+def _bits_to_float(bits: int) -> float:
     return struct.unpack("<d", struct.pack("<q", bits))[0]

@@ -1,4 +1,4 @@
-"""Leave no trace of a trial step: random numbers, buffers and counters are afterwards what they were before."""
+"""Restore everything that a trial step changes: random number generators, buffers, modes and counters."""
 
 import contextlib
 import copy
@@ -11,13 +11,13 @@ import numpy
 import torch
 from torch import nn
 
-MAX_BUFFERS = 2**24  # elements that are kept aside
-PLAIN = (bool, int, float, str, type(None))
+MAX_BUFFER_ELEMENTS = 2**24  # copied; the buffers of a model with more elements are not restored
+SCALAR_TYPES = (bool, int, float, str, type(None))
 
 
 @contextlib.contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Within, a model that Accelerate prepared for mixed precision computes in the dtype of its weights."""
+    """Run a model that Accelerate prepared for mixed precision in the dtype of its weights."""
     prepared = [module for module in model.modules() if "_original_forward" in vars(module)]
     device_type = next(model.parameters()).device.type
     forwards = [vars(module)["forward"] for module in prepared]
@@ -32,39 +32,42 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module, owner: Any = None) -> Iterator[None]:
-    """Within, a model may be run and its `owner` (a Trainer) may count; mixed precision and reentrant activation
-    checkpointing, which knows no `torch.autograd.grad`, are off.
+def preserve_state(model: nn.Module, trainer: Any = None) -> Iterator[None]:
+    """Context in which a model may run and a Trainer may count, after which their state is as before.
+
+    Mixed precision, TF32, and reentrant activation checkpointing (which does not support `torch.autograd.grad`) are
+    off inside.
     """
-    outermost = model if owner is None else owner.model
+    outermost = model if trainer is None else trainer.model
     checkpointed = [module for module in model.modules() if _is_reentrant(module)]
     modes = {module: module.training for module in model.modules()}
     buffers = [buffer for buffer in model.buffers() if buffer.numel()]
-    kept = [buffer.clone() for buffer in buffers] if sum(b.numel() for b in buffers) <= MAX_BUFFERS else None
-    plain = {} if owner is None else {key: value for key, value in vars(owner).items() if _is_plain(value)}
-    attributes = {key: _copied(value) for key, value in plain.items()}
+    if sum(buffer.numel() for buffer in buffers) > MAX_BUFFER_ELEMENTS:
+        buffers = []
+    saved_buffers = [buffer.clone() for buffer in buffers]
+    attributes = {} if trainer is None else {k: _copy(v) for k, v in vars(trainer).items() if _is_plain(v)}
     for module in checkpointed:
         setattr(module, "gradient_checkpointing", False)  # noqa: B010 (nn.Module types its attributes as modules)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    python, numpys = random.getstate(), numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # fp32 is what is compared, not TF32
+    torch.set_float32_matmul_precision("highest")  # compare in fp32, not TF32
     try:
         with torch.random.fork_rng(devices=devices), _without_autocast(outermost):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        random.setstate(python)
-        numpy.random.set_state(numpys)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
         for module in checkpointed:
             setattr(module, "gradient_checkpointing", True)  # noqa: B010
         for module, mode in modes.items():
             module.training = mode
-        for buffer, value in zip(buffers, kept or (), strict=kept is not None):
+        for buffer, saved in zip(buffers, saved_buffers, strict=True):
             with torch.no_grad():
-                buffer.copy_(value)
+                buffer.copy_(saved)
         for key, value in attributes.items():
-            _restore(owner, key, value)
+            _restore(trainer, key, value)
 
 
 def _is_reentrant(module: nn.Module) -> bool:
@@ -75,26 +78,26 @@ def _is_reentrant(module: nn.Module) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, or a container of those: what is counted and logged is kept in them."""
+    """Return whether a value is a number, a text, or a container of those, as counters and logs are."""
     if isinstance(value, dict):
         return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple | set | deque):
         return all(map(_is_plain, value))
-    return isinstance(value, PLAIN)
+    return isinstance(value, SCALAR_TYPES)
 
 
-def _copied(value: Any) -> Any:
-    return value if isinstance(value, PLAIN) else copy.deepcopy(value)
+def _copy(value: Any) -> Any:
+    return value if isinstance(value, SCALAR_TYPES) else copy.deepcopy(value)
 
 
 def _restore(owner: Any, key: str, value: Any) -> None:
-    """Put a value back, into the container that others may hold."""
-    now = vars(owner).get(key)
-    if isinstance(now, dict) and type(now) is type(value):
-        now.clear()
-        now.update(value)
-    elif isinstance(now, list | deque) and type(now) is type(value):
-        now.clear()
-        now.extend(value)
+    """Restore an attribute. A container is changed in place, since other objects may refer to it."""
+    current = vars(owner).get(key)
+    if isinstance(current, dict) and type(current) is type(value):
+        current.clear()
+        current.update(value)
+    elif isinstance(current, list | deque) and type(current) is type(value):
+        current.clear()
+        current.extend(value)
     else:
         setattr(owner, key, value)

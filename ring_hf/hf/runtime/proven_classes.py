@@ -1,8 +1,9 @@
-"""What is proven by name, and needs no trial step: classes of models that `tests/hf/test_architectures.py` compares
-with one process, made of Transformers' and PyTorch's own modules, with nothing replaced or hooked in.
+"""Models that are proven by name and need no trial step: classes that `tests/hf/test_architectures.py` compares with
+one process, made of modules of Transformers and PyTorch alone, with no forward replaced and no hook added.
 
-Everything else is unknown: a subclass may add to the loss, a module of one's own may mix tokens, a hook may keep
-hidden states for a loss of its own. `find_unproven` says what it is; the trial step then says whether it is exact.
+Everything else is unknown: a subclass may add to the loss, a custom module may mix tokens, a hook may keep hidden
+states for another loss. `find_unproven_module` names the first unknown part. The trial step then shows whether it is
+exact.
 """
 
 import functools
@@ -36,52 +37,53 @@ _NAMES = """
 """
 PROVEN_CLASSES = frozenset(_NAMES.split())
 KNOWN_PACKAGES = {"torch", "transformers", "accelerate", "ring_hf", "bitsandbytes"}
-KNOWN_HOOKS = KNOWN_PACKAGES | {"deepspeed"}  # whose hooks gather weights; its modules may mix tokens
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+KNOWN_HOOK_PACKAGES = KNOWN_PACKAGES | {"deepspeed"}  # its hooks gather weights, but its modules may mix tokens
+HOOK_ATTRIBUTES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def original_class(module: nn.Module) -> type:
-    """Return the class of a module; FSDP2 puts a class of its own in front of it."""
-    kind = type(module)
-    in_front = kind.__bases__[0].__module__.startswith("torch.distributed.fsdp") and len(kind.__bases__) == 2
-    return kind.__bases__[1] if in_front else kind
+    """Return the class of a module before FSDP2, which replaces it by a subclass of its own class and this one."""
+    module_class = type(module)
+    bases = module_class.__bases__
+    is_fsdp = bases[0].__module__.startswith("torch.distributed.fsdp") and len(bases) == 2
+    return bases[1] if is_fsdp else module_class
 
 
-def find_unproven(model: PreTrainedModel) -> str | None:
-    """Return what of a model is not proven by name, or None."""
+def find_unproven_module(model: PreTrainedModel) -> str | None:
+    """Return which part of a model is not proven by name, as the reason for a trial step, or None."""
     name = original_class(model).__name__
-    if not _is_of(original_class(model), {"transformers"}) or name not in PROVEN_CLASSES:
+    if not _is_from(original_class(model), {"transformers"}) or name not in PROVEN_CLASSES:
         return f"{name} is not one of the classes that are proven by name"
     for path, module in model.named_modules():
-        where = path or name
-        if not _is_of(original_class(module), KNOWN_PACKAGES):
-            return f"{where} is a {original_class(module).__name__}, which is not part of Transformers"
-        replaced = vars(module).get("forward")
-        if replaced is not None and "_original_forward" not in vars(module) and not _is_known(replaced):
-            return f"the forward of {where} was replaced"
+        label = path or name
+        if not _is_from(original_class(module), KNOWN_PACKAGES):
+            return f"{label} is a {original_class(module).__name__}, which is not part of Transformers"
+        forward = vars(module).get("forward")
+        if forward is not None and "_original_forward" not in vars(module) and not _is_known(forward):
+            return f"the forward of {label} was replaced"
         for hook in _hooks_of(module):
-            if not _is_known(hook, KNOWN_HOOKS):
-                return f"{where} has a hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
+            if not _is_known(hook, KNOWN_HOOK_PACKAGES):
+                return f"{label} has a hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
     return None
 
 
-def find_unproven_path(trainer: Trainer) -> str | None:
-    """Return what of a Trainer and the model in it is not proven by name, or None."""
+def find_unproven_part(trainer: Trainer) -> str | None:
+    """Return which part of a Trainer or its model is not proven by name, as the reason for a trial step, or None."""
     if type(trainer).__module__ not in ("transformers.trainer", "transformers.trainer_seq2seq"):
         return f"{type(trainer).__name__} is not Transformers' own Trainer"
-    methods = {name: own for name, own in vars(trainer).items() if callable(getattr(Trainer, name, None))}
-    replaced = [name for name, own in methods.items() if not _is_known(own)]
-    replaced += [n for n in ("training_step", "compute_loss") if not _is_known(getattr(Trainer, n))]
+    overrides = {name: value for name, value in vars(trainer).items() if callable(getattr(Trainer, name, None))}
+    replaced = [name for name, method in overrides.items() if not _is_known(method)]
+    replaced += [name for name in ("training_step", "compute_loss") if not _is_known(getattr(Trainer, name))]
     if replaced:
         return f"the Trainer's {replaced[0]} was replaced"
-    model = trainer.accelerator.unwrap_model(trainer.model)  # FSDP version 1 puts a module around it
+    model = trainer.accelerator.unwrap_model(trainer.model)  # FSDP version 1 wraps it in a module
     if not isinstance(model, PreTrainedModel):
         return f"the model is inside a {original_class(model).__name__}"
-    return find_unproven(model)
+    return find_unproven_module(model)
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    for name in HOOKS:
+    for name in HOOK_ATTRIBUTES:
         yield from vars(module).get(name, {}).values()
 
 
@@ -91,8 +93,8 @@ def _is_known(function: Any, packages: set[str] = KNOWN_PACKAGES) -> bool:
     owner = getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
         owner = None
-    return _is_of(type(owner) if owner is not None else getattr(function, "__func__", function), packages)
+    return _is_from(type(owner) if owner is not None else getattr(function, "__func__", function), packages)
 
 
-def _is_of(something: Any, packages: set[str]) -> bool:
-    return (getattr(something, "__module__", None) or "").split(".")[0] in packages
+def _is_from(obj: Any, packages: set[str]) -> bool:
+    return (getattr(obj, "__module__", None) or "").split(".")[0] in packages

@@ -1,8 +1,8 @@
-"""Does anything around the model look at the tokens of a shard, or at their positions?
+"""Detect code around the model that reads the tokens of a shard or their positions.
 
-A wrapper that searches for a marker in `input_ids`, or counts tokens, finds in a shard what it would not find in the
-whole sequence. A trial step on a few tokens cannot prove it right: the marker need not be among them. So reading is an
-error by itself. The model's own layers are not watched, nor is moving tensors or asking for their shape.
+A wrapper that searches for a marker in `input_ids`, or counts tokens, gets another result on a shard than on the whole
+sequence. A trial step on a few tokens cannot prove it exact, because the marker may not be among them. So reading is
+an error by itself. The layers of the model may read, and any code may move a tensor or ask for its shape.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,28 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-WATCHED = ("input_ids", "position_ids")
-# Functions that hand on the same values, and those that tell nothing of values.
-MOVES = {"to", "cpu", "cuda", "contiguous", "detach", "clone", "pin_memory", "requires_grad_"}
+WATCHED_INPUTS = ("input_ids", "position_ids")
+# Functions that return the same values, whose result is watched as well; and functions that depend on no value.
+COPIES = {"to", "cpu", "cuda", "contiguous", "detach", "clone", "pin_memory", "requires_grad_"}
 METADATA = {
     *("__get__", "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device"),
     *("__len__", "__hash__", "element_size", "is_floating_point", "is_complex", "data_ptr", "is_pinned"),
 }
 
 
-class TokenReads(TorchFunctionMode):
-    """Within, notes the functions of PyTorch that read watched tensors while `inside_model` is False."""
+class TokenReadRecorder(TorchFunctionMode):
+    """Context that records which PyTorch functions read watched inputs while `inside_model` is False.
+
+    Attributes:
+        inside_model: whether the model's forward pass runs, whose reads are not recorded.
+        functions: names of the functions that read, each with the input that it read.
+    """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__()
         self.inside_model = False
         self.functions: set[str] = set()
-        self._watched = {id(inputs[key]): (key, inputs[key]) for key in WATCHED if key in inputs}
+        self._watched = {id(inputs[key]): (key, inputs[key]) for key in WATCHED_INPUTS if key in inputs}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -40,18 +45,18 @@ class TokenReads(TorchFunctionMode):
             if tensor is None:
                 continue
             name = getattr(func, "__name__", "")
-            if name in MOVES and isinstance(result, Tensor):
+            if name in COPIES and isinstance(result, Tensor):
                 self._watched[id(result)] = key, result
             elif name not in METADATA:
                 self.functions.add(f"{resolve_name(func) or name}({key})")
         return result
 
-    def error(self) -> str | None:
-        """Return the message if something was read."""
+    def check(self) -> str | None:
+        """Return an error message if something was read, else None."""
         if not self.functions:
             return None
         return (
-            f"Something around the model looks at the tokens of a shard: {', '.join(sorted(self.functions))}. It "
-            "would find something else in the whole sequence. Leave it out, or do it in the dataset or the inner "
-            "collator, which see whole sequences."
+            f"Code around the model reads the tokens of a shard: {', '.join(sorted(self.functions))}. On the whole "
+            "sequence, its result would differ. Remove it, or move it to the dataset or the inner collator, which see "
+            "whole sequences."
         )

@@ -1,1 +1,2 @@
-"""What Accelerate and the Trainer call: the config, the engines, the callback, the guard, evaluation."""
+"""Accelerate and the Trainer call into here: the parallelism config, the engines, the callback, the guard of a model,
+evaluation."""

@@ -1,7 +1,8 @@
-"""The Trainer callback: refuses wrong settings before the first step, logs the layout once and the speed always.
+"""The Trainer callback: checks settings before the first step, logs the parallel degrees once and the throughput in
+every training log.
 
-`ContextParallelConfig` adds it to the Trainer's default callbacks, so the user need not. Adding it by hand too does no
-harm. The checks are collective: every rank constructs the Trainer, and all raise the same error if one has one.
+`ContextParallelConfig` adds it to the Trainer's default callbacks. Adding it by hand as well is harmless. The checks
+are collective: every rank constructs the Trainer, and if one rank has an error, all raise it.
 """
 
 import logging
@@ -23,47 +24,55 @@ from ..checks.trainer_rules import TRAINER_RULES
 from ..degrees import find_degrees_error, resolve_degrees
 from ..refusal import raise_on_all_ranks
 from ..runtime.runtime_state import runtime_state
-from . import counters, evaluation_loss
-from .engines import blocks_error, checkpoints_layers, engine_of, messages, weights_error
+from .counters import correct_counters
+from .engines import check_blocks, check_sharded_weights, checkpoints_layers, collect_messages, engine_of
+from .evaluation_loss import wrap_compute_loss
 from .exact_evaluation import current_evaluator
 from .model_guard import base_model, guard_model
-from .trainer_hooks import RandomStates, arm_trial, find_trainer, seed_workers_by_replica
+from .trainer_hooks import RngSynchronizer, enable_trial_step, find_trainer, seed_workers_by_replica
 
 logger = logging.getLogger("ring_hf")
 
 
 class ContextParallelCallback(TrainerCallback):
-    """Guard rails and throughput for a Trainer whose `parallelism_config` is a `ContextParallelConfig`."""
+    """Checks and throughput logs for a Trainer whose `parallelism_config` is a `ContextParallelConfig`.
+
+    Raises:
+        ValueError: in `on_init_end` and `on_train_begin`, on every rank, if a setting, the model or the engine cannot
+            be trained exactly.
+    """
 
     def __init__(self) -> None:
-        self._tokens_since = 0
-        self._time_since = 0.0
-        self._random_states = RandomStates()
+        self._last_num_tokens = 0
+        self._last_time = 0.0  # seconds, as of `_last_num_tokens`
+        self._rng = RngSynchronizer()
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Static checks of the model and the arguments; hooks on the model."""
+        """Check the model and the arguments, and add hooks to the model."""
         self._check(args, state, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Check again, now with the data loader, and prepare the trial step."""
         self._check(args, state, model, kwargs.get("train_dataloader"))
         context, evaluator = process.current(), current_evaluator()
         if context is None or evaluator is None:
             return
         guard, trainer = guard_model(model), find_trainer()
-        guard.logger = self
-        self._tokens_since, self._time_since = guard.num_tokens, time.perf_counter()
-        self._random_states.start(args.device)
-        runtime_state.monitor.restart()
+        guard.throughput_logger = self
+        self._last_num_tokens = guard.num_tokens
+        self._last_time = time.perf_counter()
+        self._rng.record_start(args.device)
+        runtime_state.loss_monitor.reset()
         guard.allowed_outputs = frozenset()
         seed_workers_by_replica(kwargs.get("train_dataloader"), context)
-        guard.trainer_takes_trial = trainer is not None
+        guard.trainer_runs_trial = trainer is not None
         if trainer is not None:
-            arm_trial(trainer, base_model(model), guard)
+            enable_trial_step(trainer, base_model(model), guard)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the epoch with the random numbers of the first process."""
         if process.current() is not None:
-            self._random_states.align(args.device)
+            self._rng.synchronize(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
@@ -72,34 +81,36 @@ class ContextParallelCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
             guard = guard_model(model)
-            guard.optimizer_step, guard.trainer_takes_trial = None, False
+            guard.optimizer_step = None
+            guard.trainer_runs_trial = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
             guard_model(model).recheck_next_forward()
 
-            # Accelerate marks a model that it prepared for evaluation, and would not wrap it for training later.
+            # Accelerate sets this on a model that it prepared for evaluation, and then does not wrap it for training.
             if hasattr(model, "_is_accelerate_prepared"):
                 model._is_accelerate_prepared = False
 
     on_predict = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add to the training logs the tokens per second of this device (of its own shards) and its peak memory."""
+        """Add to the training logs this device's tokens per second (of its own shards) and peak memory in GB."""
         context, model = process.current(), kwargs.get("model")
-        if context is None or logs is None or model is None or guard_model(model).logger is not self:
+        if context is None or logs is None or model is None or guard_model(model).throughput_logger is not self:
             return
         if "loss" in logs:
-            _add(self._speed(args, model), logs, state)
+            _add_to_logs(self._measure(args, model), logs, state)
 
-    def _speed(self, args: Any, model: Any) -> dict[str, float]:
-        tokens = guard_model(model).num_tokens
+    def _measure(self, args: Any, model: Any) -> dict[str, float]:
+        num_tokens = guard_model(model).num_tokens
         now = time.perf_counter()
-        added = {"peak_memory_gb": round(_peak_memory(args.device) / 1e9, 3)}
-        if now > self._time_since and tokens > self._tokens_since:
-            added["tokens_per_second_per_device"] = round((tokens - self._tokens_since) / (now - self._time_since), 1)
-            self._tokens_since, self._time_since = tokens, now
-        return added
+        metrics = {"peak_memory_gb": round(_peak_memory_bytes(args.device) / 1e9, 3)}
+        if now > self._last_time and num_tokens > self._last_num_tokens:
+            throughput = (num_tokens - self._last_num_tokens) / (now - self._last_time)
+            metrics["tokens_per_second_per_device"] = round(throughput, 1)
+            self._last_num_tokens, self._last_time = num_tokens, now
+        return metrics
 
     def _check(self, args: Any, state: Any, model: Any, loader: Any = None) -> None:
         if hasattr(args.parallelism_config, "activate"):
@@ -111,35 +122,35 @@ class ContextParallelCallback(TrainerCallback):
             return
         inner = base_model(model)
         error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
-        engine, running = engine_of(context, inner), AcceleratorState()
-        error = error or weights_error(context, inner)
-        error = error or next(iter(messages(engine.rules, running, args)), None)
+        engine, accelerator_state = engine_of(context, inner), AcceleratorState()
+        error = error or check_sharded_weights(context, inner)
+        error = error or next(iter(collect_messages(engine.rules, accelerator_state, args)), None)
         error = (
             error
-            or check_memory(args, inner, checkpoints_layers(running))
-            or blocks_error(engine, inner)
+            or check_memory(args, inner, checkpoints_layers(accelerator_state))
+            or check_blocks(engine, inner)
             or check_liger(args, inner, is_patched=loader is not None)
         )
         error = error or find_degrees_error(inner.config, context)
         trainer = find_trainer()
         error = error or (None if trainer is None else first_error(TRAINER_RULES, trainer))
-        split = None if error is not None else resolve_degrees(inner.config, context)
-        raise_on_all_ranks(error, {"the way sequences are split": str(split)}, context)
-        assert split is not None
-        # Once for a split: here, so that evaluation without training finds it done, too.
-        warm_up(group_of(context.group), args.device, split.ulysses_size, split.options.inner_ring_size)
+        degrees = None if error is not None else resolve_degrees(inner.config, context)
+        raise_on_all_ranks(error, {"the parallel degrees": str(degrees)}, context)
+        assert degrees is not None
+        # Warm up here, not in `on_train_begin`, since evaluation may run without training. Repetitions do nothing.
+        warm_up(group_of(context.group), args.device, degrees.ulysses_size, degrees.options.inner_ring_size)
         guard_model(model).recheck_next_forward()
         if trainer is not None:
-            evaluation_loss.install(trainer, inner, guard_model(model))
-            counters.install(trainer, context)
-        if guard_model(model, trainer=True).announce() and state.is_world_process_zero:
-            show_messages()
-            for notice in messages(engine.notices, running, args):
+            wrap_compute_loss(trainer, inner, guard_model(model))
+            correct_counters(trainer, context)
+        if guard_model(model, trainer=True).should_log() and state.is_world_process_zero:
+            enable_logging()
+            for notice in collect_messages(engine.notices, accelerator_state, args):
                 logger.warning("%s: %s", engine, notice)
             logger.info(
                 "context parallelism: %s, engine %s, %d data-parallel replicas, kernel %s, overlap %s; sequences per "
                 "optimizer step: %d",
-                split,
+                degrees,
                 engine,
                 context.num_replicas,
                 context.options.kernel,
@@ -148,8 +159,8 @@ class ContextParallelCallback(TrainerCallback):
             )
 
 
-def show_messages() -> None:
-    """Let what ring_hf says (how sequences are split, a trial step) be seen where nobody configured its logger."""
+def enable_logging() -> None:
+    """Print the log of ring_hf (parallel degrees, trial steps) to stderr if nobody configured its logger."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
@@ -158,14 +169,14 @@ def show_messages() -> None:
         logger.addHandler(handler)
 
 
-def _add(added: dict[str, float], logs: dict[str, Any], state: Any) -> None:
-    logs.update(added)
+def _add_to_logs(metrics: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+    logs.update(metrics)
     if state.log_history:
-        state.log_history[-1].update(added)  # the Trainer made its own copy before it called
+        state.log_history[-1].update(metrics)  # the Trainer copied `logs` before it called this callback
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: what CUDA allocated at most, or on a CPU the most that this process held."""
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory that CUDA allocated, or on a CPU that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

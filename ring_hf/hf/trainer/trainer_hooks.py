@@ -1,6 +1,6 @@
-"""What is done to a Trainer that callbacks cannot do: find it, try its training step, keep its random numbers in step.
+"""Hooks into a Trainer that callbacks do not provide: find it, try its training step, synchronize its random numbers.
 
-Transformers hands its callbacks everything but the Trainer itself. It is the `self` of a frame above the callback.
+Transformers passes everything to its callbacks but the Trainer itself, which is the `self` of a calling frame.
 """
 
 import functools
@@ -18,16 +18,16 @@ from transformers.trainer_utils import seed_worker
 from ring_hf.parallel import broadcast_object, gather_numbers
 
 from .. import context as process
-from ..runtime.proven_classes import find_unproven_path
+from ..runtime.proven_classes import find_unproven_part
 from ..runtime.runtime_state import runtime_state
 from ..runtime.trial_step import run_trial
-from .engines import engine_of, gradient_method
+from .engines import engine_of, require_gradient_method
 from .exact_evaluation import current_evaluator
-from .model_guard import Guard
+from .model_guard import ModelGuard
 
 
 def find_trainer() -> Trainer | None:
-    """Return the Trainer that is calling, or None if something else calls the callback."""
+    """Return the Trainer in a calling frame, or None if there is none."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -40,56 +40,59 @@ def find_trainer() -> Trainer | None:
 # The trial step
 
 
-def arm_trial(trainer: Trainer, model: PreTrainedModel, guard: Guard) -> None:
-    """Have the Trainer's first training step begin with a trial step, if something in its path is not proven."""
+def enable_trial_step(trainer: Trainer, model: PreTrainedModel, guard: ModelGuard) -> None:
+    """Begin the Trainer's first training step with a trial step, if some part of it is not proven by name.
+
+    The replaced `training_step` raises a ValueError on every rank if the trial differs from one process.
+    """
     context = process.current()
-    reason = find_unproven_path(trainer)
+    reason = find_unproven_part(trainer)
     if context is None or current_evaluator() is None or (reason is None and not context.verify):
         return
-    stock, replaced = trainer.training_step, "training_step" in vars(trainer)
-    if hasattr(stock, "begins_with_trial"):
+    original = trainer.training_step
+    was_replaced = "training_step" in vars(trainer)
+    if hasattr(original, "begins_with_trial"):
         return  # an earlier train() that took no step
 
-    @functools.wraps(stock)
+    @functools.wraps(original)
     def training_step(wrapped: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        if replaced:
-            trainer.training_step = stock
+        if was_replaced:
+            trainer.training_step = original
         else:
             del trainer.training_step
-        _take_trial(trainer, model, guard, inputs, num_items_in_batch, reason or "verify=True", context)
-        return stock(wrapped, inputs, num_items_in_batch, **kwargs)
+        _run_trial(trainer, model, guard, inputs, num_items_in_batch, reason or "verify=True", context)
+        return original(wrapped, inputs, num_items_in_batch, **kwargs)
 
     training_step.begins_with_trial = True  # type: ignore[attr-defined]
     trainer.training_step = training_step
 
 
-def _take_trial(
+def _run_trial(
     trainer: Trainer,
     model: PreTrainedModel,
-    guard: Guard,
+    guard: ModelGuard,
     inputs: dict[str, Any],
-    num_items: Any,
+    num_items_in_batch: Any,
     reason: str,
     context: process.ProcessContext,
 ) -> None:
     unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
 
-    def step(few: dict[str, Any], count: float | None) -> torch.Tensor:
-        runtime_state.captured = []
+    def step(trial_inputs: dict[str, Any], num_items: float | None) -> torch.Tensor:
+        runtime_state.captured_losses = []
         try:
-            given = None if count is None else torch.as_tensor(num_items).new_tensor(count)
-            trainer.training_step(unwrapped, few, given)
-            captured = runtime_state.captured
+            count = None if num_items is None else torch.as_tensor(num_items_in_batch).new_tensor(num_items)
+            trainer.training_step(unwrapped, trial_inputs, count)
+            losses = runtime_state.captured_losses
         finally:
-            runtime_state.captured = None
-        if len(captured) != 1:
+            runtime_state.captured_losses = None
+        if len(losses) != 1:
             raise ValueError(
-                f"{type(trainer).__name__}.training_step calls accelerator.backward {len(captured)} times, not once, "
-                "so that its loss cannot be compared. Use a Trainer that leaves the backward pass to Accelerate."
+                f"{type(trainer).__name__}.training_step calls accelerator.backward {len(losses)} times, not once, "
+                "so its loss cannot be compared. Use a Trainer that leaves the backward pass to Accelerate."
             )
-        return captured[0]
+        return losses[0]
 
-    method = gradient_method(engine_of(context, model), reason)
     guard.in_trial = True
     try:
         guard.allowed_outputs = run_trial(
@@ -98,9 +101,9 @@ def _take_trial(
             step,
             reason,
             context,
-            count=num_items is not None,
-            owner=trainer,
-            method=method,
+            pass_num_items=num_items_in_batch is not None,
+            trainer=trainer,
+            method=require_gradient_method(engine_of(context, model), reason),
         )
     finally:
         guard.in_trial = False
@@ -110,45 +113,54 @@ def _take_trial(
 
 
 def seed_workers_by_replica(loader: Any, context: process.ProcessContext) -> None:
-    """Let loader workers of all ranks that share a sequence draw the same numbers: Transformers seeds them by the
-    process."""
+    """Seed the workers of a data loader by the replica, so that ranks that share a sequence draw the same numbers.
+    Transformers seeds them by the process."""
     loader = getattr(loader, "base_dataloader", loader)
     init = getattr(loader, "worker_init_fn", None)
     if isinstance(init, functools.partial) and init.func is seed_worker:
-        loader.worker_init_fn = functools.partial(init.func, *init.args, **{**init.keywords, "rank": context.replica})
+        keywords = {**init.keywords, "rank": context.replica}
+        loader.worker_init_fn = functools.partial(init.func, *init.args, **keywords)
 
 
-class RandomStates:
-    """The global generators of all processes, from which samplers and augmentations draw.
+class RngSynchronizer:
+    """Keeps the global random number generators of all processes equal, from which samplers and augmentations draw.
 
-    Transformers seeds them alike. A callback that samples text on rank 0 moves that rank's on, and the samplers of the
-    next epoch would deal other rows to it: so every epoch begins with the states of the first process, as it would in
-    a run of one process. Where processes began with different states on purpose, nothing is changed: the comparison
-    of batches will tell whether ranks that share a sequence drift apart.
+    Transformers seeds them alike. A callback that samples text on rank 0 advances the generators of that rank alone,
+    whose samplers would then choose other rows in the next epoch. So every epoch begins with the states of the first
+    process, as in a run of one process. If processes start with different states on purpose, nothing is changed: the
+    comparison of batches detects whether ranks that share a sequence drift apart.
     """
 
     def __init__(self) -> None:
-        self._began_alike = False
+        self._started_equal = False
 
-    def start(self, device: torch.device) -> None:
-        """Note whether all processes begin with the same states. A collective call."""
-        self._began_alike = _are_alike(device)
+    def record_start(self, device: torch.device) -> None:
+        """Record whether all processes start with the same states. A collective call.
 
-    def align(self, device: torch.device) -> None:
-        """Take the states of the first process, if they have come to differ. A collective call."""
-        if self._began_alike and not _are_alike(device):
-            python, numpys, torchs = broadcast_object(_states())
-            random.setstate(python)
-            numpy.random.set_state(numpys)
-            torch.set_rng_state(torchs)
+        Args:
+            device: where the collective runs.
+        """
+        self._started_equal = _are_equal_across_processes(device)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Load the states of the first process if they differ now but did not at the start. A collective call.
+
+        Args:
+            device: where the collective runs.
+        """
+        if self._started_equal and not _are_equal_across_processes(device):
+            python_state, numpy_state, torch_state = broadcast_object(_get_states())
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
 
 
-def _states() -> tuple[Any, Any, torch.Tensor]:
+def _get_states() -> tuple[Any, Any, torch.Tensor]:
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state()
 
 
-def _are_alike(device: torch.device) -> bool:
-    python, numpys, torchs = _states()
-    state = repr((python, numpys[2:])).encode() + numpys[1].tobytes() + torchs.numpy().tobytes()
+def _are_equal_across_processes(device: torch.device) -> bool:
+    python_state, numpy_state, torch_state = _get_states()
+    state = repr((python_state, numpy_state[2:])).encode() + numpy_state[1].tobytes() + torch_state.numpy().tobytes()
     digest = int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), signed=True)
     return len({tuple(numbers) for numbers in gather_numbers([digest], device)}) == 1
