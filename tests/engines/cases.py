@@ -1,9 +1,9 @@
-"""What the launched script runs on every engine: cases of `tests/trainer/cases.py`, and how an engine is asked for.
+"""The runs of the launched script on every engine: cases of `tests/trainer/cases.py`, and arguments for an engine.
 
-Accelerate has no FSDP on CPUs: it runs DDP instead, with the right numbers. `engine_arguments` has it believe in
-another device, after which its own code runs, and every run reports what it trained with (`state_of`). DeepSpeed runs
-on CPUs, but keeps parameters as small as these whole unless its thresholds are 0, and would compile a kernel for
-shared memory first, which is left out.
+Accelerate has no FSDP on CPUs: it runs DDP instead, with the right numbers. `engine_arguments` pretends that there is
+another device, and then Accelerate's own code runs. Every run reports what trained it (`state_of`). DeepSpeed runs on
+CPUs, but it does not shard parameters as small as these unless its thresholds are 0, and it would first compile a
+kernel for shared memory, which is left out.
 """
 
 import importlib
@@ -36,13 +36,13 @@ from tests.engines.families import BY_DEFAULT, WITH_OPTIONS, WITHOUT_OPTIONS
 from tests.hf.architectures import tiny
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case, attention_of
 
-# 96 tokens a rank and micro-batch are computed in five blocks.
-LEVERS: dict[str, dict[str, Any]] = {
+# A rank's 96 tokens of a micro-batch are computed in five blocks.
+MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     "saved": {"attention": "save", "ffn_block": None, "loss_block": None},
     "all": {"attention": "save", "offload": "all", "ffn_block": 20, "loss_block": 20},
 }
 AT_LOADING = "FSDP2 at loading"  # by Transformers
-VOCABULARY = 67  # cut over 2 or 4 ranks, the last has fewer rows
+VOCABULARY = 67  # sharded over 2 or 4 ranks, the last has fewer rows
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class EngineCase:
     """One run of the Trainer on one engine.
 
     Attributes:
-        run: how sequences are shared, the data, the dtype.
+        run: how sequences are shared, the data, and the dtype.
         tied: whether the head is the embedding.
         quantized: whether adapters are trained on weights of 4 bits (QLoRA).
-        levers: a name of `LEVERS`.
+        levers: a name of `MEMORY_OPTIONS`.
         on_host: whether weights, gradients and optimizer states are in host memory, by the engine's own offload.
         sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
-        settings: more arguments of the `ContextParallelConfig`.
+        settings: further arguments of the `ContextParallelConfig`.
     """
 
     engine: str
     run: Case
     tied: bool = False
     quantized: bool = False
-    levers: str = ""
+    memory_options: str = ""
     on_host: bool = False
     sync_each_batch: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -73,31 +73,31 @@ class EngineCase:
         flags = {
             "tied": self.tied,
             "4bit": self.quantized,
-            self.levers: True,
+            self.memory_options: True,
             "host": self.on_host,
             "each-batch": self.sync_each_batch,
         }
-        more = [flag for flag, is_set in flags.items() if is_set]
-        return "-".join(filter(None, (self.engine, self.run.name, *more)))
+        set_flags = [flag for flag, is_set in flags.items() if is_set]
+        return "-".join(filter(None, (self.engine, self.run.name, *set_flags)))
 
     def reference(self) -> "EngineCase":
         return EngineCase("DDP", self.run.reference(), self.tied, self.quantized)
 
 
 def family_of(engine: str) -> str:
-    """Engines of a family run in one launch."""
+    """Return the family of an engine: all engines of a family run in one launch."""
     return "ZeRO" if engine.startswith("ZeRO") else "FSDP"
 
 
 def world_cases(world_size: int, family: str) -> list[EngineCase]:
-    """All runs of the launch of a family of engines with so many processes."""
+    """Return all runs of the launch of a family of engines with `world_size` processes."""
     cases = [case for case in CASES if case.run.cp * case.run.dp == world_size and family_of(case.engine) == family]
     engines = sorted({case.engine for case in cases if case.run.bf16 and case.engine.startswith("ZeRO")})
     return cases + [without_context_parallelism(engine, world_size) for engine in engines]
 
 
 def reference_cases() -> list[EngineCase]:
-    """Every distinct one-process run that some case is compared with, and the truth that runs in bf16 are held to."""
+    """Return every distinct one-process run that a case is compared with, and the fp32 run for those in bf16."""
     references = {case.reference().name: case.reference() for case in CASES}
     return [*references.values(), EngineCase("DDP", replace(FP32_AT_THE_RATE_OF_BF16, steps=STEPS))]
 
@@ -118,38 +118,43 @@ def _runs_of_20_steps(engine: str, world_size: int) -> Iterator[EngineCase]:
         mesh = f"dp{dp}xcp{cp}"
         yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp))
         yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole, checkpointing="non-reentrant"))
-        if engine != "FSDP1":  # which is refused in half precision, and where a model is not proven by name
+        if engine != "FSDP1":  # refused in half precision, and for a model that is not proven by name
             yield EngineCase(engine, Case(f"{mesh}-bf16", "zigzag", cp, dp, **bf16))
         if world_size == 2 and engine != "FSDP1":
             yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True, checkpointing="non-reentrant"))
-            if engine != AT_LOADING:  # where so many rows are refused
+            if engine != AT_LOADING:  # which refuses tied weights with 67 rows
                 yield EngineCase(engine, Case(f"{mesh}", "zigzag", cp, dp), tied=True)
             yield EngineCase(engine, Case(f"{mesh}-lora-bf16", "zigzag", cp, dp, lora=True, **bf16))
         if engine in ("FSDP2", "ZeRO-3"):
-            for levers in LEVERS if world_size == 2 else ("all",):
+            for memory_options in MEMORY_OPTIONS if world_size == 2 else ("all",):
                 run = Case(mesh, "zigzag", cp, dp)
-                yield EngineCase(engine, run, levers=levers)
-                yield EngineCase(engine, replace(run, name=f"{mesh}-hole", **hole), levers=levers)
+                yield EngineCase(engine, run, memory_options=memory_options)
+                yield EngineCase(engine, replace(run, name=f"{mesh}-hole", **hole), memory_options=memory_options)
             if engine == "FSDP2":
                 yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), sync_each_batch=True)
             if world_size == 2:
                 yield EngineCase(engine, Case(f"{mesh}-broken", "zigzag", cp, dp, broken="local-positions"))
-                yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, levers="all")
-                yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all", on_host=True)
-                yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), levers="all")
+                yield EngineCase(engine, Case(mesh, "zigzag", cp, dp), tied=True, memory_options="all")
                 yield EngineCase(
-                    engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), quantized=True, levers="all"
+                    engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), memory_options="all", on_host=True
+                )
+                yield EngineCase(engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), memory_options="all")
+                yield EngineCase(
+                    engine, Case(f"{mesh}-lora", "zigzag", cp, dp, lora=True), quantized=True, memory_options="all"
                 )
                 yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"))
-                yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"), levers="all")
+                yield EngineCase(engine, Case(f"{mesh}-moe", "zigzag", cp, dp, model="mixtral"), memory_options="all")
         if engine == AT_LOADING:
-            yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all")
+            yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), memory_options="all")
         if engine == "ZeRO-2" and world_size == 2:
-            yield EngineCase(engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), levers="all", on_host=True)
+            yield EngineCase(
+                engine, Case(f"{mesh}-hole", "zigzag", cp, dp, **hole), memory_options="all", on_host=True
+            )
 
 
 def without_context_parallelism(engine: str, world_size: int) -> EngineCase:
-    """The same engine as plain data parallelism in bf16: DeepSpeed keeps weights in bf16, one process does not."""
+    """Return a run of plain data parallelism in bf16 on an engine: DeepSpeed keeps weights in bf16, one process does
+    not."""
     run = Case(f"dp{world_size}-plain-bf16", None, 1, world_size, bf16=True, learning_rate=1e-4, steps=STEPS)
     return EngineCase(engine, run)
 
@@ -169,12 +174,12 @@ ALL_CASES = [
 _HSDP = {"dp_replicate_size": 2}
 ALL_CASES += [replace(case, engine="HSDP", settings=_HSDP) for case in _runs("FSDP2", 4)]
 ALL_CASES += [
-    EngineCase(engine, Case(f"dp1xcp2-{name}", "zigzag", 2, model=name, steps=3), levers=levers)
+    EngineCase(engine, Case(f"dp1xcp2-{name}", "zigzag", 2, model=name, steps=3), memory_options=memory_options)
     for engine in ("FSDP2", "ZeRO-3")
-    for levers, names in (("all", WITH_OPTIONS), ("", WITHOUT_OPTIONS))
+    for memory_options, names in (("all", WITH_OPTIONS), ("", WITHOUT_OPTIONS))
     for name in names
 ]
-# What runs by default: every engine, every lever, and what differs most from its neighbours.
+# The runs without RING_HF_ALL_CASES: every engine, every memory option, and the least similar combinations.
 _SAMPLE = """
     FSDP1-dp1xcp2-hole
     FSDP2-dp1xcp2-bf16
@@ -212,7 +217,12 @@ CASES = ALL_CASES if ALL else [case for case in ALL_CASES if case.name in _SAMPL
 
 
 def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = None) -> torch.nn.Module:
-    """The same random model for every engine; `folder` is where one that is sharded while it is loaded waits."""
+    """Return the same random model for every engine.
+
+    Args:
+        folder: where a model that is sharded at loading is saved first.
+        sizes: arguments of its `DistributedConfig`.
+    """
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -232,18 +242,18 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
     elif case.run.model == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
-        # In one process: not every family has sinks or soft-capping with sdpa.
+        # One process computes with "eager": not every family has sinks or soft-capping with sdpa.
         model = tiny(case.run.model, "eager" if case.run.layout is None else attention_of(case.run.layout)).float()
     loading: dict[str, Any] = {}
     if case.engine == AT_LOADING:
         loading["distributed_config"] = DistributedConfig(**(sizes or {"fsdp_size": int(os.environ["WORLD_SIZE"])}))
     if case.quantized:
-        # FSDP shards weights of the dtype of all others; 8 weights are in each of these.
+        # FSDP shards weights that have the dtype of all others. Each fp32 number stores 8 weights.
         storage = {"bnb_4bit_quant_storage": torch.float32, "bnb_4bit_compute_dtype": torch.float32}
         loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **storage)
     if loading:
         saved = folder / f"{case.name} to load"
-        with PartialState(cpu=True).main_process_first():  # which alone writes
+        with PartialState(cpu=True).main_process_first():  # only the main process writes
             model.save_pretrained(saved)
         loading["attn_implementation"] = attention_of(case.run.layout)
         model = AutoModelForCausalLM.from_pretrained(saved, **loading)
@@ -256,9 +266,10 @@ def build_model(case: EngineCase, folder: Path, sizes: dict[str, Any] | None = N
 
 @contextmanager
 def engine_arguments(engine: str, on_host: bool = False) -> Iterator[dict[str, Any]]:
-    """Within, a Trainer with these arguments runs on an engine, with its states in host memory if asked for.
+    """Context in which a Trainer with the yielded arguments runs on an engine.
 
-    Memory is pinned for copies to a GPU, which is not there.
+    Args:
+        on_host: whether the engine keeps its states in host memory. It is not pinned, since there is no GPU.
     """
     AcceleratorState._reset_state()
     if engine.startswith("ZeRO"):
@@ -270,7 +281,7 @@ def engine_arguments(engine: str, on_host: bool = False) -> Iterator[dict[str, A
     if version is None:
         yield {}
         return
-    kept = dict(os.environ)
+    environment = dict(os.environ)
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     settings: dict[str, Any] = {
@@ -291,15 +302,15 @@ def engine_arguments(engine: str, on_host: bool = False) -> Iterator[dict[str, A
                 "fsdp_config": settings,
             }
     finally:
-        for name in set(os.environ) - set(kept):
+        for name in set(os.environ) - set(environment):
             del os.environ[name]
-        os.environ.update(kept)
+        os.environ.update(environment)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
         AcceleratorState._reset_state()
 
 
 def _deepspeed_config(stage: int, on_host: bool) -> dict[str, Any]:
-    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that is torch itself
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
     backend.build_shm_op = lambda: None
     automatic = dict.fromkeys(
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -318,15 +329,15 @@ def _deepspeed_config(stage: int, on_host: bool) -> dict[str, Any]:
 
 
 def state_of(trainer: Any) -> dict[str, Any]:
-    """What really trained: the engine by Accelerate, the classes that wrap the model and hold its weights."""
+    """Return Accelerate's name of the engine that trained, the classes of the model and its weights, and more."""
     state = trainer.accelerator.state
     model = trainer.model_wrapped
     context = getattr(trainer.args.parallelism_config, "_process", None)
-    kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
+    parameter_classes = sorted({type(parameter).__name__ for parameter in model.parameters()})
     return {
         "distributed_type": str(state.distributed_type),
         "class": type(model).__name__,
-        "parameters": kinds,
+        "parameters": parameter_classes,
         "largest local parameter": max(map(_local_numel, model.parameters())),
         "zero stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
         "on host": _is_on_host(state),
@@ -335,12 +346,12 @@ def state_of(trainer: Any) -> dict[str, Any]:
 
 
 def _is_on_host(state: Any) -> bool:
-    """Whether an engine offloads the optimizer, as it says itself."""
+    """Return whether the engine's own state says that it offloads the optimizer."""
     if state.distributed_type == DistributedType.DEEPSPEED:
         return "offload_optimizer" in state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     return isinstance(getattr(getattr(state, "fsdp_plugin", None), "cpu_offload", None), CPUOffloadPolicy)
 
 
 def _local_numel(parameter: torch.nn.Parameter) -> int:
-    """Elements that this rank holds outside of a forward pass."""
+    """Return how many elements of a parameter this rank holds outside of a forward pass."""
     return parameter._local_tensor.numel() if hasattr(parameter, "_local_tensor") else parameter.numel()

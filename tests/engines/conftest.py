@@ -1,4 +1,4 @@
-"""One launch per family of engines and world size, shared by all tests of this folder, also by several workers."""
+"""One launch per family of engines and world size, shared by all tests of this folder and all workers."""
 
 import json
 from functools import cache
@@ -19,18 +19,18 @@ ENVIRONMENTS = {
 
 
 class EngineLaunches:
-    """Results of the launched script by family and world size; each is started when first asked for."""
+    """Results of the script by family and world size. It is launched when they are first needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.of = cache(self._launch)
+        self.results = cache(self._launch)
 
     def path(self, family: str, world_size: int) -> Path:
         return self.folder / f"{family}-{world_size}"
 
     def _launch(self, family: str, world_size: int) -> dict[str, Any]:
         if (family, world_size) == ("FSDP", 4):
-            self.of("FSDP", 2)  # whose checkpoints four processes resume from
+            self.results("FSDP", 2)  # four processes resume from its checkpoints
         folder = self.path(family, world_size)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():

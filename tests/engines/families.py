@@ -2,7 +2,7 @@
 
 from tests.hf.architectures import EXACT
 
-# With all memory options, but for those that `tests/memory/test_architectures.py` shows to be refused.
+# Trained with all memory options that `tests/memory/test_architectures.py` does not show to be refused.
 WITH_OPTIONS = [
     *(
         "cohere",

@@ -1,6 +1,6 @@
 """Evaluation and checkpoints on an engine; see `train_script.py`.
 
-Both begin with training: upstream, FSDP2 and DeepSpeed evaluate only what they have prepared to train.
+Both begin with training: upstream, FSDP2 and DeepSpeed evaluate only models that they have prepared for training.
 """
 
 import os
@@ -19,10 +19,10 @@ from transformers import Trainer, set_seed
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from tests.engines.cases import ALL, AT_LOADING, LEVERS, EngineCase, build_model, engine_arguments, state_of
+from tests.engines.cases import ALL, AT_LOADING, MEMORY_OPTIONS, EngineCase, build_model, engine_arguments, state_of
 from tests.trainer.broken import BROKEN
 from tests.trainer.cases import Case, Rows
-from tests.trainer.evaluation_cases import sums
+from tests.trainer.evaluation_cases import checksum_metrics
 from tests.trainer.train_script import arguments, curves
 
 EVALUATED = range(1, 8)  # rows; many leave a ragged last batch
@@ -33,18 +33,20 @@ _RUN = Case("", "zigzag", 2, steps=2 * HALF)
 
 @dataclass(frozen=True)
 class Resume:
-    """Train to the end with a checkpoint in the middle, and again from there with another mesh.
+    """Train to the end with a checkpoint in the middle, and resume from there, possibly with another mesh.
 
     Attributes:
-        checkpoint_of: the folder of another launch whose checkpoint is taken; default: its own.
+        before, after: cp and dp of the first and the resumed run.
+        checkpoint_of: the folder of the launch whose checkpoint is resumed from; default: its own.
+        sharded: whether FSDP writes checkpoints as SHARDED_STATE_DICT.
     """
 
     engine: str
-    before: tuple[int, int]  # cp, dp
+    before: tuple[int, int]
     after: tuple[int, int]
-    levers: str = "all"
+    memory_options: str = "all"
     checkpoint_of: str | None = None
-    sharded: bool = False  # FSDP's SHARDED_STATE_DICT
+    sharded: bool = False
 
     @property
     def name(self) -> str:
@@ -69,12 +71,13 @@ RESUMES = [case for case in _EVERY_RESUME if ALL or (case.engine, case.before) !
 EVALUATIONS = {pair for pair in _EVERY_EVALUATION if ALL or pair != ("ZeRO-3", 4)}
 
 
+# Memory options, block (in tokens) and data of the runs whose collectives are counted, by name.
 COUNTED = {"plain": ("", 20, "uneven"), "saved": ("saved", 20, "uneven")}
 COUNTED |= {f"{data}, blocks of {block}": ("all", block, data) for data in ("uneven", "hole") for block in (20, 5)}
 
 
-class CountedCollectives(TorchDispatchMode):
-    """Counts the operators of `torch.distributed` by name."""
+class CollectiveCounter(TorchDispatchMode):
+    """Context that counts the operators of `torch.distributed` by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,20 +90,20 @@ class CountedCollectives(TorchDispatchMode):
 
 
 def count(engine: str, folder: Path) -> dict[str, Any]:
-    """Collectives of two optimizer steps, by operator, and how often attention ran, with and without levers."""
+    """Return the number of collectives in two optimizer steps, by run and operator."""
     results: dict[str, Any] = {}
-    for name, (levers, block, data) in COUNTED.items():
+    for name, (memory_options, block, data) in COUNTED.items():
         run = replace(_RUN, name=f"{engine} {name}", data=data, hole_layout="zigzag", steps=2)
         with engine_arguments(engine) as more:
-            trainer = make_trainer(EngineCase(engine, run, levers=levers), folder, more, block)
-            with CountedCollectives() as collectives:
+            trainer = make_trainer(EngineCase(engine, run, memory_options=memory_options), folder, more, block)
+            with CollectiveCounter() as collectives:
                 trainer.train()
         results[name] = dict(collectives.counts)
     return results
 
 
 class MeanOfShards(Trainer):
-    """A loss that weighs every shard alike, however many targets it has."""
+    """Weighs every shard alike, however many targets it has."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,7 +115,7 @@ class MeanOfShards(Trainer):
 
 
 class SumOverShards(MeanOfShards):
-    """The same, divided by the number of targets of all ranks."""
+    """Divides the sum over a shard by the number of targets of all ranks."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -123,8 +126,8 @@ class SumOverShards(MeanOfShards):
         return (loss, outputs) if return_outputs else loss
 
 
-class BackwardOfItsOwn(SumOverShards):
-    """A second loss that is trained past the Trainer, whose gradients ZeRO does not keep in `parameter.grad`."""
+class OwnBackward(SumOverShards):
+    """Runs a backward pass of its own, whose gradients ZeRO does not keep in `parameter.grad`."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -134,17 +137,17 @@ class BackwardOfItsOwn(SumOverShards):
         return (loss, outputs) if return_outputs else loss
 
 
-TRIALS = {"backward of its own": BackwardOfItsOwn, "mean of shards": MeanOfShards, "sum over shards": SumOverShards}
+TRIALS = {"backward of its own": OwnBackward, "mean of shards": MeanOfShards, "sum over shards": SumOverShards}
 
 
 def take_trials(engine: str, folder: Path) -> dict[str, Any]:
-    """What a trial step says of a wrong and of a right loss, in fp32 and bf16; and the curve of what trains."""
+    """Return "trained" or the error of the trial step for wrong and right losses, in fp32 and bf16."""
     results: dict[str, Any] = {}
     for dtype in ("fp32", "bf16"):
-        for name, kind in TRIALS.items():
+        for name, trainer_class in TRIALS.items():
             run = replace(_RUN, name=f"{engine} {name} {dtype}", steps=2, bf16=dtype == "bf16")
             with engine_arguments(engine) as more:
-                trainer = make_trainer(EngineCase(engine, run), folder, more, kind=kind)
+                trainer = make_trainer(EngineCase(engine, run), folder, more, trainer_class=trainer_class)
                 try:
                     trainer.train()
                     results[f"{name} {dtype}"] = "trained"
@@ -154,7 +157,7 @@ def take_trials(engine: str, folder: Path) -> dict[str, Any]:
 
 
 def loop(engine: str, folder: Path) -> dict[str, Any]:
-    """Losses of a loop without a Trainer, as in `docs/training_loop.md`."""
+    """Return the losses of a loop without a Trainer, as in `docs/training_loop.md`."""
     case = EngineCase(engine, replace(_RUN, name=f"loop on {engine}") if engine != "DDP" else _RUN.reference())
     set_seed(0)
     more: dict[str, Any]
@@ -187,7 +190,7 @@ def loop(engine: str, folder: Path) -> dict[str, Any]:
         return {"loss": losses, "class": type(model).__name__}
 
 
-# How a model is loaded, and what the message says.
+# By name: arguments of `DistributedConfig`, whether weights are tied, and words of the error.
 REFUSED_AT_LOADING: dict[str, tuple[dict[str, Any], bool, str]] = {
     "tensor parallelism": ({"tp_size": 2}, False, "DistributedConfig(tp_size=2)"),
     "mixed precision": ({"fsdp_size": 2, "fsdp_mixed_precision": True}, False, "among them the number of targets"),
@@ -196,7 +199,7 @@ REFUSED_AT_LOADING: dict[str, tuple[dict[str, Any], bool, str]] = {
 
 
 def refuse_at_loading(folder: Path) -> dict[str, Any]:
-    """What each way of loading a model that is not exact is answered with, before the first step."""
+    """Return the error for each way of loading a model that is not exact, raised before the first step."""
     results: dict[str, Any] = {}
     for name, (sizes, tied, _) in REFUSED_AT_LOADING.items():
         case = EngineCase(AT_LOADING, replace(_RUN, name=f"refused for {name}"), tied)
@@ -210,24 +213,24 @@ def refuse_at_loading(folder: Path) -> dict[str, Any]:
 
 
 def evaluate(engine: str, world_size: int, folder: Path) -> dict[str, Any]:
-    """Losses of 1 to 7 rows and metrics of 5, by batch; one process takes the batch of all replicas at once."""
-    alone = world_size == 1
+    """Return losses of 1 to 7 rows and metrics of 5, by batch size. One process uses the batch of all replicas."""
+    is_reference = world_size == 1
     results: dict[str, Any] = {}
-    for dp in (1, 2) if alone else (world_size // 2,):
+    for dp in (1, 2) if is_reference else (world_size // 2,):
         run = replace(_RUN, dp=dp, steps=1, learning_rate=0.0)
-        run = run.reference() if alone else run
+        run = run.reference() if is_reference else run
         trainer = None
         with engine_arguments(engine) as more:
             trainer = make_trainer(EngineCase(engine, run), folder, more)
             trainer.train()
             for batch in BATCHES:
-                trainer.args.per_device_eval_batch_size = batch * dp if alone else batch
+                trainer.args.per_device_eval_batch_size = batch * dp if is_reference else batch
                 trainer.compute_metrics, trainer.args.include_for_metrics = None, []
                 key = f"dp {dp} batch {batch}"
                 for num_rows in EVALUATED:
                     loss = trainer.evaluate(Rows(num_rows, "uneven", seed=num_rows))["eval_loss"]
                     results[f"{key} rows {num_rows}"] = {"loss": loss}
-                trainer.compute_metrics, trainer.args.include_for_metrics = sums, ["inputs"]
+                trainer.compute_metrics, trainer.args.include_for_metrics = checksum_metrics, ["inputs"]
                 metrics = trainer.predict(Rows(5, "uneven")).metrics
                 results[f"{key} metrics"] = {name: metrics[f"test_{name}"] for name in ("loss", "accuracy", "logits")}
             results["ran"] = state_of(trainer)
@@ -235,7 +238,7 @@ def evaluate(engine: str, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def resume(case: Resume, folder: Path) -> dict[str, Any]:
-    """The curve of a run, and of what goes on from its middle; the final model of each is saved."""
+    """Return the curves of a run and of the run resumed from its middle. The final model of each is saved."""
     more: dict[str, Any]
     world_size = int(os.environ["WORLD_SIZE"])
     results: dict[str, Any] = {}
@@ -246,11 +249,11 @@ def resume(case: Resume, folder: Path) -> dict[str, Any]:
         with engine_arguments(case.engine) as more:
             if case.sharded:
                 more["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
-            engine_case = EngineCase(case.engine, run, levers=case.levers)
+            engine_case = EngineCase(case.engine, run, memory_options=case.memory_options)
             trainer = make_trainer(engine_case, folder, more)
             if name == "resumed":
-                launch = folder.parent / case.checkpoint_of if case.checkpoint_of else folder
-                trainer.train(resume_from_checkpoint=str(launch / engine_case.name / f"checkpoint-{HALF}"))
+                launch_folder = folder.parent / case.checkpoint_of if case.checkpoint_of else folder
+                trainer.train(resume_from_checkpoint=str(launch_folder / engine_case.name / f"checkpoint-{HALF}"))
             else:
                 trainer.train()
             trainer.save_model(str(folder / case.name / f"final {name}"))
@@ -259,7 +262,7 @@ def resume(case: Resume, folder: Path) -> dict[str, Any]:
 
 
 def save(folder: Path) -> dict[str, Any]:
-    """The final model of one process, with which those of `resume` are compared."""
+    """Save the final model of one process, with which those of `resume` are compared."""
     trainer = make_trainer(EngineCase("DDP", _RUN.reference()), folder, {})
     trainer.train()
     trainer.save_model(str(folder / "final"))
@@ -271,17 +274,22 @@ def make_trainer(
     folder: Path,
     more: dict[str, Any],
     block: int = 20,
-    kind: type[Trainer] = Trainer,
+    trainer_class: type[Trainer] = Trainer,
     sizes: dict[str, Any] | None = None,
 ) -> Trainer:
-    """A Trainer for a case; `sizes` are other arguments of the `DistributedConfig` of a model sharded at loading."""
+    """Return a Trainer for a case.
+
+    Args:
+        block: tokens of a block in the memory options.
+        sizes: arguments of the `DistributedConfig` of a model sharded at loading, instead of the usual ones.
+    """
     torch.set_num_threads(1)
     set_seed(0)
     run = case.run
     model = build_model(case, folder, sizes)
-    if case.levers:
-        levers = LEVERS[case.levers]
-        memory.apply(model, **{name: block if value == 20 else value for name, value in levers.items()})
+    if case.memory_options:
+        memory_options = MEMORY_OPTIONS[case.memory_options]
+        memory.apply(model, **{name: block if value == 20 else value for name, value in memory_options.items()})
     args = arguments(replace(run, name=case.name), folder, **more)
     if run.layout is not None:
         args.parallelism_config = ContextParallelConfig(context_parallel_size=run.cp, **case.settings)
@@ -291,4 +299,4 @@ def make_trainer(
     collator: Any = ContextParallelCollator(model)
     if run.broken is not None:
         collator = BROKEN[run.broken](collator)
-    return kind(model, args, train_dataset=rows, data_collator=collator)
+    return trainer_class(model, args, train_dataset=rows, data_collator=collator)

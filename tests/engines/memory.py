@@ -1,7 +1,7 @@
-"""The most memory that a rank takes under each engine, against DDP: `python -m tests.engines.memory FOLDER`.
+"""Peak memory of a rank under each engine, compared with DDP: `python -m tests.engines.memory FOLDER`.
 
-One launch for each engine and set of memory options, of a model whose states are far larger than what a process takes
-without it. What is compared is the most that the first rank holds above what it held before the model was made.
+One launch for each engine and set of memory options, with a model whose states are far larger than the rest of the
+process. The table compares the peak of the first rank, minus its memory before the model was built.
 """
 
 import json
@@ -34,11 +34,11 @@ ENGINES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 
 
 def measure(engine: str, options: str, folder: Path) -> dict[str, Any]:
-    """Bytes and seconds of a few steps in this process."""
+    """Return the peak bytes and the seconds per step of a few steps in this process."""
     torch.set_num_threads(1)
     world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
     with engine_arguments(engine) as more:
-        before = _most_held()
+        before = _peak_bytes()
         torch.manual_seed(0)
         shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "vocab_size": 16384}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": LENGTH}
@@ -51,20 +51,21 @@ def measure(engine: str, options: str, folder: Path) -> dict[str, Any]:
         rows = [{"input_ids": torch.randint(16384, (LENGTH,)).tolist()} for _ in range(run.batch * STEPS)]
         rows = [{**row, "labels": row["input_ids"]} for row in rows]
         trainer = Trainer(model, args, train_dataset=rows, data_collator=ContextParallelCollator(model))
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         trainer.train()
-        seconds = (time.perf_counter() - began) / STEPS
-        held, parameters = _most_held() - before, sum(p.numel() for p in LlamaForCausalLM(model.config).parameters())
-        return {"held": held, "seconds": seconds, "num_parameters": parameters, **curves(trainer), **state_of(trainer)}
+        seconds = (time.perf_counter() - start_time) / STEPS
+        peak = _peak_bytes() - before
+        parameters = sum(p.numel() for p in LlamaForCausalLM(model.config).parameters())
+        return {"peak": peak, "seconds": seconds, "num_parameters": parameters, **curves(trainer), **state_of(trainer)}
 
 
-def _most_held() -> int:
-    """Bytes that this process has held at most so far."""
+def _peak_bytes() -> int:
+    """Return the peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
-    """Launch every engine, and print the table; or, in a launched process, write what it measured."""
+    """Launch every engine and print the table. In a launched process, write its measurement."""
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         engine, options = sys.argv[2:4]
@@ -83,10 +84,10 @@ def main() -> None:
             results[engine, options] = json.loads(path.read_text())
     rows = [["engine", "memory options", "MB of a rank", "of DDP", "worst loss beside DDP"]]
     for (engine, options), result in results.items():
-        whole, plain = results["DDP", options], results["DDP", "none"]
+        ddp, plain = results["DDP", options], results["DDP", "none"]
         worst = max(abs(a - b) for a, b in zip(result["loss"], plain["loss"], strict=True))
-        share = f"{result['held'] / whole['held']:.2f}"
-        rows.append([engine, options, f"{result['held'] / 1e6:,.0f}", share, f"{worst:.1e}"])
+        share = f"{result['peak'] / ddp['peak']:.2f}"
+        rows.append([engine, options, f"{result['peak'] / 1e6:,.0f}", share, f"{worst:.1e}"])
     parameters = statistics.median(result["num_parameters"] for result in results.values())
     print(f"{parameters / 1e6:.0f}M parameters, 2 processes, {LENGTH:,} tokens, {STEPS} steps\n")
     print(markdown(rows))

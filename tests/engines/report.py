@@ -1,8 +1,8 @@
-"""The table of `docs/engines.md`: how far every engine is from one process.
+"""Print the table of `docs/engines.md`: how far every engine is from one process.
 
     python -m tests.engines.report FOLDER
 
-Launches what `tests/engines` launches (all of it with RING_HF_ALL_CASES=1), or reads what a run before left in FOLDER.
+Launches the runs of `tests/engines` (all of them with RING_HF_ALL_CASES=1), or reads the results that are in FOLDER.
 """
 
 import sys
@@ -14,29 +14,29 @@ from ring_hf.simulate.layout_tables import markdown
 from tests.engines.cases import CASES, family_of
 from tests.engines.conftest import EngineLaunches
 from tests.engines.jobs import EVALUATIONS, HALF, RESUMES
-from tests.trainer.compare import apart
+from tests.trainer.compare import compare_runs
 
 
 def rows_of(launches: EngineLaunches) -> list[list[str]]:
-    """One row per engine and kind of run: the worst differences, and how many runs they are of."""
-    one = launches.of("FSDP", 1)
+    """Return a row per engine and kind of run: the number of runs and their worst differences."""
+    references = launches.results("FSDP", 1)
     worst: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for case in CASES:
-        run = launches.of(family_of(case.engine), case.run.cp * case.run.dp)[case.name]
+        run = launches.results(family_of(case.engine), case.run.cp * case.run.dp)[case.name]
         if case.run.broken is None and not case.run.bf16:
             kind = f"{case.levers or 'no'} memory options"
-            worst[case.engine, kind].append(apart(case.name, run, one[case.reference().name]))
+            worst[case.engine, kind].append(compare_runs(case.name, run, references[case.reference().name]))
     for resume in RESUMES:
         sizes = [cp * dp for cp, dp in (resume.before, resume.after)]
-        whole, again = (launches.of(family_of(resume.engine), size)[resume.name] for size in sizes)
+        whole, again = (launches.results(family_of(resume.engine), size)[resume.name] for size in sizes)
         tails: list[dict[str, Any]] = [
             {key: run[key][-HALF:] for key in ("loss", "grad_norm")} for run in (again["resumed"], whole["whole"])
         ]
-        worst[resume.engine, "resumed"].append(apart(resume.name, *tails))
+        worst[resume.engine, "resumed"].append(compare_runs(resume.name, *tails))
     for engine, size in sorted(EVALUATIONS):
-        ours = launches.of(family_of(engine), size)[f"evaluation on {engine}"]
+        ours = launches.results(family_of(engine), size)[f"evaluation on {engine}"]
         differences = [
-            abs(value - one["evaluation on DDP"][key][name])
+            abs(value - references["evaluation on DDP"][key][name])
             for key, values in ours.items()
             if key not in ("ran", "seconds")
             for name, value in values.items()

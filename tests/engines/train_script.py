@@ -44,7 +44,7 @@ def train(case: EngineCase, folder: Path) -> dict[str, Any]:
 
 
 def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What this launch has to run, by name."""
+    """Return the jobs of this launch by name."""
     cases = reference_cases() if world_size == 1 else world_cases(world_size, family)
     by_name: dict[str, Callable[[], dict[str, Any]]] = {case.name: partial(train, case, folder) for case in cases}
     evaluated = [("DDP", 1)] if world_size == 1 else sorted(EVALUATIONS)
@@ -72,12 +72,12 @@ def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], d
 def main() -> None:
     folder, family = Path(sys.argv[1]), sys.argv[2]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = os.environ.get("CASES", "").split(",")
+    selection = os.environ.get("CASES", "").split(",")
     results: dict[str, Any] = {}
     for name, job in jobs(family, world_size, folder).items():
-        if any(words in name for words in chosen):
-            began = time.perf_counter()
-            results[name] = {**job(), "seconds": time.perf_counter() - began}
+        if any(text in name for text in selection):
+            start_time = time.perf_counter()
+            results[name] = {**job(), "seconds": time.perf_counter() - start_time}
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "results.json").write_text(json.dumps(results))
 

@@ -251,7 +251,9 @@ def test_blocks_without_whole_weights_are_refused():
     model = llama()
     assert check_blocks(ENGINES["FSDP1"], model) is None
     memory.apply(model, attention="save", ffn_block=None, loss_block=8)
-    assert "loss_block=8) needs whole weights, but FSDP1 exposes them as views" in check_blocks(ENGINES["FSDP1"], model)
+    assert "loss_block=8) needs whole weights, but FSDP1 exposes them as views" in check_blocks(
+        ENGINES["FSDP1"], model
+    )
     assert all(check_blocks(engine, model) is None for name, engine in ENGINES.items() if name != "FSDP1")
     without_blocks = llama()
     memory.apply(without_blocks, attention="save", ffn_block=None, loss_block=None)

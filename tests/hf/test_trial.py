@@ -196,7 +196,9 @@ def test_find_unproven_names_the_module():
     assert "model.layers.1 has a hook" in find_unproven_module(model)
     hook.remove()
     model.model.layers[0].mlp.act_fn = IdentityModule()
-    assert "model.layers.0.mlp.act_fn is a IdentityModule, which is not part of Transformers" in find_unproven_module(model)
+    assert "model.layers.0.mlp.act_fn is a IdentityModule, which is not part of Transformers" in find_unproven_module(
+        model
+    )
     model = llama()
     model.model.forward = lambda *args, **kwargs: None
     assert "the forward of model was replaced" in find_unproven_module(model)

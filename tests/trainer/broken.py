@@ -1,4 +1,4 @@
-"""Deliberately broken collators: each mistake must show in the losses, or the comparisons would prove nothing."""
+"""Deliberately broken collators. Each mistake must show in the losses, or the comparisons prove nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +10,8 @@ Collate = Callable[[list], dict[str, Any]]
 
 
 def shift_per_shard(collate: Collate) -> Collate:
-    """Labels cut unshifted: the model shifts them inside each shard, and every shard loses targets and gets wrong
-    ones."""
+    """Cut labels before they are shifted: the model shifts them inside each shard, which loses some targets and adds
+    wrong ones."""
 
     def broken(features: list) -> dict[str, Any]:
         batch = collate(features)
@@ -22,7 +22,7 @@ def shift_per_shard(collate: Collate) -> Collate:
 
 
 def local_positions(collate: Collate) -> Collate:
-    """Positions that count inside the shard."""
+    """Count positions from the start of the shard."""
 
     def broken(features: list) -> dict[str, Any]:
         batch = collate(features)
@@ -33,19 +33,19 @@ def local_positions(collate: Collate) -> Collate:
 
 
 def no_documents(collate: Collate) -> Collate:
-    """Packed documents that see each other."""
-    return lambda features: _described(collate(features), documents=None)
+    """Let packed documents attend to each other."""
+    return lambda features: _replace_sequence(collate(features), documents=None)
 
 
 def no_prefixes(collate: Collate) -> Collate:
-    """Prefixes that see only what came before."""
-    return lambda features: _described(collate(features), prefixes=None)
+    """Attend causally within prefixes."""
+    return lambda features: _replace_sequence(collate(features), prefixes=None)
 
 
-def _described(batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    description = batch["context_parallel"]
-    sequence = replace(description.sequence, **changes)
-    return {**batch, "context_parallel": replace(description, sequence=sequence)}
+def _replace_sequence(batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    metadata = batch["context_parallel"]
+    sequence = replace(metadata.sequence, **changes)
+    return {**batch, "context_parallel": replace(metadata, sequence=sequence)}
 
 
 BROKEN: dict[str, Callable[[Collate], Collate]] = {

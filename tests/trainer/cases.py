@@ -1,7 +1,7 @@
-"""What the launched script runs: one frozen `Case` per training run, and the models and data they name.
+"""The training runs of the launched script, one frozen `Case` each, with their models and data.
 
-Data is made so that shards hold unequal numbers of targets: rows of different length, prompts without labels, and
-(`hole`) labels only where rank 0 predicts them, so that every other rank holds none at all.
+Shards hold unequal numbers of targets: rows differ in length, prompts have no labels, and with the data `hole` only
+tokens predicted by rank 0 have labels, so that every other rank holds no target.
 """
 
 import os
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from ring_hf.geometry import shard_index
 from ring_hf.hf.collate.default_collator import PadOrPackCollator
 
-STATIC = ("contiguous", "zigzag", "striped")  # layouts that do not look at the documents
+STATIC = ("contiguous", "zigzag", "striped")  # layouts that do not depend on documents
 VOCABULARY = 64
 LENGTH = 48  # a multiple of every layout's unit for 2 and 4 ranks
 STEPS = 20 if os.environ.get("RING_HF_ALL_CASES") else 8
@@ -22,10 +22,24 @@ STEPS = 20 if os.environ.get("RING_HF_ALL_CASES") else 8
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the Trainer. `batch` is the number of rows per optimizer step over all replicas."""
+    """One run of the Trainer.
+
+    Attributes:
+        layout: a layout, or "ulysses"; None for one process with sdpa.
+        cp, dp: ranks that share a sequence, and replicas.
+        ulysses, inner: `ulysses_size` and `inner_ring_size` of the config.
+        window: sliding window of a Mistral model, in tokens.
+        data: "uneven", "hole" or "prefix", see `Rows`.
+        hole_layout, hole_cp: labels are placed for the shards of this layout and number of ranks.
+        checkpointing: activation checkpointing, "reentrant" or "non-reentrant".
+        accumulation: micro-batches per optimizer step.
+        batch: rows per optimizer step over all replicas.
+        broken: a name of `BROKEN`, the mistake to make in the collator.
+        learning_rate: one process agrees with itself at the default (`test_one_process_agrees_with_itself`).
+    """
 
     name: str
-    layout: str | None = None  # also "ulysses"; None: one process with sdpa
+    layout: str | None = None
     cp: int = 1
     dp: int = 1
     ulysses: int | str | None = None
@@ -35,10 +49,10 @@ class Case:
     model: str = "llama"
     window: int | None = None
     data: str = "uneven"
-    hole_layout: str | None = None  # the labels are laid out for these shards
+    hole_layout: str | None = None
     hole_cp: int = 2
     packing: bool = False
-    checkpointing: str | None = None  # "reentrant" or "non-reentrant"
+    checkpointing: str | None = None
     accumulation: int = 2
     batch: int = 8
     bf16: bool = False
@@ -47,11 +61,11 @@ class Case:
     workers: int = 0
     broken: str | None = None
     steps: int = STEPS
-    learning_rate: float = 3e-4  # one process agrees with itself at this rate: test_one_process_agrees_with_itself
+    learning_rate: float = 3e-4
     threads: int = 1
 
     def reference(self) -> "Case":
-        """The same run in one process with the whole batch and `sdpa`; its name lists what it depends on."""
+        """Return the same run in one process with the whole batch and `sdpa`. Its name lists its other settings."""
         plain = replace(self, layout=None, cp=1, dp=1, checkpointing=None, broken=None, resume=False, workers=0)
         plain = replace(plain, ulysses=None, transport="ring", inner=1, head_chunks=1)
         fields = {key: value for key, value in asdict(plain).items() if key != "name"}
@@ -60,7 +74,7 @@ class Case:
 
 
 def world_cases(world_size: int) -> list[Case]:
-    """All runs of the launch with `world_size` processes."""
+    """Return all runs of the launch with `world_size` processes."""
     meshes = {2: [(2, 1)], 4: [(4, 1), (2, 2)]}[world_size]
     cases = []
     for cp, dp in meshes:
@@ -123,15 +137,15 @@ ALGORITHMS_OF_FOUR = [
 
 
 def reference_cases() -> list[Case]:
-    """Every distinct one-process run that some case is compared with, and what the comparison needs besides."""
-    wanted = {}
+    """Return every distinct one-process run that a case is compared with, and those that show rounding."""
+    references = {}
     for world_size in (2, 4):
         for case in world_cases(world_size):
-            wanted[case.reference().name] = case.reference()
-    return [*wanted.values(), *SELF_AGREEMENT, FP32_AT_THE_RATE_OF_BF16]
+            references[case.reference().name] = case.reference()
+    return [*references.values(), *SELF_AGREEMENT, FP32_AT_THE_RATE_OF_BF16]
 
 
-# One process again with other rounding: another thread count, or the same batch in other portions.
+# One process with other rounding: another thread count, or the same batch in other micro-batches.
 SELF_AGREEMENT = [
     replace(Case("one:two threads").reference(), name="one:two threads", threads=2),
     replace(Case("one:portions").reference(), name="one:portions", accumulation=1),
@@ -145,7 +159,7 @@ def attention_of(layout: str | None) -> str:
 
 
 def build_model(case: Case) -> torch.nn.Module:
-    """A random two-layer model, the same for every case of its kind."""
+    """Return a random two-layer model with the same weights for every case of its kind."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -169,8 +183,13 @@ def build_model(case: Case) -> torch.nn.Module:
 
 
 class Rows(torch.utils.data.Dataset):
-    """`num_rows` rows that repeat themselves after a while, so that attending far back helps; `data` says which labels
-    count."""
+    """`num_rows` rows of repeated tokens, so that attending far back helps.
+
+    Args:
+        data: which labels count: "uneven" leaves out prompts of different lengths, "hole" all labels that rank 0 does
+            not predict, "prefix" the prefixes of a prefix LM.
+        hole_layout, hole_cp: layout and ranks of the "hole".
+    """
 
     def __init__(self, num_rows: int, data: str, hole_layout: str | None = None, hole_cp: int = 2, seed: int = 1):
         generator = torch.Generator().manual_seed(seed)
@@ -185,9 +204,9 @@ class Rows(torch.utils.data.Dataset):
             if data == "hole":
                 assert hole_layout is not None
                 predicted_by_rank_0 = torch.tensor(shard_index(hole_layout, LENGTH, hole_cp, 0)) + 1
-                keep = torch.zeros(length + 1, dtype=torch.bool)
-                keep[predicted_by_rank_0] = True
-                labels[~keep[:length]] = -100
+                is_kept = torch.zeros(length + 1, dtype=torch.bool)
+                is_kept[predicted_by_rank_0] = True
+                labels[~is_kept[:length]] = -100
             self.rows.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
             if data == "prefix":
                 prefix = (row * 7) % 20
@@ -202,7 +221,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def pad_with_dense_prefixes(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The batch of one process with `sdpa`: what may be seen as a mask of [rows, 1, tokens, tokens]."""
+    """Return the batch of one process with `sdpa`, with a boolean mask of shape [rows, 1, tokens, tokens]."""
     batch = PadOrPackCollator()([{key: row[key] for key in ("input_ids", "labels")} for row in features])
     index = torch.arange(batch["input_ids"].shape[1])
     later = torch.maximum(index[:, None], index)

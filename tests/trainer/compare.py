@@ -1,12 +1,12 @@
-"""How two training runs are compared, and the one line that says how far they are apart."""
+"""Compare two training runs, and print one line with their worst differences."""
 
 from typing import Any
 
 MAX_LOSS, MAX_GRAD_NORM = 1e-5, 1e-4
 
 
-def apart(name: str, run: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
-    """Worst absolute difference of the losses and worst relative one of the grad norms, printed."""
+def compare_runs(name: str, run: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
+    """Print and return the worst absolute difference of the losses and the worst relative one of the grad norms."""
     assert len(run["loss"]) == len(reference["loss"]) > 0, f"{name}: {len(run['loss'])} steps"
     pairs = list(zip(run["loss"], reference["loss"], strict=True))
     loss = max(abs(a - b) for a, b in pairs)
@@ -17,6 +17,6 @@ def apart(name: str, run: dict[str, Any], reference: dict[str, Any]) -> tuple[fl
 
 
 def assert_same_run(name: str, run: dict[str, Any], reference: dict[str, Any]) -> None:
-    loss, grad_norm = apart(name, run, reference)
+    loss, grad_norm = compare_runs(name, run, reference)
     assert loss <= MAX_LOSS, f"{name}: worst loss difference {loss:.2e} is above {MAX_LOSS}"
     assert grad_norm <= MAX_GRAD_NORM, f"{name}: worst grad norm difference {grad_norm:.2e} is above {MAX_GRAD_NORM}"

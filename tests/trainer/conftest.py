@@ -1,4 +1,4 @@
-"""One launch per script and world size, shared by all tests of this folder, also by several workers (pytest -n)."""
+"""One launch per script and world size, shared by all tests of this folder and all workers (pytest -n)."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from tests.harness import accelerate_launch, launch_forked
 
 
 class Launches:
-    """Results of a launched script by world size; each is started when first asked for."""
+    """Results of a script by world size. It is launched when they are first needed."""
 
     def __init__(self, folder: Path, script: str):
         self.folder = folder
         self.script = script
-        self.of = cache(self._launch)
+        self.results = cache(self._launch)
 
     def path(self, world_size: int) -> Path:
         return self.folder / f"world{world_size}"
@@ -34,7 +34,7 @@ class Launches:
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """The same for all workers."""
+    """Return a folder that is the same for all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
@@ -49,5 +49,5 @@ def launches(tmp_path_factory) -> Launches:
 @pytest.fixture(scope="session")
 def wrapper_launches(tmp_path_factory) -> Launches:
     launches = Launches(shared_folder(tmp_path_factory, "wrapper_launches"), "wrapper_script.py")
-    launches.of(1)  # two processes resume from its checkpoint
+    launches.results(1)  # two processes resume from its checkpoint
     return launches

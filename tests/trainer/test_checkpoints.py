@@ -1,4 +1,4 @@
-"""Checkpoints: resuming goes on as if nothing had happened, and the saved model needs nothing of this package."""
+"""Checkpoints: a resumed run equals an uninterrupted one, and the saved model does not need this package."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test of a world size waits fo
 
 
 def test_resuming_in_the_middle_equals_an_uninterrupted_run(launches):
-    run = launches.of(2)["cp2-zigzag-resume"]
+    run = launches.results(2)["cp2-zigzag-resume"]
     half = STEPS // 2
     whole = {key: run[key][half:] for key in ("loss", "grad_norm")}
     resumed = {key: values[-half:] for key, values in run["resumed"].items()}
@@ -31,9 +31,9 @@ def test_resuming_in_the_middle_equals_an_uninterrupted_run(launches):
 
 
 def test_saved_model_runs_in_plain_transformers(launches, tmp_path):
-    run = launches.of(2)["cp2-zigzag-resume"]
+    run = launches.results(2)["cp2-zigzag-resume"]
     saved = launches.path(2) / "saved"
-    done = run_command([sys.executable, "-c", PLAIN, str(saved), json.dumps(run["tokens"])], {"PYTHONPATH": ""})
-    attention, logits_sum = json.loads(done.stdout.strip().splitlines()[-1])
+    result = run_command([sys.executable, "-c", PLAIN, str(saved), json.dumps(run["tokens"])], {"PYTHONPATH": ""})
+    attention, logits_sum = json.loads(result.stdout.strip().splitlines()[-1])
     print(f"plain Transformers with {attention}: sum of squared logits {logits_sum}, here {run['logits_sum']}")
     assert attention == "sdpa" and logits_sum == pytest.approx(run["logits_sum"], rel=1e-6)

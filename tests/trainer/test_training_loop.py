@@ -1,4 +1,4 @@
-"""The loops of `docs/training_loop.md`, run as they stand there: cp 2 and dp 2 x cp 2 equal one process."""
+"""Run the loops of `docs/training_loop.md` unchanged: cp 2 and dp 2 x cp 2 equal one process."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from tests.hf.models import llama, rows
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_loop.md").read_text(), flags=re.DOTALL)
 NUM_STEPS = 20
 LENGTHS = (31, 18, 24, 9)  # uneven numbers of targets, in rows and in batches
-# Runs documented scripts one after the other, each as if the process were new.
+# Runs documented scripts one after the other, and resets the state of Accelerate before each.
 DRIVER = """
 import json, sys
 import torch
@@ -30,8 +30,8 @@ for script in settings["scripts"]:
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     open(settings["result"], "w").write(json.dumps(results))
 """
-# One process takes the batches of two replicas one after the other and their mean, or together where targets are
-# counted.
+# One process accumulates the batches of two replicas and averages their losses. Where targets are counted, it takes
+# both as one batch.
 COUNTED_HEAD, COUNTED = BLOCKS[0].split("for batch in loader:")[0], BLOCKS[1]
 ACCUMULATED = textwrap.dedent("""
     for number, batch in enumerate(loader):
@@ -46,7 +46,7 @@ ACCUMULATED = textwrap.dedent("""
 
 
 def run(tmp_path_factory, scripts, num_processes, size):
-    """The losses of scripts by name, all of them in one launch."""
+    """Return the losses of scripts by name, all run in one launch."""
     folder = tmp_path_factory.mktemp("loop")
     llama("sdpa").save_pretrained(folder / "model")
     (folder / "driver.py").write_text(DRIVER)
@@ -61,11 +61,11 @@ def run(tmp_path_factory, scripts, num_processes, size):
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """By world size and script."""
-    together = (COUNTED_HEAD + COUNTED).replace("batch_size=2", "batch_size=4")
-    alone = {"plain": BLOCKS[0], "accumulated": COUNTED_HEAD + ACCUMULATED, "counted": together}
+    """The losses by world size and script."""
+    one_batch = (COUNTED_HEAD + COUNTED).replace("batch_size=2", "batch_size=4")
+    references = {"plain": BLOCKS[0], "accumulated": COUNTED_HEAD + ACCUMULATED, "counted": one_batch}
     return {
-        1: run(tmp_path_factory, alone, 1, 1),
+        1: run(tmp_path_factory, references, 1, 1),
         2: run(tmp_path_factory, {"plain": BLOCKS[0]}, 2, 2),
         4: run(tmp_path_factory, {"plain": BLOCKS[0], "counted": COUNTED_HEAD + COUNTED}, 4, 2),
     }
@@ -87,6 +87,6 @@ def test_documented_loop_equals_one_process(losses, name):
     world_size, script, reference = CASES[name]
     got, want = losses[world_size][script], losses[1][reference]
     assert len(got) == len(want) >= NUM_STEPS and abs(want[0] - want[-1]) > 0.01, "gradients matter"
-    worst = max(abs(loss - wanted) / wanted for loss, wanted in zip(got, want, strict=True))
+    worst = max(abs(loss - expected) / expected for loss, expected in zip(got, want, strict=True))
     print(f"{name}: {len(got)} steps, worst relative difference of the loss {worst:.1e}")
     assert worst <= 1e-5

@@ -1,14 +1,14 @@
-"""What users put around a model and its Trainer leaves two processes as exact as one: adapters, streams, evaluations
-that steer training, copies of the model, positions that skip, penalties on weights, clipping, frozen layers, resuming.
+"""Two processes equal one with the additions of users around a model and its Trainer: adapters, streams, evaluations
+that steer training, copies of the model, skipped positions, penalties on weights, clipping, frozen layers, resuming.
 
-Two processes share every sequence; one process trains with `sdpa`. Each launch runs all of its cases once.
+The two processes share every sequence, and one process trains with `sdpa`. Each launch runs all of its cases once.
 """
 
 import math
 
 import pytest
 
-from tests.trainer.compare import MAX_LOSS, apart, assert_same_run
+from tests.trainer.compare import MAX_LOSS, assert_same_run, compare_runs
 from tests.trainer.wrapper_cases import (
     AVERAGE,
     BF16,
@@ -33,17 +33,17 @@ def names(cases):
 
 
 def result_of(launches, world_size, name):
-    result = launches.of(world_size)[name]
+    result = launches.results(world_size)[name]
     assert "refused" not in result, f"{name} with {world_size} processes was refused: {result['refused']}"
     return result
 
 
-def steps_after(run, first):
-    return {key: run[key][first:] for key in ("loss", "grad_norm")}
+def steps_after(run, num_steps):
+    return {key: run[key][num_steps:] for key in ("loss", "grad_norm")}
 
 
-def evaluations_apart(name, run, reference):
-    """Worst absolute difference of the losses of all evaluations, printed."""
+def compare_evaluations(name, run, reference):
+    """Print and return the worst absolute difference of the losses of all evaluations."""
     assert run["evaluations"].keys() == reference["evaluations"].keys()
     assert run["final"].keys() == reference["final"].keys()
     pairs = [(run["final"][key], reference["final"][key]) for key in run["final"]]
@@ -58,8 +58,8 @@ def evaluations_apart(name, run, reference):
 def test_the_cases_cover_what_is_claimed():
     assert len(CASES) == 15 and len(RESUMPTIONS) == 2 and len(MISTAKES) == 3
     for world_size in (1, 2):
-        everything = [case.name for case in wrapper_cases(world_size)]
-        assert len(everything) == len(set(everything))
+        case_names = [case.name for case in wrapper_cases(world_size)]
+        assert len(case_names) == len(set(case_names))
     assert all(case.steps - case.steps_before >= 20 for _, case in EXACT)
     assert {case.control for case in CONTROLLED} == {case.name for case in CONTROLS}
     assert len(CONTROLLED) == len(CASES) - 3  # STOPPED, AVERAGE and BF16 differ in their evaluations
@@ -69,24 +69,24 @@ def test_the_cases_cover_what_is_claimed():
 def test_training_and_evaluation_follow_one_process(wrapper_launches, reference, case):
     run, whole = result_of(wrapper_launches, 2, case.name), result_of(wrapper_launches, 1, reference)
     assert run["num_trained"] == whole["num_trained"] > 0
-    first = case.steps_before
-    # A run that is resumed computes only the steps after its checkpoint.
-    assert run["steps"] == whole["steps"] - first == len(whole["loss"]) - first
-    assert_same_run(case.name, steps_after(run, first), steps_after(whole, first))
-    if case is BF16:  # its final evaluation is that of test_full_evaluation_in_bf16_is_as_close_to_fp32_as_one_process
+    before = case.steps_before
+    # A resumed run computes only the steps after its checkpoint.
+    assert run["steps"] == whole["steps"] - before == len(whole["loss"]) - before
+    assert_same_run(case.name, steps_after(run, before), steps_after(whole, before))
+    if case is BF16:  # test_bf16_evaluation_is_as_close_to_fp32_as_one_process compares its final evaluation
         run, whole = ({**results, "final": {}} for results in (run, whole))
-    assert evaluations_apart(case.name, run, whole) <= MAX_LOSS
+    assert compare_evaluations(case.name, run, whole) <= MAX_LOSS
 
 
 @pytest.mark.parametrize("case", CONTROLLED, ids=lambda case: case.name)
 def test_the_feature_changes_training(wrapper_launches, case):
-    """In one process: a wrapper that did nothing would agree with everything."""
+    """Checked in one process, since a wrapper without effect would agree with any run."""
     run, control = (result_of(wrapper_launches, 1, name) for name in (case.name, case.control))
-    loss, _ = apart(f"{case.name} and {case.control}", run, control)
+    loss, _ = compare_runs(f"{case.name} and {case.control}", run, control)
     assert loss > 1e-3
 
 
-def test_early_stopping_ends_both_at_the_same_step_with_the_same_best_model(wrapper_launches):
+def test_early_stopping_ends_at_the_same_step_with_the_same_best_model(wrapper_launches):
     run, whole = (result_of(wrapper_launches, world_size, STOPPED.name) for world_size in (2, 1))
     far = run["evaluations"]["eval_far_loss"]
     best = far.index(min(far))
@@ -109,8 +109,8 @@ def test_a_copy_of_the_model_is_evaluated_like_that_of_one_process(wrapper_launc
     assert abs(average - run["final"]["eval_loss"]) > 1e-3  # the copy is not the model
 
 
-def test_full_evaluation_in_bf16_is_as_close_to_fp32_as_one_process(wrapper_launches):
-    """After training it casts the model; the last evaluation while training, of the same weights, was in fp32."""
+def test_bf16_evaluation_is_as_close_to_fp32_as_one_process(wrapper_launches):
+    """The evaluation after training casts the model; the last one in training, with the same weights, was in fp32."""
 
     def rms_from_fp32(run):
         errors = [run["final"][key] - losses[-1] for key, losses in run["evaluations"].items()]
@@ -125,10 +125,10 @@ def test_full_evaluation_in_bf16_is_as_close_to_fp32_as_one_process(wrapper_laun
 @pytest.mark.parametrize(("reference", "case"), MISTAKES.items(), ids=names(MISTAKES.items()))
 def test_a_deliberate_mistake_shows(wrapper_launches, reference, case):
     run, whole = result_of(wrapper_launches, 2, case.name), result_of(wrapper_launches, 1, reference)
-    first = case.steps_before
-    loss, grad_norm = apart(case.name, steps_after(run, first), steps_after(whole, first))
+    before = case.steps_before
+    loss, grad_norm = compare_runs(case.name, steps_after(run, before), steps_after(whole, before))
     assert loss > 1e-3 and grad_norm > 1e-3
-    assert evaluations_apart(case.name, run, whole) > 1e-4
+    assert compare_evaluations(case.name, run, whole) > 1e-4
 
 
 def test_training_after_an_evaluation_follows_one_process(wrapper_launches):

@@ -1,7 +1,7 @@
 """Runs training and evaluation cases as a user's script does, with an unmodified Trainer.
 
 `accelerate launch ... tests/trainer/train_script.py OUTPUT_FOLDER`. Everything that a world size has to run happens in
-one launch, since starting the processes costs more than most cases. Rank 0 writes OUTPUT_FOLDER/results.json.
+one launch, since starting processes takes longer than most cases. Rank 0 writes OUTPUT_FOLDER/results.json.
 """
 
 import json
@@ -56,7 +56,7 @@ def arguments(case: Case, folder: Path, **more: Any) -> TrainingArguments:
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
-    """One run: losses and grad norms of all steps, and what really ran."""
+    """Run one case. Return the losses and grad norms of all steps, and the engine that ran."""
     torch.set_num_threads(case.threads)
     set_seed(0)
     model = build_model(case)
@@ -66,9 +66,9 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     if case.broken is not None:
         collator = BROKEN[case.broken](collator)
     rows = Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp)
-    by_hand = [ContextParallelCallback()] if case.workers else None  # the config added one: a second must do no harm
+    callbacks = [ContextParallelCallback()] if case.workers else None  # a second one beside that of the config
     args = arguments(case, folder)
-    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=by_hand)
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     metrics = trainer.train().metrics
     result = {"engine": str(trainer.accelerator.distributed_type), **curves(trainer)}
     result["logged"] = sorted(trainer.state.log_history[-2])
@@ -80,7 +80,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def resume(case: Case, folder: Path, trained: Trainer, rows: Rows) -> dict[str, Any]:
-    """Start again from the checkpoint in the middle; save the final model for plain Transformers."""
+    """Resume from the checkpoint in the middle, and save the final model for plain Transformers."""
     trained.save_model(str(folder / "saved"))
     model = build_model(case)
     trainer = Trainer(model, arguments(case, folder), train_dataset=rows, data_collator=ContextParallelCollator(model))
@@ -101,13 +101,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     cases = reference_cases() if world_size == 1 else world_cases(world_size)
-    chosen = os.environ.get("CASES")
+    selection = os.environ.get("CASES")
     results: dict[str, Any] = {}
     for case in cases:
-        if chosen is None or any(name in case.name for name in chosen.split(",")):
+        if selection is None or any(name in case.name for name in selection.split(",")):
             began = time.perf_counter()
             results[case.name] = {**train(case, folder), "seconds": time.perf_counter() - began}
-    if chosen is None or chosen == "evaluation":
+    if selection is None or selection == "evaluation":
         results["evaluation"] = run_evaluations(world_size, folder)
         results["more evaluation"] = run_more_evaluations(world_size, folder)
     processes: list[int] = [os.getpid()]

@@ -1,8 +1,8 @@
-"""What users put around a model and its Trainer: adapters, streams, callbacks, positions that skip, terms of the loss.
+"""Additions of users around a model and its Trainer: adapters, streams, callbacks, skipped positions, loss terms.
 
 One frozen `WrapperCase` per training run. Each is trained by one process with `sdpa` and by two processes that share
-every sequence. A case names its `control`, the same run without the feature: a feature that changes nothing would
-prove nothing.
+every sequence. A case names its `control`, the same run without the feature, since a feature that changes nothing
+proves nothing.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tests.trainer.cases import VOCABULARY, Rows
 STEPS = 20
 ROWS_PER_STEP = 8  # in two micro-batches
 MIDDLE = 8  # the step whose checkpoint is resumed from
-LONG = MIDDLE + STEPS
+LONG = MIDDLE + STEPS  # steps of a run that is resumed from there
 NEW_TOKENS = 6
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -31,32 +31,32 @@ Features = list[dict[str, Any]]
 # Models
 
 
-def as_it_is(model: nn.Module) -> nn.Module:
+def keep_unchanged(model: nn.Module) -> nn.Module:
     return model
 
 
-def adapter(kind: str, **settings: Any) -> Wrap:
-    """The model with an adapter of PEFT, for example kind="IA3"."""
+def add_adapter(kind: str, **settings: Any) -> Wrap:
+    """Return a function that adds an adapter of PEFT, for example kind="IA3"."""
 
     def wrap(model: Any) -> nn.Module:
-        import peft  # here, since whoever collects the tests needs only the names of the cases
+        import peft  # here, since collecting the tests needs the names of the cases only
 
         return peft.get_peft_model(model, getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **settings))
 
     return wrap
 
 
-def frozen(model: Any) -> nn.Module:
-    """Only the last layer and the head are trained."""
+def freeze_lower_layers(model: Any) -> nn.Module:
+    """Train only the last layer and the head."""
     model.get_input_embeddings().requires_grad_(False)
     model.model.layers[0].requires_grad_(False)
     return model
 
 
-def resized(model: Any) -> nn.Module:
-    """A larger vocabulary, whose embeddings and head are trained and saved whole beside LoRA."""
+def resize_vocabulary(model: Any) -> nn.Module:
+    """Add tokens to the vocabulary, and train and save the whole embeddings and head in addition to LoRA."""
     model.resize_token_embeddings(VOCABULARY + NEW_TOKENS)
-    return adapter("Lora", **LORA, modules_to_save=["embed_tokens", "lm_head"])(model)
+    return add_adapter("Lora", **LORA, modules_to_save=["embed_tokens", "lm_head"])(model)
 
 
 # Data
@@ -66,12 +66,12 @@ def rows(steps: int = STEPS) -> Rows:
     return Rows(ROWS_PER_STEP * steps, "uneven")
 
 
-def rows_for_long() -> Rows:
+def rows_for_long_run() -> Rows:
     return rows(LONG)
 
 
 def rows_with_new_tokens() -> Rows:
-    """The tokens that `resized` adds occur in prompts and as targets."""
+    """Return rows in which the tokens of `resize_vocabulary` occur in prompts and as targets."""
     data = rows()
     for row in data.rows:
         for key in ("input_ids", "labels"):
@@ -79,22 +79,22 @@ def rows_with_new_tokens() -> Rows:
     return data
 
 
-def with_skips(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with positions as in PoSE (Zhu et al. 2023, "Efficient Context Window Extension of LLMs via Positional
-    Skip-wise Training"): its second part lies where that of a longer row would. Its tokens are the random numbers, so
-    that every rank draws the same. Without a mask, a position that skips would begin a document."""
+def skip_positions(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with positions as in PoSE (Zhu et al. 2023, "Efficient Context Window Extension of LLMs via
+    Positional Skip-wise Training"): its second part has the positions of a longer row. Random numbers come from its
+    tokens, so that every rank draws the same. Without a mask, a skipped position would begin a document."""
     length, number = len(row["input_ids"]), sum(row["input_ids"])
-    begin, skip = 5 + number % (length - 10), number % 150
-    positions = [position + skip * (position >= begin) for position in range(length)]
+    skip_start, skip = 5 + number % (length - 10), number % 150
+    positions = [position + skip * (position >= skip_start) for position in range(length)]
     return {**row, "position_ids": positions, "attention_mask": [1] * length}
 
 
 def rows_that_skip() -> list[dict[str, Any]]:
-    return [with_skips(row) for row in rows().rows]
+    return [skip_positions(row) for row in rows().rows]
 
 
 def stream() -> Any:
-    """28 steps are two epochs and part of a third. Each is shuffled anew: the order of the parts, and in a buffer."""
+    """Return a stream whose shards are shuffled in each epoch, and rows in a buffer. 28 steps take 2.3 epochs."""
     from datasets import Dataset
 
     return Dataset.from_list(rows(12).rows).to_iterable_dataset(num_shards=4).shuffle(seed=7, buffer_size=16)
@@ -105,7 +105,7 @@ def eval_rows() -> Any:
 
 
 def near_and_far() -> dict[str, Any]:
-    """Every other target of `far` is a token that no training row holds: its loss falls for some steps, then rises."""
+    """Half of the targets of `far` are a token that no training row holds: its loss falls at first, then rises."""
     far = []
     for row in eval_rows().rows:
         labels = [0 if index % 10 < 5 and label >= 0 else label for index, label in enumerate(row["labels"])]
@@ -117,11 +117,11 @@ def several_sets() -> dict[str, Any]:
     return {f"set{seed}": Rows(7, "uneven", seed=seed) for seed in range(2, 8)}
 
 
-# Collators, called before the batch is cut into shards
+# Inner collators, called before the batch is sharded
 
 
 def collate_with_skips(features: Features) -> Mapping[str, torch.Tensor]:
-    return PadOrPackCollator()([with_skips(row) for row in features])
+    return PadOrPackCollator()([skip_positions(row) for row in features])
 
 
 def collate_without_skips(features: Features) -> Mapping[str, torch.Tensor]:
@@ -143,14 +143,14 @@ class PenaltyTrainer(Trainer):
 
 
 class DoublePenaltyTrainer(PenaltyTrainer):
-    """Adds what the penalties of two ranks would sum up to."""
+    """Adds the sum of the penalties of two ranks."""
 
     coefficient = 2 * PenaltyTrainer.coefficient
 
 
 class MovingAverage(TrainerCallback):
-    """A copy of the model whose weights are an exponential moving average (EMA) of those that are trained. Whenever
-    the model is evaluated, so is the copy: on the batches of the Trainer's loader, and on a whole row without them."""
+    """Keeps a copy of the model with an exponential moving average (EMA) of its weights. Each evaluation of the model
+    also evaluates the copy: on the batches of the Trainer's loader, and on a whole row that is not sharded."""
 
     def __init__(self) -> None:
         self.average: Any = None
@@ -173,7 +173,7 @@ class MovingAverage(TrainerCallback):
 
 
 class StepCount(TrainerCallback):
-    """The steps of this run alone: the Trainer's log also holds those before the checkpoint that is resumed from."""
+    """Counts the steps of this run, without those before the checkpoint, which are in the Trainer's log as well."""
 
     steps = 0
 
@@ -190,11 +190,18 @@ def no_callbacks() -> list[TrainerCallback]:
 
 @dataclass(frozen=True)
 class WrapperCase:
-    """One run of a Trainer with what its user added."""
+    """One run of a Trainer with the additions of a user.
+
+    Attributes:
+        control: name of the same run without the feature; None if the feature shows after training, or in evaluations.
+        inner: inner collator.
+        resume_from: launch and name of the run whose checkpoint is resumed from.
+        forget_optimizer: whether to resume without the optimizer's state, a deliberate mistake.
+    """
 
     name: str
-    control: str | None = None  # None if the feature shows after training, or in evaluations
-    wrap: Wrap = as_it_is
+    control: str | None = None
+    wrap: Wrap = keep_unchanged
     data: Callable[[], Any] = rows
     eval_data: Callable[[], Any] = eval_rows
     inner: Callable[[Features], Mapping[str, torch.Tensor]] | None = None
@@ -202,19 +209,19 @@ class WrapperCase:
     callbacks: Callable[[], list[TrainerCallback]] = no_callbacks
     steps: int = STEPS
     learning_rate: float = 3e-4
-    resume_from: str | None = None  # launch and name of the run whose checkpoint is resumed from
+    resume_from: str | None = None
     forget_optimizer: bool = False
     evaluate_first: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def steps_before(self) -> int:
-        """Steps of the run that this one resumes."""
+        """Return the steps of the run that this one resumes."""
         return 0 if self.resume_from is None else MIDDLE
 
 
-def _adapted(name: str, kind: str, control: str | None = "lora", **settings: Any) -> WrapperCase:
-    return WrapperCase(name, control, wrap=adapter(kind, **settings), learning_rate=3e-3)
+def _adapter_case(name: str, kind: str, control: str | None = "lora", **settings: Any) -> WrapperCase:
+    return WrapperCase(name, control, wrap=add_adapter(kind, **settings), learning_rate=3e-3)
 
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": MIDDLE}
@@ -234,7 +241,7 @@ BEST: dict[str, Any] = {
 PENALTY = WrapperCase("weight-penalty", "plain", trainer=PenaltyTrainer, arguments=EVALUATED)
 SKIPS = WrapperCase("pose-of-the-dataset", "plain", data=rows_that_skip)
 STREAM = WrapperCase("stream", "plain-long", data=stream, steps=LONG, arguments=STREAMED)
-LONGER = WrapperCase("plain-long", data=rows_for_long, steps=LONG, arguments=SAVED)
+LONGER = WrapperCase("plain-long", data=rows_for_long_run, steps=LONG, arguments=SAVED)
 RESUMED = replace(LONGER, name="resumed-from-one-process", resume_from="world1/plain-long")
 AVERAGE = WrapperCase("moving-average", callbacks=lambda: [MovingAverage()], arguments=EVALUATED)
 EVALUATED_FIRST = WrapperCase("evaluated-first", evaluate_first=True)
@@ -249,13 +256,13 @@ STOPPED = WrapperCase(
 )
 
 CASES = [
-    _adapted("dora", "Lora", **LORA, use_dora=True),
-    _adapted("ia3", "IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    _adapted("oft", "OFT", target_modules=["q_proj", "v_proj"], oft_block_size=8),
-    _adapted("trainable-tokens", "TrainableTokens", token_indices=[3, 9, 27], target_modules=["embed_tokens"]),
-    _adapted("trainable-tokens-lora", "Lora", **LORA, trainable_token_indices=[3, 9, 27]),
-    WrapperCase("resized-embeddings", "lora", wrap=resized, data=rows_with_new_tokens, learning_rate=3e-3),
-    WrapperCase("frozen-layers", "plain", wrap=frozen),
+    _adapter_case("dora", "Lora", **LORA, use_dora=True),
+    _adapter_case("ia3", "IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    _adapter_case("oft", "OFT", target_modules=["q_proj", "v_proj"], oft_block_size=8),
+    _adapter_case("trainable-tokens", "TrainableTokens", token_indices=[3, 9, 27], target_modules=["embed_tokens"]),
+    _adapter_case("trainable-tokens-lora", "Lora", **LORA, trainable_token_indices=[3, 9, 27]),
+    WrapperCase("resized-embeddings", "lora", wrap=resize_vocabulary, data=rows_with_new_tokens, learning_rate=3e-3),
+    WrapperCase("frozen-layers", "plain", wrap=freeze_lower_layers),
     WrapperCase("gradient-clipping", "no-clipping", learning_rate=0.1, arguments=CLIPPED),
     PENALTY,
     SKIPS,
@@ -265,14 +272,14 @@ CASES = [
     AVERAGE,
     BF16,
 ]
-# Only one process runs these: what the features are held against, and the run whose checkpoint two processes take.
+# Only one process runs these: the controls, and the run from whose checkpoint two processes resume.
 CONTROLS = [
     WrapperCase("plain"),
-    _adapted("lora", "Lora", None, **LORA),
+    _adapter_case("lora", "Lora", None, **LORA),
     WrapperCase("no-clipping", learning_rate=0.1, arguments={**CLIPPED, "max_grad_norm": 0.0}),
     LONGER,
 ]
-# Only two processes run these; each is compared with the run of one process that is named.
+# Only two processes run these. Each key is the name of the run of one process to compare with.
 RESUMPTIONS = {"stream": replace(STREAM, name="stream-resumed", resume_from="world2/stream"), "plain-long": RESUMED}
 MISTAKES = {
     "pose-of-the-dataset": replace(SKIPS, name="skips-forgotten", inner=collate_without_skips),
@@ -282,6 +289,6 @@ MISTAKES = {
 
 
 def wrapper_cases(world_size: int) -> list[WrapperCase]:
-    """All runs of the launch with `world_size` processes."""
-    two = [*RESUMPTIONS.values(), *MISTAKES.values(), EVALUATED_FIRST]
-    return [*CASES, *(CONTROLS if world_size == 1 else two)]
+    """Return all runs of the launch with `world_size` processes."""
+    only_two = [*RESUMPTIONS.values(), *MISTAKES.values(), EVALUATED_FIRST]
+    return [*CASES, *(CONTROLS if world_size == 1 else only_two)]

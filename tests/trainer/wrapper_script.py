@@ -48,7 +48,7 @@ def arguments(case: WrapperCase, folder: Path, world_size: int) -> TrainingArgum
 
 
 def train(case: WrapperCase, folder: Path, world_size: int) -> dict[str, Any]:
-    """One run: losses and grad norms of all steps, its evaluations, and what the Trainer decided from them."""
+    """Run one case. Return the losses and grad norms of all steps, its evaluations, and the Trainer's best step."""
     torch.set_num_threads(1)
     set_seed(0)
     model = case.wrap(build_model(Case(case.name, "zigzag" if world_size > 1 else None)))
@@ -63,25 +63,25 @@ def train(case: WrapperCase, folder: Path, world_size: int) -> dict[str, Any]:
         data_collator=collator,
         callbacks=[*callbacks, count],
     )
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     if case.evaluate_first:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint(case, folder))
-    result: dict[str, Any] = {**curves(trainer), "evaluations": evaluations(trainer)}
+    result: dict[str, Any] = {**curves(trainer), "evaluations": evaluation_losses(trainer)}
     result["steps"], result["best_step"] = count.steps, trainer.state.best_global_step
     result["num_trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    result["final"] = final(trainer)
+    result["final"] = final_losses(trainer)
     for callback in callbacks:
         if isinstance(callback, MovingAverage):
             result["average"] = copy.deepcopy(callback.losses)
-            alone = Trainer(callback.average, args, eval_dataset=case.eval_data(), data_collator=collator)
-            result["average"]["by a Trainer of its own"] = [alone.evaluate()["eval_loss"]]
-            result["final again"] = final(trainer)
-    return {**result, "seconds": time.perf_counter() - began}
+            own_trainer = Trainer(callback.average, args, eval_dataset=case.eval_data(), data_collator=collator)
+            result["average"]["by a Trainer of its own"] = [own_trainer.evaluate()["eval_loss"]]
+            result["final again"] = final_losses(trainer)
+    return {**result, "seconds": time.perf_counter() - start_time}
 
 
-def evaluations(trainer: Trainer) -> dict[str, list[float]]:
-    """Every loss of the evaluations so far, by the name that its dataset gives it."""
+def evaluation_losses(trainer: Trainer) -> dict[str, list[float]]:
+    """Return the losses of all evaluations so far, by the log key of their dataset."""
     losses: dict[str, list[float]] = {}
     for entry in trainer.state.log_history:
         for key, value in entry.items():
@@ -90,29 +90,29 @@ def evaluations(trainer: Trainer) -> dict[str, list[float]]:
     return losses
 
 
-def final(trainer: Trainer) -> dict[str, float]:
+def final_losses(trainer: Trainer) -> dict[str, float]:
     return {key: value for key, value in trainer.evaluate().items() if key.endswith("loss")}
 
 
 def checkpoint(case: WrapperCase, folder: Path) -> str | None:
-    """The checkpoint that the case resumes from, if any; without the optimizer's state if the case forgets it."""
+    """Return the checkpoint that the case resumes from, if any, without the optimizer's state if it forgets that."""
     if case.resume_from is None:
         return None
-    start = folder.parent / case.resume_from / f"checkpoint-{MIDDLE}"
+    source = folder.parent / case.resume_from / f"checkpoint-{MIDDLE}"
     if not case.forget_optimizer:
-        return str(start)
-    copied = folder / f"{case.name}-rank{os.environ['RANK']}"
-    shutil.copytree(start, copied, ignore=shutil.ignore_patterns("optimizer.pt"))
-    return str(copied)
+        return str(source)
+    copy_folder = folder / f"{case.name}-rank{os.environ['RANK']}"
+    shutil.copytree(source, copy_folder, ignore=shutil.ignore_patterns("optimizer.pt"))
+    return str(copy_folder)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = os.environ.get("CASES")
+    selection = os.environ.get("CASES")
     results: dict[str, Any] = {}
     for case in wrapper_cases(world_size):
-        if chosen is None or any(name in case.name for name in chosen.split(",")):
+        if selection is None or any(name in case.name for name in selection.split(",")):
             try:
                 results[case.name] = train(case, folder, world_size)
             except ValueError as error:  # all ranks refuse together, so the other cases can run
