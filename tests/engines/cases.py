@@ -53,7 +53,7 @@ class EngineCase:
         run: how sequences are shared, the data, and the dtype.
         tied: whether the head is the embedding.
         quantized: whether adapters are trained on weights of 4 bits (QLoRA).
-        levers: a name of `MEMORY_OPTIONS`.
+        memory_options: a name of `MEMORY_OPTIONS`.
         on_host: whether weights, gradients and optimizer states are in host memory, by the engine's own offload.
         sync_each_batch: whether gradients are reduced in every micro-batch, so that only shards of them are kept.
         settings: further arguments of the `ContextParallelConfig`.

@@ -82,7 +82,7 @@ def main() -> None:
                 command = ["-m", "tests.engines.memory", str(folder), engine, options]
                 accelerate_launch(command, 2, ENVIRONMENTS[family_of(engine)], timeout=900)
             results[engine, options] = json.loads(path.read_text())
-    rows = [["engine", "memory options", "MB of a rank", "of DDP", "worst loss beside DDP"]]
+    rows = [["engine", "memory options", "MB of a rank", "of DDP", "worst loss difference"]]
     for (engine, options), result in results.items():
         ddp, plain = results["DDP", options], results["DDP", "none"]
         worst = max(abs(a - b) for a, b in zip(result["loss"], plain["loss"], strict=True))

@@ -24,7 +24,7 @@ def rows_of(launches: EngineLaunches) -> list[list[str]]:
     for case in CASES:
         run = launches.results(family_of(case.engine), case.run.cp * case.run.dp)[case.name]
         if case.run.broken is None and not case.run.bf16:
-            kind = f"{case.levers or 'no'} memory options"
+            kind = f"{case.memory_options or 'no'} memory options"
             worst[case.engine, kind].append(compare_runs(case.name, run, references[case.reference().name]))
     for resume in RESUMES:
         sizes = [cp * dp for cp, dp in (resume.before, resume.after)]

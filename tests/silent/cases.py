@@ -1,9 +1,8 @@
-"""The table of cases: scripts as users write them, whose numbers were silently wrong, which hang or are refused late.
+"""The table of cases: scripts of users whose numbers were silently wrong, which hung, or which were refused late.
 
-A case belongs to an item of the issue that listed its kind; `listed` marks the instances that the issue names, all
-others were invented. Every one must be *exact* (every number is that of one process with `sdpa`), or *refused* by all
-ranks with one message and not too late, or either. Invented cases that must be exact are neighbours of the faults that
-are exact without any check, and must stay so.
+A case belongs to an item of `KINDS`. It must be *exact* (every number is that of one process with `sdpa`), *refused*
+by all ranks with one message in time, or either. Cases that are not `listed` were invented. Those of them that must be
+exact are close to a fault, but were exact without any check.
 """
 
 from collections.abc import Callable
@@ -19,13 +18,13 @@ LATEST = {1: ANY_STEP, 9: ANY_STEP, 10: ANY_STEP, 11: CONSTRUCTION, 12: ANY_STEP
 KINDS = {
     1: "ranks drift apart",
     2: "another loss is trained",
-    3: "no count of targets",
+    3: "targets that are not counted",
     4: "losses and mixing inside a class",
-    5: "wrappers that go round the hooks",
-    6: "wrappers that look at tokens",
+    5: "wrappers that bypass the hooks",
+    6: "wrappers that read tokens",
     7: "targets at padded positions",
-    8: "forgotten config",
-    9: "whole sequences beside training",
+    8: "missing config",
+    9: "whole sequences during training",
     10: "pad tokens that do not exist",
     11: "Trainers and models that are refused late",
     12: "short rows",
@@ -34,7 +33,16 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One script. `run` is called on every rank; `alone` asks for `ring_zigzag` in one process as well."""
+    """One script.
+
+    Attributes:
+        item: a key of `KINDS`.
+        run: the script, called on every rank.
+        expected: `EXACT`, `REFUSED` or `EITHER`.
+        listed: whether the case was reported; the others were invented.
+        alone: whether it also runs with `ring_zigzag` in one process.
+        timeout: seconds after which it counts as hanging.
+    """
 
     item: int
     run: Callable[[Setting], None]
@@ -42,7 +50,7 @@ class Case:
     listed: bool = False
     alone: bool = False
     needs_trl: bool = False
-    timeout: int = 60  # seconds; what is not over by then hangs
+    timeout: int = 60
 
     @property
     def name(self) -> str:
@@ -57,8 +65,8 @@ class Case:
         return LATEST.get(self.item, FIRST_STEP)
 
 
-def _cases(item: int, expected: str, *functions: Callable[[Setting], None], **more: bool) -> list[Case]:
-    return [Case(item, function, expected, **more) for function in functions]
+def _cases(item: int, expected: str, *functions: Callable[[Setting], None], **flags: bool) -> list[Case]:
+    return [Case(item, function, expected, **flags) for function in functions]
 
 
 CASES: list[Case] = [

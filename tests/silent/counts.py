@@ -1,4 +1,4 @@
-"""Item 3: training labels that nobody counts over the ranks, in the Trainer and in hand-written loops."""
+"""Item 3: targets that are not counted over all ranks, in the Trainer and in custom training loops."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .setting import BATCH, LEARNING_RATE, STEPS, VOCABULARY, Setting, examples
 
 
 def gemma4(setting: Setting) -> None:
-    """A model that Transformers gives no count: `accepts_loss_kwargs = False`."""
+    """A model to which the Trainer passes no count: `accepts_loss_kwargs = False`."""
     setting.train(tiny("gemma4", setting.attention).float())
 
 
@@ -37,8 +37,8 @@ def model_that_takes_no_count_accumulated(setting: Setting) -> None:
 
 
 def first_token_is_a_target(setting: Setting) -> None:
-    """GPT-2 has no `loss_type`: in one process the Trainer counts its labels unshifted, and with them the first one of
-    a row, which is never predicted."""
+    """GPT-2 has no `loss_type`: in one process, the Trainer counts its labels unshifted, including the first of a row,
+    which no token predicts."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -48,7 +48,7 @@ def first_token_is_a_target(setting: Setting) -> None:
 
 
 def override_without_count(setting: Setting) -> None:
-    """An override of `compute_loss` that calls the Trainer's and does not hand on `num_items_in_batch`."""
+    """An override of `compute_loss` that does not pass `num_items_in_batch` on."""
 
     class WithoutCount(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def batches_without_count(setting: Setting) -> None:
 
 
 def count_of_its_own_batch(setting: Setting) -> None:
-    """An override that counts by itself: the targets of the batch that it was given, a shard."""
+    """An override that counts the targets of its own batch, which is a shard."""
 
     class OwnCount(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -80,7 +80,11 @@ def count_of_its_own_batch(setting: Setting) -> None:
 
 
 def loop(setting: Setting, guard: bool = True, accumulation: int = 1, counted: str | None = None) -> None:
-    """A training loop with Accelerate, as its documentation writes it."""
+    """A training loop as in the documentation of Accelerate.
+
+    Args:
+        counted: "on this rank" or "over all ranks" for a loop that counts targets; None for one that does not.
+    """
     accelerator = Accelerator(cpu=True, parallelism_config=setting.config(), gradient_accumulation_steps=accumulation)
     model = setting.llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -140,12 +144,12 @@ def loop_with_count_of_a_shard(setting: Setting) -> None:
 
 
 def loop_with_count_of_all(setting: Setting) -> None:
-    """What a careful user writes: exact."""
+    """The loop of a careful user, which is exact."""
     loop(setting, counted="over all ranks")
 
 
 def loop_of_plain_pytorch(setting: Setting) -> None:
-    """Accelerate only starts the processes: PyTorch's DDP, a plain `backward`."""
+    """Accelerate only starts the processes. The loop uses PyTorch's DDP and a plain `backward`."""
     accelerator = Accelerator(cpu=True, parallelism_config=setting.config())
     model = setting.llama()
     loader = _loader(model, BATCH)

@@ -1,4 +1,4 @@
-"""Item 1: the ranks of a sequence draw different rows, or change them differently, after the first batch."""
+"""Item 1: ranks that share a sequence draw different rows, or augment them differently, after the first batch."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ EPOCH = 5 * BATCH  # rows of an epoch: 20 steps are four epochs
 
 
 class SampleText(TrainerCallback):
-    """Samples text on rank 0 at the end of an epoch, to look at what the model has learnt."""
+    """Samples text on rank 0 at the end of an epoch."""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -28,7 +28,7 @@ class SampleText(TrainerCallback):
 
 
 class DrawAtStep(TrainerCallback):
-    """Draws on rank 0 after five steps, as a script does that prints a random example."""
+    """Draws a random number on rank 0 after five steps, like a script that prints a random example."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
         self.draw = draw
@@ -38,8 +38,8 @@ class DrawAtStep(TrainerCallback):
             self.draw()
 
 
-class Augmented(Dataset):
-    """Rows whose inputs are changed at random each time they are read."""
+class AugmentedDataset(Dataset):
+    """Rows whose inputs change at random each time they are read."""
 
     def __init__(self, change: Callable[[list[int]], list[int]], num_rows: int = EPOCH) -> None:
         self.rows, self.change = examples(num_rows, LENGTH), change
@@ -52,27 +52,27 @@ class Augmented(Dataset):
         return {**row, "input_ids": self.change(row["input_ids"])}
 
 
-def masked(tokens: list[int]) -> list[int]:
-    """A tenth of the tokens replaced by one that stands for nothing."""
+def mask_tokens(tokens: list[int]) -> list[int]:
+    """Replace a tenth of the tokens by a mask token."""
     return torch.where(torch.rand(len(tokens)) < 0.1, 0, torch.tensor(tokens)).tolist()
 
 
-def rarely_masked(tokens: list[int]) -> list[int]:
-    """Masked tokens in one row of twenty, so that the first batch may be the same on all ranks."""
-    return masked(tokens) if torch.rand(()) < 0.05 else tokens
+def rarely_mask_tokens(tokens: list[int]) -> list[int]:
+    """Mask tokens in one row of twenty, so that the first batch may be the same on all ranks."""
+    return mask_tokens(tokens) if torch.rand(()) < 0.05 else tokens
 
 
-def swapped_by_python(tokens: list[int]) -> list[int]:
+def swap_tokens_by_python(tokens: list[int]) -> list[int]:
     return [random.randrange(1, VOCABULARY) if random.random() < 0.1 else token for token in tokens]
 
 
-def swapped_by_numpy(tokens: list[int]) -> list[int]:
+def swap_tokens_by_numpy(tokens: list[int]) -> list[int]:
     noise = numpy.random.randint(1, VOCABULARY, len(tokens))
     return numpy.where(numpy.random.rand(len(tokens)) < 0.1, noise, tokens).tolist()
 
 
 class MaskingCollator:
-    """An inner collator that masks after padding."""
+    """An inner collator that changes tokens."""
 
     def __init__(self, change: Callable[[list[int]], list[int]]) -> None:
         self.change = change
@@ -84,7 +84,7 @@ class MaskingCollator:
         }
 
 
-def _sampled_by(make: Callable[[Any], Any]) -> type[Trainer]:
+def _make_sampling_trainer(make: Callable[[Any], Any]) -> type[Trainer]:
     class SamplingTrainer(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return make(self.train_dataset)
@@ -102,72 +102,74 @@ def grouped_rows_of_unequal_length(setting: Setting) -> None:
 
 
 def weighted_sampler(setting: Setting) -> None:
-    weighted = _sampled_by(lambda rows: WeightedRandomSampler([1.0 + i % 3 for i in range(len(rows))], len(rows)))
+    weighted = _make_sampling_trainer(
+        lambda rows: WeightedRandomSampler([1.0 + i % 3 for i in range(len(rows))], len(rows))
+    )
     setting.train(rows=examples(EPOCH, LENGTH), trainer_class=weighted, callbacks=[SampleText()])
 
 
 def subset_sampler(setting: Setting) -> None:
-    """A sampler of three quarters of the rows, and a random example printed by rank 0."""
-    subset = _sampled_by(lambda rows: SubsetRandomSampler(range(len(rows) * 3 // 4)))
+    """A sampler of three quarters of the rows, and a random number drawn on rank 0."""
+    subset = _make_sampling_trainer(lambda rows: SubsetRandomSampler(range(len(rows) * 3 // 4)))
     draw = DrawAtStep(lambda: torch.randint(0, EPOCH, ()))
     setting.train(rows=examples(EPOCH, LENGTH), trainer_class=subset, callbacks=[draw])
 
 
 def augmentation_in_rows_rare(setting: Setting) -> None:
-    setting.train(rows=Augmented(rarely_masked), dataloader_num_workers=2)
+    setting.train(rows=AugmentedDataset(rarely_mask_tokens), dataloader_num_workers=2)
 
 
 def augmentation_in_rows(setting: Setting) -> None:
-    setting.train(rows=Augmented(masked), dataloader_num_workers=2)
+    setting.train(rows=AugmentedDataset(mask_tokens), dataloader_num_workers=2)
 
 
 def augmentation_by_numpy_workers(setting: Setting) -> None:
-    setting.train(rows=Augmented(swapped_by_numpy), dataloader_num_workers=2)
+    setting.train(rows=AugmentedDataset(swap_tokens_by_numpy), dataloader_num_workers=2)
 
 
-def _in_collator(setting: Setting, change: Callable[[list[int]], list[int]], workers: int = 2) -> None:
+def _train_with_collator(setting: Setting, change: Callable[[list[int]], list[int]], workers: int = 2) -> None:
     model = setting.llama()
     collator = ContextParallelCollator(model, inner=MaskingCollator(change))
     setting.train(model, examples(EPOCH, LENGTH), collator, dataloader_num_workers=workers)
 
 
 def augmentation_in_collator_rare(setting: Setting) -> None:
-    _in_collator(setting, rarely_masked)
+    _train_with_collator(setting, rarely_mask_tokens)
 
 
 def augmentation_in_collator(setting: Setting) -> None:
-    _in_collator(setting, masked)
+    _train_with_collator(setting, mask_tokens)
 
 
 def augmentation_without_workers(setting: Setting) -> None:
-    """The ranks draw the same from generators that were seeded alike: exact."""
-    setting.train(rows=Augmented(masked))
+    """All ranks draw the same numbers from equally seeded generators, which is exact."""
+    setting.train(rows=AugmentedDataset(mask_tokens))
 
 
 def python_generator(setting: Setting) -> None:
     draw = DrawAtStep(lambda: random.choice(["a", "b"]))
-    setting.train(rows=Augmented(swapped_by_python), callbacks=[draw])
+    setting.train(rows=AugmentedDataset(swap_tokens_by_python), callbacks=[draw])
 
 
 def numpy_generator(setting: Setting) -> None:
-    setting.train(rows=Augmented(swapped_by_numpy), callbacks=[DrawAtStep(numpy.random.rand)])
+    setting.train(rows=AugmentedDataset(swap_tokens_by_numpy), callbacks=[DrawAtStep(numpy.random.rand)])
 
 
 def random_crops(setting: Setting) -> None:
-    """Rows are cut to a random length, so that shards come to differ in shape."""
+    """Rows are truncated to a random length, so that shards later differ in shape."""
 
-    class Crops(Augmented):
+    class Crops(AugmentedDataset):
         def __getitem__(self, index: int) -> dict[str, list[int]]:
             length = int(torch.randint(LENGTH // 2, LENGTH, ()))
             return {key: value[:length] for key, value in self.rows[index].items()}
 
-    setting.train(rows=Crops(masked), callbacks=[DrawAtStep(lambda: torch.rand(()))])
+    setting.train(rows=Crops(mask_tokens), callbacks=[DrawAtStep(lambda: torch.rand(()))])
 
 
 class Curriculum(TrainerCallback):
-    """Adds noise from the second epoch on, from a generator that nobody seeded."""
+    """Adds noise from the second epoch on, from an unseeded generator."""
 
-    def __init__(self, rows: Augmented) -> None:
+    def __init__(self, rows: AugmentedDataset) -> None:
         self.rows = rows
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -181,12 +183,12 @@ class Curriculum(TrainerCallback):
 
 
 def generator_of_the_system(setting: Setting) -> None:
-    rows = Augmented(list)
+    rows = AugmentedDataset(list)
     setting.train(rows=rows, callbacks=[Curriculum(rows)])
 
 
 class _Stream(IterableDataset):
-    """Shuffles in a buffer, as streaming data sets do."""
+    """A stream that shuffles rows in a buffer."""
 
     def __iter__(self) -> Any:
         rows = examples(EPOCH, LENGTH)
@@ -202,7 +204,7 @@ def shuffled_stream(setting: Setting) -> None:
 
 
 class _HardestFirst(Sampler):
-    """Rows in the order of the losses that this rank noted for them."""
+    """Rows in the order of the losses that this rank recorded for them."""
 
     def __init__(self, rows: list[dict[str, list[int]]], losses: dict[int, float]) -> None:
         self.rows, self.losses = rows, losses
@@ -215,10 +217,10 @@ class _HardestFirst(Sampler):
 
 
 def hardest_rows_first(setting: Setting) -> None:
-    """From the second epoch on, rows are ordered by the loss that this rank noted: that of its shard."""
+    """From the second epoch on, rows are ordered by the losses of this rank's shards."""
     losses: dict[int, float] = {}
 
-    class Mining(_sampled_by(lambda rows: _HardestFirst(rows, losses))):  # type: ignore[misc]
+    class Mining(_make_sampling_trainer(lambda rows: _HardestFirst(rows, losses))):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             losses.update(dict.fromkeys(inputs["input_ids"][:, 0].tolist(), float(loss)))

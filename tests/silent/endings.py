@@ -1,4 +1,4 @@
-"""Items 9 and 11: whole sequences beside training, and Trainers or models that are refused late or hang."""
+"""Items 9 and 11: whole sequences during training, and Trainers or models that are refused late or hang."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ def generate(model: Any) -> list[int]:
     return model.generate(torch.tensor(PROMPT), do_sample=False, max_new_tokens=8, pad_token_id=0)[0].tolist()
 
 
-class At(TrainerCallback):
-    """Calls a function with the model at an event, on rank 0 or on all ranks, in the mode that the model is in."""
+class CallAtEvent(TrainerCallback):
+    """Calls a function with the model at an event of a step, on rank 0 or on all ranks."""
 
     def __init__(self, event: str, call: Callable[[Any], Any], everywhere: bool = False, step: int = 0) -> None:
         def run(args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -32,27 +32,29 @@ class At(TrainerCallback):
 
 def generate_at_the_start_on_rank_0(setting: Setting) -> None:
     model = setting.llama().train()
-    setting.train(model, callbacks=[At("on_train_begin", generate)])
+    setting.train(model, callbacks=[CallAtEvent("on_train_begin", generate)])
 
 
 def generate_at_the_start(setting: Setting) -> None:
     model = setting.llama().train()
-    setting.train(model, callbacks=[At("on_train_begin", generate, everywhere=True)])
+    setting.train(model, callbacks=[CallAtEvent("on_train_begin", generate, everywhere=True)])
 
 
 def generate_at_step_5_on_rank_0(setting: Setting) -> None:
-    setting.train(callbacks=[At("on_step_end", generate, step=5)])
+    setting.train(callbacks=[CallAtEvent("on_step_end", generate, step=5)])
 
 
 def logits_at_the_start_on_rank_0(setting: Setting) -> None:
     """A forward pass without labels, to look at the first logits."""
     model = setting.llama().train()
-    setting.train(model, callbacks=[At("on_train_begin", lambda model: model(input_ids=torch.tensor(PROMPT)))])
+    setting.train(
+        model, callbacks=[CallAtEvent("on_train_begin", lambda model: model(input_ids=torch.tensor(PROMPT)))]
+    )
 
 
 def logits_at_step_5_on_rank_0(setting: Setting) -> None:
-    with_grad = lambda model: model(torch.tensor(PROMPT)).logits.sum()
-    setting.train(callbacks=[At("on_step_end", with_grad, step=5)])
+    sum_logits = lambda model: model(torch.tensor(PROMPT)).logits.sum()  # with gradients enabled
+    setting.train(callbacks=[CallAtEvent("on_step_end", sum_logits, step=5)])
 
 
 def perplexity_at_step_5_on_rank_0(setting: Setting) -> None:
@@ -65,7 +67,7 @@ def perplexity_at_step_5_on_rank_0(setting: Setting) -> None:
             setting.record.outputs.append(float(model(input_ids=tokens, labels=tokens).loss))
         model.train()
 
-    setting.train(callbacks=[At("on_step_end", perplexity, step=5)])
+    setting.train(callbacks=[CallAtEvent("on_step_end", perplexity, step=5)])
 
 
 def train_then_generate(setting: Setting) -> None:
@@ -74,7 +76,7 @@ def train_then_generate(setting: Setting) -> None:
 
 
 def train_then_logits(setting: Setting) -> None:
-    """Logits of a whole row on every rank, in the mode that training left."""
+    """Logits of a whole row on every rank, still in training mode."""
     trainer = setting.train()
     logits = trainer.model(input_ids=torch.tensor(PROMPT)).logits
     setting.record.outputs = [float(logits.sum()), float(logits.square().sum())]
@@ -96,7 +98,7 @@ def sft_trained(setting: Setting) -> None:
 
 
 def sft_packed(setting: Setting) -> None:
-    """TRL's own padding-free packing, which brings a collator of its own."""
+    """TRL's own padding-free packing, which replaces the collator."""
     from .trl_trainers import sft
 
     setting.run(sft(setting, setting.llama(vocab_size=260), packing=True, max_length=64))
@@ -108,9 +110,9 @@ def dpo_trained(setting: Setting) -> None:
     setting.run(dpo(setting, setting.llama(vocab_size=260), setting.llama(vocab_size=260)))
 
 
-def _seq2seq(setting: Setting, more: dict[str, Any]) -> None:
+def _train_seq2seq(setting: Setting, trainer_kwargs: dict[str, Any]) -> None:
     setting.train(
-        more=more,
+        trainer_kwargs=trainer_kwargs,
         trainer_class=Seq2SeqTrainer,
         eval_rows=examples(6, seed=2),
         arguments_class=Seq2SeqTrainingArguments,
@@ -125,12 +127,12 @@ def generated_predictions(setting: Setting) -> None:
     def lengths(prediction: Any) -> dict[str, float]:
         return {"length": float(prediction.predictions.shape[1])}
 
-    _seq2seq(setting, {"compute_metrics": lengths})
+    _train_seq2seq(setting, {"compute_metrics": lengths})
 
 
 def generated_predictions_without_metrics(setting: Setting) -> None:
-    """Nobody asks for predictions, so nothing is generated."""
-    _seq2seq(setting, {})
+    """Without metrics, the Trainer generates nothing."""
+    _train_seq2seq(setting, {})
 
 
 def compiled_in_place(setting: Setting) -> None:
@@ -140,7 +142,7 @@ def compiled_in_place(setting: Setting) -> None:
 
 
 def compiled_layers(setting: Setting) -> None:
-    """Every decoder layer compiled by itself, as regional compilation advises."""
+    """Every decoder layer is compiled separately, as regional compilation recommends."""
     model = setting.llama()
     for layer in model.model.layers:
         layer.compile()
@@ -152,17 +154,17 @@ def compiled_copy(setting: Setting) -> None:
 
 
 def prompt_tuning(setting: Setting) -> None:
-    _prompted(setting, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    _train_prompted(setting, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
 def p_tuning(setting: Setting) -> None:
-    _prompted(setting, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16))
+    _train_prompted(setting, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16))
 
 
 def prefix_tuning(setting: Setting) -> None:
-    _prompted(setting, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    _train_prompted(setting, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
-def _prompted(setting: Setting, config: Any) -> None:
+def _train_prompted(setting: Setting, config: Any) -> None:
     torch.manual_seed(0)
     setting.train(get_peft_model(setting.llama(), config))

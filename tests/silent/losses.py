@@ -1,4 +1,4 @@
-"""Item 2: what is trained is not the loss that the model computed."""
+"""Item 2: the loss that is trained is not the one that the model computed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from ring_hf import ContextParallelCollator
 
 from .setting import SIZES, VOCABULARY, Setting, examples
 
-Term = Callable[[Any, Any], torch.Tensor]  # of the model's outputs and its inputs
+Term = Callable[[Any, Any], torch.Tensor]  # (outputs of the model, its inputs) -> loss
 
 
-def replaced_by(loss_of: Term) -> type[Trainer]:
-    """A Trainer whose loss is computed from `outputs` and `inputs`, as overrides of `compute_loss` do."""
+def make_trainer_with_loss(loss_of: Term) -> type[Trainer]:
+    """Return a Trainer whose `compute_loss` computes a loss from outputs and inputs of the model."""
 
     class OwnLoss(Trainer):
         def compute_loss(
@@ -28,8 +28,8 @@ def replaced_by(loss_of: Term) -> type[Trainer]:
     return OwnLoss
 
 
-def changed_by(change: Callable[[Any, torch.Tensor, Any, Any], torch.Tensor]) -> type[Trainer]:
-    """A Trainer that changes the model's loss: `change(model, loss, outputs, inputs)`."""
+def make_trainer_with_change(change: Callable[[Any, torch.Tensor, Any, Any], torch.Tensor]) -> type[Trainer]:
+    """Return a Trainer that trains `change(model, loss, outputs, inputs)` instead of the model's loss."""
 
     class ChangedLoss(Trainer):
         def compute_loss(
@@ -42,19 +42,21 @@ def changed_by(change: Callable[[Any, torch.Tensor, Any, Any], torch.Tensor]) ->
     return ChangedLoss
 
 
-def _added(term: Term) -> type[Trainer]:
-    return changed_by(lambda model, loss, outputs, inputs: loss + term(outputs, inputs))
+def _make_trainer_with_term(term: Term) -> type[Trainer]:
+    return make_trainer_with_change(lambda model, loss, outputs, inputs: loss + term(outputs, inputs))
 
 
 def _targets(outputs: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they predict, shifted as users shift them."""
+    """Return logits ([targets, vocabulary]) and the labels ([targets]) that they predict, shifted as users do it."""
     return outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
 
 
 def weighted_cross_entropy(setting: Setting) -> None:
     weights = torch.linspace(0.5, 1.5, VOCABULARY)
     setting.train(
-        trainer_class=replaced_by(lambda outputs, inputs: cross_entropy(*_targets(outputs, inputs), weight=weights))
+        trainer_class=make_trainer_with_loss(
+            lambda outputs, inputs: cross_entropy(*_targets(outputs, inputs), weight=weights)
+        )
     )
 
 
@@ -64,11 +66,15 @@ def focal_loss(setting: Setting) -> None:
         losses = cross_entropy(logits, labels, reduction="none")
         return ((1 - torch.exp(-losses)) ** 2 * losses)[labels != -100].mean()
 
-    setting.train(trainer_class=replaced_by(focal))
+    setting.train(trainer_class=make_trainer_with_loss(focal))
 
 
 def z_loss(setting: Setting) -> None:
-    setting.train(trainer_class=_added(lambda outputs, inputs: 1e-2 * outputs.logits.logsumexp(-1).square().mean()))
+    setting.train(
+        trainer_class=_make_trainer_with_term(
+            lambda outputs, inputs: 1e-2 * outputs.logits.logsumexp(-1).square().mean()
+        )
+    )
 
 
 def entropy_bonus(setting: Setting) -> None:
@@ -77,21 +83,21 @@ def entropy_bonus(setting: Setting) -> None:
         entropies = torch.distributions.Categorical(logits=logits).entropy()
         return -0.1 * entropies[labels != -100].mean()
 
-    setting.train(trainer_class=_added(entropy))
+    setting.train(trainer_class=_make_trainer_with_term(entropy))
 
 
 def repetition_penalty(setting: Setting) -> None:
-    """Unlikelihood of the token that was just read: looks at `input_ids`, not at labels."""
+    """Unlikelihood of the current token, which reads `input_ids` instead of labels."""
 
     def penalty(outputs: Any, inputs: Any) -> torch.Tensor:
-        chosen = outputs.logits.softmax(-1).gather(-1, inputs["input_ids"][..., None])
-        return -torch.log1p(-chosen.clamp(max=0.99)).mean()
+        select_cases = outputs.logits.softmax(-1).gather(-1, inputs["input_ids"][..., None])
+        return -torch.log1p(-select_cases.clamp(max=0.99)).mean()
 
-    setting.train(trainer_class=_added(penalty))
+    setting.train(trainer_class=_make_trainer_with_term(penalty))
 
 
 def hidden_states_by_hook(setting: Setting) -> None:
-    """Neighbouring hidden states of a middle layer, captured by a forward hook, are drawn together."""
+    """A forward hook captures hidden states of a middle layer, and the loss pulls neighbours together."""
     model = setting.llama()
     captured: list[torch.Tensor] = []
     model.model.layers[0].register_forward_hook(lambda layer, args, output: captured.append(output))
@@ -100,38 +106,42 @@ def hidden_states_by_hook(setting: Setting) -> None:
         states = captured.pop()
         return 0.1 * (states[:, 1:] - states[:, :-1]).square().mean()
 
-    setting.train(model, trainer_class=_added(smoothness))
+    setting.train(model, trainer_class=_make_trainer_with_term(smoothness))
 
 
 def largest_activation_by_hook(setting: Setting) -> None:
-    """The largest activation of a feed-forward layer is penalised."""
+    """A penalty on the largest activation of a feed-forward layer."""
     model = setting.llama()
     captured: list[torch.Tensor] = []
     model.model.layers[0].mlp.register_forward_hook(lambda layer, args, output: captured.append(output))
-    setting.train(model, trainer_class=_added(lambda outputs, inputs: captured.pop().abs().amax((1, 2)).mean()))
+    setting.train(
+        model, trainer_class=_make_trainer_with_term(lambda outputs, inputs: captured.pop().abs().amax((1, 2)).mean())
+    )
 
 
 def flooding(setting: Setting) -> None:
-    """Ishida et al. 2020: the loss is kept above a level, which every rank compares with its own share."""
+    """Ishida et al. 2020: the loss is kept above a level, but every rank compares its own share with it."""
     level = 5.0
-    setting.train(trainer_class=changed_by(lambda model, loss, outputs, inputs: (loss - level).abs() + level))
+    setting.train(
+        trainer_class=make_trainer_with_change(lambda model, loss, outputs, inputs: (loss - level).abs() + level)
+    )
 
 
 def clamped_loss(setting: Setting) -> None:
-    setting.train(trainer_class=changed_by(lambda model, loss, outputs, inputs: loss.clamp(max=5.5)))
+    setting.train(trainer_class=make_trainer_with_change(lambda model, loss, outputs, inputs: loss.clamp(max=5.5)))
 
 
 def scaled_by_rows(setting: Setting) -> None:
-    """The loss is weighed by how many different tokens the batch holds."""
+    """The loss is multiplied by the number of distinct tokens in the batch."""
     setting.train(
-        trainer_class=changed_by(
+        trainer_class=make_trainer_with_change(
             lambda model, loss, outputs, inputs: loss * len(inputs["input_ids"].unique()) / VOCABULARY
         )
     )
 
 
 def distillation(setting: Setting) -> None:
-    """Divergence from a frozen teacher that attends like the student."""
+    """Divergence from a frozen teacher with the same attention backend."""
     torch.manual_seed(1)
     teacher = type(setting.llama())(setting.llama().config).eval()
 
@@ -140,11 +150,11 @@ def distillation(setting: Setting) -> None:
             expected = teacher(**inputs).logits
         return kl_div(outputs.logits.log_softmax(-1), expected.softmax(-1), reduction="batchmean") / expected.shape[1]
 
-    setting.train(trainer_class=_added(divergence))
+    setting.train(trainer_class=_make_trainer_with_term(divergence))
 
 
 def second_backward(setting: Setting) -> None:
-    """A term of the logits whose gradient is added by a `backward` of its own."""
+    """A term of the logits with a separate `backward`."""
 
     class TwoBackwards(Trainer):
         def compute_loss(
@@ -158,7 +168,7 @@ def second_backward(setting: Setting) -> None:
 
 
 def clipped_gradient_by_hook(setting: Setting) -> None:
-    """The gradient of a layer's output is clipped by its norm, which is that of a shard. The loss is the model's."""
+    """The gradient of a layer's output is clipped by its norm, the norm of a shard. The loss is the model's."""
 
     def clip(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * (0.05 / gradient.norm()).clamp(max=1)
@@ -173,7 +183,7 @@ def clipped_gradient_by_hook(setting: Setting) -> None:
 
 
 def own_training_step(setting: Setting) -> None:
-    """A training step written by hand, with a loss that ignores easy tokens."""
+    """A custom training step, with a loss that ignores easy tokens."""
 
     class HardTokens(Trainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -189,25 +199,25 @@ def own_training_step(setting: Setting) -> None:
 
 
 def loss_function_of_the_trainer(setting: Setting) -> None:
-    """`compute_loss_func`: labels are taken out of the batch."""
+    """`compute_loss_func`, for which the Trainer removes the labels from the batch."""
 
     def of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         return cross_entropy(*_targets(outputs, {"labels": labels}))
 
-    setting.train(more={"compute_loss_func": of_logits})
+    setting.train(trainer_kwargs={"compute_loss_func": of_logits})
 
 
 def weight_penalty(setting: Setting) -> None:
-    """A term that does not depend on the sequence: the model's loss + a penalty of its weights."""
+    """The model's loss plus a penalty on its weights, which does not depend on the sequence."""
 
     def change(model: Any, loss: torch.Tensor, outputs: Any, inputs: Any) -> torch.Tensor:
         return loss + 1e-3 * sum(weight.square().sum() for weight in model.parameters())
 
-    setting.train(trainer_class=changed_by(change))
+    setting.train(trainer_class=make_trainer_with_change(change))
 
 
 def constant_factor(setting: Setting) -> None:
-    setting.train(trainer_class=changed_by(lambda model, loss, outputs, inputs: 0.5 * loss))
+    setting.train(trainer_class=make_trainer_with_change(lambda model, loss, outputs, inputs: 0.5 * loss))
 
 
 def adalora(setting: Setting, **changes: Any) -> None:
@@ -220,7 +230,7 @@ def adalora(setting: Setting, **changes: Any) -> None:
 
 
 def shadow(setting: Setting) -> None:
-    """PEFT's ShadowPEFT adds a cross entropy of its own, computed from `labels`."""
+    """PEFT's ShadowPEFT adds another cross entropy, computed from `labels`."""
     from peft import ShadowConfig, get_peft_model
 
     config = ShadowConfig(task_type="CAUSAL_LM", auxiliary_loss_weight=0.5, shadow_dropout=0.0)
@@ -228,7 +238,7 @@ def shadow(setting: Setting) -> None:
 
 
 def sft_experts(setting: Setting) -> None:
-    """TRL's SFTTrainer adds the auxiliary loss of a mixture of experts by itself."""
+    """TRL's SFTTrainer itself adds the auxiliary loss of a mixture of experts."""
     from .trl_trainers import sft
 
     torch.manual_seed(0)
@@ -240,14 +250,14 @@ def sft_experts(setting: Setting) -> None:
 
 
 def sft_dynamic_fine_tuning(setting: Setting) -> None:
-    """TRL's SFTTrainer with `loss_type="dft"`: every token is weighed by its own probability."""
+    """TRL's SFTTrainer with `loss_type="dft"`, which weighs every token by its own probability."""
     from .trl_trainers import sft
 
     setting.run(sft(setting, setting.llama(vocab_size=260), loss_type="dft"))
 
 
 def experts_in_trainer(setting: Setting) -> None:
-    """The same auxiliary loss inside the model, under the plain Trainer: exact."""
+    """The same auxiliary loss inside the model under the plain Trainer, which is exact."""
     torch.manual_seed(0)
     config = MixtralConfig(**SIZES, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True)
     config._attn_implementation = setting.attention

@@ -1,4 +1,4 @@
-"""Items 7, 8, 10 and 12: targets at padded positions, a forgotten config, pad tokens that do not exist, short rows."""
+"""Items 7, 8, 10 and 12: targets at padded positions, a missing config, pad tokens that do not exist, short rows."""
 
 import os
 from typing import Any
@@ -15,26 +15,30 @@ from .setting import BATCH, LENGTH, STEPS, Setting, examples
 # Item 7
 
 
-def padded(num_rows: int = BATCH * STEPS, targets: bool = True, seed: int = 1) -> list[dict[str, Any]]:
-    """Rows as `tokenizer(..., padding="max_length")` makes them, with `labels = input_ids.copy()`."""
+def make_padded_rows(num_rows: int = BATCH * STEPS, targets: bool = True, seed: int = 1) -> list[dict[str, Any]]:
+    """Return rows as from `tokenizer(..., padding="max_length")`, with `labels = input_ids.copy()`.
+
+    Args:
+        targets: whether padding is a target.
+    """
     rows = []
     for row in examples(num_rows, seed=seed):
-        missing = LENGTH - len(row["input_ids"])
-        tokens = row["input_ids"] + [0] * missing
-        mask = [1] * len(row["input_ids"]) + [0] * missing
+        num_padding = LENGTH - len(row["input_ids"])
+        tokens = row["input_ids"] + [0] * num_padding
+        mask = [1] * len(row["input_ids"]) + [0] * num_padding
         rows.append({"input_ids": tokens, "attention_mask": mask, "labels": list(tokens)})
         if not targets:
-            rows[-1]["labels"] = row["input_ids"] + [-100] * missing
+            rows[-1]["labels"] = row["input_ids"] + [-100] * num_padding
     return rows
 
 
-def _with_inner(setting: Setting, rows: Any, inner: Any = default_data_collator, **changes: Any) -> None:
+def _train_with_inner(setting: Setting, rows: Any, inner: Any = default_data_collator, **changes: Any) -> None:
     model = setting.llama()
     setting.train(model, rows, ContextParallelCollator(model, inner=inner), **changes)
 
 
 def padded_to_max_length(setting: Setting) -> None:
-    _with_inner(setting, padded())
+    _train_with_inner(setting, make_padded_rows())
 
 
 def labels_filled_with_the_pad_token(setting: Setting) -> None:
@@ -47,11 +51,11 @@ def labels_filled_with_the_pad_token(setting: Setting) -> None:
         mask = torch.arange(padded_tokens.shape[1]) < lengths[:, None]
         return {"input_ids": padded_tokens, "labels": padded_tokens.clone(), "attention_mask": mask.long()}
 
-    _with_inner(setting, examples(BATCH * STEPS), fill)
+    _train_with_inner(setting, examples(BATCH * STEPS), fill)
 
 
 def two_ends_of_text(setting: Setting) -> None:
-    """Every row ends with three end tokens that count as targets, behind the mask."""
+    """Every row ends with three end tokens that are targets, but not in the mask."""
     rows = []
     for row in examples(BATCH * STEPS):
         tokens, mask = row["input_ids"] + [2, 2, 2], [1] * len(row["input_ids"]) + [0] * 3
@@ -62,27 +66,27 @@ def two_ends_of_text(setting: Setting) -> None:
 
 def padded_in_evaluation(setting: Setting) -> None:
     """Clean rows in training, padded targets in evaluation."""
-    _with_inner(setting, padded(targets=False), eval_rows=padded(6, seed=2))
+    _train_with_inner(setting, make_padded_rows(targets=False), eval_rows=make_padded_rows(6, seed=2))
 
 
 def first_padding_is_a_target(setting: Setting) -> None:
-    """The target at the first padded position is predicted from a real token: exact."""
-    rows = padded(targets=False)
+    """A real token predicts the target at the first padded position, which is exact."""
+    rows = make_padded_rows(targets=False)
     for row in rows:
-        real = sum(row["attention_mask"])
-        if real < LENGTH:
-            row["labels"][real] = 2
-    _with_inner(setting, rows)
+        num_real = sum(row["attention_mask"])
+        if num_real < LENGTH:
+            row["labels"][num_real] = 2
+    _train_with_inner(setting, rows)
 
 
 def padded_without_a_mask(setting: Setting) -> None:
-    """Without a mask, padding is text like any other: exact."""
-    _with_inner(setting, [{key: row[key] for key in ("input_ids", "labels")} for row in padded()])
+    """Without a mask, padding is ordinary text, which is exact."""
+    _train_with_inner(setting, [{key: row[key] for key in ("input_ids", "labels")} for row in make_padded_rows()])
 
 
 def padded_but_ignored(setting: Setting) -> None:
-    """What `DataCollatorForLanguageModeling` makes of padding: exact."""
-    _with_inner(setting, padded(targets=False))
+    """Padding as from `DataCollatorForLanguageModeling`, which is exact."""
+    _train_with_inner(setting, make_padded_rows(targets=False))
 
 
 # Item 8
@@ -93,13 +97,13 @@ def forgotten_config(setting: Setting) -> None:
 
 
 def config_from_an_empty_environment(setting: Setting) -> None:
-    """`ContextParallelConfig()` reads its size from a variable, and the launch line does not set it."""
+    """`ContextParallelConfig()` reads its size from a variable that is not set."""
     config = None if setting.mode == "reference" else ContextParallelConfig()
     setting.train(parallelism_config=config)
 
 
 def environment_without_a_config(setting: Setting) -> None:
-    """The launch line sets the variable, but the script makes no config that would read it."""
+    """The variable is set, but the script creates no config that reads it."""
     os.environ["RING_HF_CONTEXT_PARALLEL_SIZE"] = "2"
     setting.train(parallelism_config=None)
 
@@ -109,7 +113,7 @@ def forgotten_config_and_plain_collator(setting: Setting) -> None:
 
 
 class DataCollatorWithLabels:
-    """A collator of the user's own, without shards."""
+    """A user's collator, which does not shard."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(feature["input_ids"]) for feature in features)
@@ -119,7 +123,7 @@ class DataCollatorWithLabels:
 
 
 def config_left_in_another_arguments_object(setting: Setting) -> None:
-    """Arguments are made again from the dictionary of the first ones, which does not hold the config."""
+    """Arguments are created again from a dictionary of the first ones, which does not hold the config."""
     first = setting.arguments(parallelism_config=setting.config())
     settings = {key: getattr(first, key) for key in ("output_dir", "max_steps", "learning_rate", "logging_steps")}
     args = setting.arguments(**settings, parallelism_config=None)
@@ -141,7 +145,7 @@ class _WithoutConfig(Setting):
 
 
 def size_of_one(setting: Setting) -> None:
-    """Plain data parallelism that is meant."""
+    """Intended plain data parallelism."""
     config = None if setting.mode == "reference" else ContextParallelConfig(context_parallel_size=1)
     per_rank = BATCH if setting.mode != "shared" else BATCH // 2
     setting.train(parallelism_config=config, per_device_train_batch_size=per_rank)
@@ -151,15 +155,15 @@ def size_of_one(setting: Setting) -> None:
 
 
 def pad_token_of_minus_one(setting: Setting) -> None:
-    _with_pad_token(setting, -1)
+    _train_with_pad_token(setting, -1)
 
 
 def pad_token_beyond_the_vocabulary(setting: Setting) -> None:
-    _with_pad_token(setting, 64)
+    _train_with_pad_token(setting, 64)
 
 
-def _with_pad_token(setting: Setting, pad_token_id: int) -> None:
-    """Rows of one odd length: nothing but the layout pads them."""
+def _train_with_pad_token(setting: Setting, pad_token_id: int) -> None:
+    """Rows of the same odd length, which only the layout pads."""
     model = setting.llama()
     model.config.pad_token_id = pad_token_id
     setting.train(model, examples(BATCH * STEPS, 45))

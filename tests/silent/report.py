@@ -1,8 +1,8 @@
-"""Launches cases, compares two processes with one, and prints what happens to each.
+"""Launch cases, compare two processes with one, and print the outcome of each.
 
     python -m tests.silent.report FOLDER [--items 1 2] [--cases NAME ...] [--again]
 
-Results that are already in FOLDER are kept, so a table can be completed in several short runs.
+Results in FOLDER are reused, so a table can be completed in several short runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Ranks = list[dict[str, Any]]  # the records of a case, by rank
 
 
 def launch(folder: Path, mode: str, cases: Sequence[Case], again: bool = False) -> dict[str, Ranks]:
-    """Run cases in one launch, but those whose results are in `folder` already, and return the records of all."""
+    """Run the cases without results in `folder` in one launch, and return the records of all cases."""
     results_folder = folder / mode
     results_folder.mkdir(parents=True, exist_ok=True)
     for case in cases if again else ():
@@ -38,17 +38,20 @@ def launch(folder: Path, mode: str, cases: Sequence[Case], again: bool = False) 
         command = ["tests/silent/script.py", mode, str(results_folder), *(case.name for case in missing)]
         start = accelerate_launch if MODES[mode] > 1 else launch_forked
         start(command, MODES[mode], timeout=seconds)
-    return {case.name: records(results_folder, case.name, MODES[mode]) for case in cases}
+    return {case.name: read_records(results_folder, case.name, MODES[mode]) for case in cases}
 
 
-def records(folder: Path, name: str, num_ranks: int) -> Ranks:
+def read_records(folder: Path, name: str, num_ranks: int) -> Ranks:
     return [json.loads((folder / f"{name}.rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a run is from its reference: the worst relative difference of each curve over the steps, and the first
-    step (from 1) whose loss or grad norm is not that of the reference."""
+    """How far a run is from its reference: the worst relative difference of each curve.
+
+    Attributes:
+        first_step: the first step (from 1) whose loss or grad norm differs; None if there is none.
+    """
 
     loss: float
     grad_norm: float
@@ -57,7 +60,7 @@ class Difference:
     first_step: int | None
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         others = max(self.loss, self.eval_loss, self.outputs)
         return others <= MAX_LOSS and self.grad_norm <= MAX_GRAD_NORM
 
@@ -67,17 +70,17 @@ class Difference:
         return f"{text or 'no difference'}{f', from step {self.first_step}' if self.first_step else ''}"
 
 
-def difference(run: dict[str, Any], reference: dict[str, Any]) -> Difference:
+def compare_records(run: dict[str, Any], reference: dict[str, Any]) -> Difference:
     """Compare the record of rank 0 with that of one process."""
-    apart = {name: _relative(run[name], reference[name]) for name in CURVES}
-    steps = zip(apart["loss"], apart["grad_norm"], strict=False)
-    wrong = [i for i, (loss, grad_norm) in enumerate(steps, 1) if loss > MAX_LOSS or grad_norm > MAX_GRAD_NORM]
-    worst = {name: max(values, default=0.0) for name, values in apart.items()}
-    return Difference(**worst, first_step=wrong[0] if wrong else None)
+    differences = {name: _relative_differences(run[name], reference[name]) for name in CURVES}
+    steps = zip(differences["loss"], differences["grad_norm"], strict=False)
+    wrong_steps = [i for i, (loss, grad_norm) in enumerate(steps, 1) if loss > MAX_LOSS or grad_norm > MAX_GRAD_NORM]
+    worst = {name: max(values, default=0.0) for name, values in differences.items()}
+    return Difference(**worst, first_step=wrong_steps[0] if wrong_steps else None)
 
 
-def _relative(ours: list[float], theirs: list[float]) -> list[float]:
-    """Relative differences; a value that is missing or not finite is infinitely far away."""
+def _relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
+    """Return relative differences, which are infinite where a value is missing or not finite."""
     pairs = list(zip(ours, theirs, strict=False))
     values = [abs(a - b) / max(abs(b), 1e-12) for a, b in pairs]
     finite = [value if math.isfinite(value) else math.inf for value in values]
@@ -86,29 +89,34 @@ def _relative(ours: list[float], theirs: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a case in one mode."""
+    """The outcome of a case in one mode.
 
-    verdict: str  # exact, wrong, refused, or what else happened
+    Attributes:
+        verdict: "exact", "wrong", "refused", "hangs", "dies", "fails", "ranks disagree" or "no reference".
+        moment: when it was refused.
+    """
+
+    verdict: str
     detail: str
-    moment: str = ANY_STEP  # when it was refused
+    moment: str = ANY_STEP
 
     def is_expected(self, case: Case) -> bool:
         in_time = MOMENTS.index(self.moment) <= MOMENTS.index(case.latest)
         return self.verdict in case.expected.split(" or ") and (self.verdict == "exact" or in_time)
 
 
-def outcome(ranks: Ranks, reference: Ranks) -> Outcome:
-    """Classify the records of a case. Refused means that every rank raised the same ValueError."""
+def classify(ranks: Ranks, reference: Ranks) -> Outcome:
+    """Return the outcome of a case by its records. It is refused if every rank raised the same ValueError."""
     errors = [record["error"] for record in ranks]
     if not any(errors):
         if reference[0]["error"]:
             return Outcome("no reference", reference[0]["error"])
-        apart = difference(ranks[0], reference[0])
+        difference = compare_records(ranks[0], reference[0])
         steps, expected_steps = len(ranks[0]["loss"]), len(reference[0]["loss"])
         if steps != expected_steps:
             return Outcome("wrong", f"{steps} steps instead of {expected_steps}")
         seconds = ranks[0]["seconds"]
-        return Outcome("exact" if apart.exact else "wrong", f"{apart} ({seconds} s)")
+        return Outcome("exact" if difference.is_exact else "wrong", f"{difference} ({seconds} s)")
     if any("Hang:" in str(error) for error in errors):
         verdict = "hangs"
     elif any("Killed:" in str(error) for error in errors):
@@ -120,8 +128,8 @@ def outcome(ranks: Ranks, reference: Ranks) -> Outcome:
     else:
         verdict = "ranks disagree"
     if len(set(errors)) == 1:
-        return Outcome(verdict, f"{_when(ranks[0])}: {errors[0]}", _moment(ranks[0]))
-    details = [f"rank {rank}, {_when(record)}: {record['error']}" for rank, record in enumerate(ranks)]
+        return Outcome(verdict, f"{_describe_stage(ranks[0])}: {errors[0]}", _moment(ranks[0]))
+    details = [f"rank {rank}, {_describe_stage(record)}: {record['error']}" for rank, record in enumerate(ranks)]
     return Outcome(verdict, "; ".join(details))
 
 
@@ -131,7 +139,7 @@ def _moment(record: dict[str, Any]) -> str:
     return FIRST_STEP if record.get("stage") == "training" and not record["loss"] else ANY_STEP
 
 
-def _when(record: dict[str, Any]) -> str:
+def _describe_stage(record: dict[str, Any]) -> str:
     if "stage" not in record:
         return "without an end"
     if record["stage"] != "training":
@@ -139,25 +147,24 @@ def _when(record: dict[str, Any]) -> str:
     return f"after {len(record['loss'])} steps, {record['seconds']} s"
 
 
-def table(cases: Sequence[Case], results: dict[str, dict[str, Ranks]], width: int = 300) -> str:
-    """A Markdown table, a row for each case."""
+def format_table(cases: Sequence[Case], results: dict[str, dict[str, Ranks]], width: int = 300) -> str:
+    """Return a Markdown table with a row for each case."""
     lines = ["| case | listed | expected | two processes | | one process |", "|---|---|---|---|---|---|"]
     for case in cases:
         reference = results["reference"][case.name]
-        shared = outcome(results["shared"][case.name], reference)
-        alone = outcome(results["alone"][case.name], reference) if case.alone else None
-        mark = "" if shared.is_expected(case) and (alone is None or alone.is_expected(case)) else "**"
+        shared = classify(results["shared"][case.name], reference)
+        alone = classify(results["alone"][case.name], reference) if case.alone else None
+        emphasis = "" if shared.is_expected(case) and (alone is None or alone.is_expected(case)) else "**"
         detail = shared.detail.replace("\n", " ").replace("|", "/")[:width]
         ring_alone = "" if alone is None else f"{alone.verdict}: {alone.detail[:60]}"
-        lines.append(
-            f"| {case.name} | {'yes' if case.listed else ''} | {case.expected} | {mark}{shared.verdict}{mark} | "
-            f"{detail} | {ring_alone} |"
-        )
+        listed = "yes" if case.listed else ""
+        verdict = f"{emphasis}{shared.verdict}{emphasis}"
+        lines.append(f"| {case.name} | {listed} | {case.expected} | {verdict} | {detail} | {ring_alone} |")
     return "\n".join(lines)
 
 
-def run(cases: Sequence[Case], folder: Path, again: bool = False) -> dict[str, dict[str, Ranks]]:
-    """All records, by mode and name."""
+def run_cases(cases: Sequence[Case], folder: Path, again: bool = False) -> dict[str, dict[str, Ranks]]:
+    """Return all records by mode and name."""
     return {
         mode: launch(folder, mode, [case for case in cases if mode != "alone" or case.alone], again) for mode in MODES
     }
@@ -168,7 +175,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--items", type=int, nargs="*")
     parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--again", action="store_true", help="run cases whose results are there already")
+    parser.add_argument("--again", action="store_true", help="run cases again that have results")
     parser.add_argument("--width", type=int, default=300)
     options = parser.parse_args()
     cases = [
@@ -178,7 +185,7 @@ def main() -> None:
         and (options.cases is None or case.name in options.cases)
         and (not case.needs_trl or find_spec("trl") is not None)
     ]
-    print(table(cases, run(cases, options.folder.resolve(), options.again), options.width))
+    print(format_table(cases, run_cases(cases, options.folder.resolve(), options.again), options.width))
 
 
 if __name__ == "__main__":

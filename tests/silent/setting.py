@@ -1,6 +1,6 @@
-"""What a case is given: models, rows, arguments and a record of what this rank saw.
+"""The parts of a case: models, rows, arguments, and the record of a rank.
 
-Every case is a function of a `Setting`, written as a user writes a script. Its `mode` says how the script runs:
+Every case is a function of a `Setting`, written like the script of a user. Its `mode` is how the script runs:
 
     reference   one process, `sdpa`
     alone       one process, `ring_zigzag`
@@ -41,35 +41,44 @@ SIZES: dict[str, Any] = {
 
 @dataclass
 class Record:
-    """What one rank saw: loss and grad norm of every optimizer step, evaluation losses, and how the case ended."""
+    """The results of one rank: losses and grad norms of all optimizer steps, evaluation losses, and how the case ended.
+
+    Attributes:
+        outputs: other numbers that must equal those of one process.
+        error: type and message of the error.
+        raised_by: file and function that raised it.
+        stage: "construction", then "training", then "afterwards".
+        seconds: from the start of train() to its end or to the error.
+    """
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
-    outputs: list[float] = field(default_factory=list)  # other numbers that must be those of one process
-    error: str | None = None  # type and message
-    raised_by: str | None = None  # file and function that raised
-    stage: str = "construction"  # then "training", then "afterwards"
-    seconds: float | None = None  # from the start of train() to its end or to the error
-    began: float | None = None
+    outputs: list[float] = field(default_factory=list)
+    error: str | None = None
+    raised_by: str | None = None
+    stage: str = "construction"
+    seconds: float | None = None
+    start_time: float | None = None
 
     def start(self) -> None:
-        """Training begins now: a hand-written loop calls this itself."""
-        self.stage, self.began = "training", time.perf_counter()
+        """Mark the start of training. A custom loop calls this itself."""
+        self.stage = "training"
+        self.start_time = time.perf_counter()
 
     def stop(self) -> None:
-        self.seconds = None if self.began is None else round(time.perf_counter() - self.began, 2)
+        self.seconds = None if self.start_time is None else round(time.perf_counter() - self.start_time, 2)
         self.stage = "afterwards"
 
     def fail(self, error: BaseException) -> None:
-        if self.stage == "training" and self.began is not None:
-            self.seconds = round(time.perf_counter() - self.began, 2)
+        if self.stage == "training" and self.start_time is not None:
+            self.seconds = round(time.perf_counter() - self.start_time, 2)
         self.error = f"{type(error).__name__}: {error}"
         frame = traceback.extract_tb(error.__traceback__)[-1]
         self.raised_by = f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.name}"
 
     def write(self, path: Path) -> None:
-        fields = {key: value for key, value in vars(self).items() if key != "began"}
+        fields = {key: value for key, value in vars(self).items() if key != "start_time"}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(fields))
         partial.rename(path)
@@ -102,7 +111,7 @@ class Setting:
         return ContextParallelConfig(context_parallel_size=2) if self.mode == "shared" else None
 
     def llama(self, model_class: Callable[[LlamaConfig], Any] = LlamaForCausalLM, **changes: Any) -> Any:
-        """A random two-layer model, the same in every mode."""
+        """Return a random two-layer model with the same weights in every mode."""
         torch.manual_seed(0)
         return model_class(LlamaConfig(**{**SIZES, **changes}, attn_implementation=self.attention))
 
@@ -132,10 +141,15 @@ class Setting:
         callbacks: Sequence[TrainerCallback] = (),
         eval_rows: Any = None,
         args: Any = None,
-        more: dict[str, Any] | None = None,
+        trainer_kwargs: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Any:
-        """A Trainer as README says to make one, with the changes of a case; `more` are its own arguments."""
+        """Return a Trainer as README builds it, with the changes of a case.
+
+        Args:
+            trainer_kwargs: further arguments of the Trainer.
+            changes: changed `TrainingArguments`.
+        """
         model = self.llama() if model is None else model
         if eval_rows is not None:
             changes = {"eval_strategy": "steps", "eval_steps": STEPS // 2, **changes}
@@ -146,11 +160,11 @@ class Setting:
             eval_dataset=eval_rows,
             data_collator=ContextParallelCollator(model) if collator is None else collator,
             callbacks=list(callbacks),
-            **(more or {}),
+            **(trainer_kwargs or {}),
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a Trainer and run it; return it."""
+        """Build a Trainer, run it, and return it."""
         return self.run(self.trainer(*args, **kwargs))
 
     def run(self, trainer: Any) -> Any:
@@ -162,8 +176,13 @@ class Setting:
 
 
 def examples(num_rows: int, length: int | None = None, seed: int = 1) -> list[dict[str, list[int]]]:
-    """Rows that repeat themselves after a while, so that attending far back helps; the labels of a prompt of at least
-    one token are ignored, so that shards hold unequal numbers of targets. Without a length, lengths differ."""
+    """Return rows of repeated tokens, so that attending far back helps.
+
+    Each row begins with a prompt of at least one token without labels, so that shards hold unequal numbers of targets.
+
+    Args:
+        length: tokens of each row; by default, lengths differ.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for row in range(num_rows):

@@ -1,4 +1,4 @@
-"""Item 4: classes that nobody has proven, whose `forward` computes a loss or lets tokens meet."""
+"""Item 4: model classes that are not proven by name, whose `forward` computes a loss or mixes tokens."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def train(setting: Setting, model_class: type, **changes: Any) -> None:
 
 
 class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
-    """Predicts the token after the next one, too."""
+    """Also predicts the token after the next one."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -30,7 +30,7 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
 
 
 class OwnLossLlamaForCausalLM(LlamaForCausalLM):
-    """Computes its cross entropy by itself and overlooks `shift_labels` and the count."""
+    """Computes its own cross entropy, without `shift_labels` and the number of targets."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -40,7 +40,7 @@ class OwnLossLlamaForCausalLM(LlamaForCausalLM):
 
 
 class LaterTokensLlamaForCausalLM(LlamaForCausalLM):
-    """Weighs targets by where they are in the row."""
+    """Weighs targets by their position in the row."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -52,7 +52,7 @@ class LaterTokensLlamaForCausalLM(LlamaForCausalLM):
 
 
 class AnswersOnlyLlamaForCausalLM(LlamaForCausalLM):
-    """Learns only what follows the last token 7 of a row."""
+    """Trains only on the tokens after the last token 7 of a row."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -64,7 +64,7 @@ class AnswersOnlyLlamaForCausalLM(LlamaForCausalLM):
 
 
 class ContrastiveLlamaForCausalLM(LlamaForCausalLM):
-    """Draws neighbouring hidden states together."""
+    """Pulls neighbouring hidden states together."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, labels=labels, output_hidden_states=True, **kwargs)
@@ -75,7 +75,7 @@ class ContrastiveLlamaForCausalLM(LlamaForCausalLM):
 
 
 class PooledLlamaForCausalLM(LlamaForCausalLM):
-    """Has a second head on the mean of a row."""
+    """Has a second head on the mean hidden state of a row."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -105,7 +105,7 @@ class TokenShiftLlamaForCausalLM(LlamaForCausalLM):
 
 
 class CountingLlamaForCausalLM(LlamaForCausalLM):
-    """Adds learnt positions that it counts by itself."""
+    """Adds learned positions, counted from the start of its input."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -122,7 +122,7 @@ class CountingLlamaForCausalLM(LlamaForCausalLM):
 
 
 class NoisyLlamaForCausalLM(LlamaForCausalLM):
-    """Adds noise to its embeddings while it is trained."""
+    """Adds noise to its embeddings in training mode."""
 
     def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
         def add_noise(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ class NoisyLlamaForCausalLM(LlamaForCausalLM):
 
 
 class ScaledLlamaForCausalLM(LlamaForCausalLM):
-    """A harmless class: scales its logits, token by token."""
+    """Scales its logits token by token, which is harmless."""
 
     def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
         hook = self.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
@@ -187,7 +187,7 @@ def harmless_subclass(setting: Setting) -> None:
 
 
 def smoothed_labels_inside(setting: Setting) -> None:
-    """The loss function of the model is replaced by a smoothed cross entropy that knows `shift_labels`."""
+    """A smoothed cross entropy that supports `shift_labels` replaces the model's loss function."""
     model = setting.llama()
 
     def smoothed(logits: torch.Tensor, labels: Any, vocab_size: int, **kwargs: Any) -> torch.Tensor:

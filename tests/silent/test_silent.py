@@ -1,8 +1,8 @@
-"""What was silently wrong, hung or was refused late, a case each: exact, or refused by all ranks with one message.
+"""Cases that were silently wrong, hung or were refused late are exact, or refused by all ranks with one message.
 
-`REFUSED` says which of both, where a case allows either: what was made exact must not become a refusal unnoticed.
-Here run those that the reports named and one more of each kind; all of them with RING_HF_ALL_CASES=1 (six minutes),
-and as a table by `python -m tests.silent.report FOLDER`. Cases that need TRL run where it is installed.
+Where a case may be either, `REFUSED` lists those that are refused, so that an exact case does not become a refusal
+unnoticed. By default, the listed cases and one more of each kind run. RING_HF_ALL_CASES=1 runs all (six minutes), and
+`python -m tests.silent.report FOLDER` prints them as a table. Cases that need TRL run where it is installed.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from tests.silent.cases import CASES, EITHER, KINDS
-from tests.silent.report import launch, outcome
+from tests.silent.report import classify, launch
 
 REFUSED = {
     1: ("shuffled_stream", "hardest_rows_first", "generator_of_the_system"),
@@ -35,22 +35,22 @@ REFUSED = {
     7: ("padded_to_max_length", "labels_filled_with_the_pad_token", "two_ends_of_text", "padded_in_evaluation"),
     11: ("sft_packed",),
 }
-MORE = 1  # of each kind, beside those that are listed
+NUM_UNLISTED = 1  # cases of each kind, in addition to the listed ones
 
 
-def chosen():
-    possible = [case for case in CASES if not case.needs_trl or find_spec("trl") is not None]
+def select_cases():
+    runnable = [case for case in CASES if not case.needs_trl or find_spec("trl") is not None]
     if os.environ.get("RING_HF_ALL_CASES"):
-        return possible
-    others = {item: [case for case in possible if case.item == item and not case.listed] for item in KINDS}
-    return [case for case in possible if case.listed or case in others[case.item][:MORE]]
+        return runnable
+    unlisted = {item: [case for case in runnable if case.item == item and not case.listed] for item in KINDS}
+    return [case for case in runnable if case.listed or case in unlisted[case.item][:NUM_UNLISTED]]
 
 
-RUNNABLE = chosen()
+RUNNABLE = select_cases()
 NAMES = [case.name for case in RUNNABLE]
 
 
-def pinned(case):
+def expected_verdict(case):
     if case.expected != EITHER:
         return case.expected
     return "refused" if case.run.__name__ in REFUSED.get(case.item, ()) else "exact"
@@ -58,9 +58,9 @@ def pinned(case):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Records by mode and name; only what must be exact needs a reference."""
+    """Return records by mode and name. Only cases that must be exact need a reference."""
     folder = tmp_path_factory.mktemp("silent")
-    exact = [case for case in RUNNABLE if pinned(case) == "exact"]
+    exact = [case for case in RUNNABLE if expected_verdict(case) == "exact"]
     return {
         "shared": launch(folder, "shared", RUNNABLE),
         "reference": launch(folder, "reference", exact),
@@ -74,17 +74,19 @@ def test_every_kind_has_listed_cases_and_two_more():
         assert any(listed), kind
         if item <= 8:
             assert listed.count(False) >= 2, kind
-    known = {name for names in REFUSED.values() for name in names}
-    assert known <= {case.run.__name__ for case in CASES}
+    refused_names = {name for names in REFUSED.values() for name in names}
+    assert refused_names <= {case.run.__name__ for case in CASES}
 
 
 @pytest.mark.timeout(900)  # the first waits for the launches
 @pytest.mark.parametrize("case", RUNNABLE, ids=NAMES)
 def test_numbers_are_exact_or_refused(results, case):
     shared = results["shared"][case.name]
-    together = outcome(shared, results["reference"].get(case.name, shared))
-    assert together.verdict == pinned(case), f"{case.name} is {together.verdict}: {together.detail}"
+    outcome = classify(shared, results["reference"].get(case.name, shared))
+    assert outcome.verdict == expected_verdict(case), f"{case.name} is {outcome.verdict}: {outcome.detail}"
     if case.alone:
         alone = results["alone"][case.name]
-        verdict = outcome(alone, results["reference"].get(case.name, alone))
-        assert verdict.verdict == pinned(case), f"{case.name} in one process is {verdict.verdict}: {verdict.detail}"
+        outcome = classify(alone, results["reference"].get(case.name, alone))
+        assert outcome.verdict == expected_verdict(case), (
+            f"{case.name} in one process is {outcome.verdict}: {outcome.detail}"
+        )

@@ -1,4 +1,4 @@
-"""Trainers of TRL, which the development environment does not hold: imported where a case needs them."""
+"""Trainers of TRL, which the development environment lacks: cases import this module only when they run."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sft(setting: Setting, model: Any, evaluate: bool = False, **changes: Any) -> SFTTrainer:
-    """An SFTTrainer on rows of tokens."""
+    """Return an SFTTrainer on rows of tokens."""
     rows = Dataset.from_list(examples(BATCH * STEPS))
     args = setting.arguments(
         SFTConfig,

@@ -1,4 +1,4 @@
-"""Items 5 and 6: wrappers that go round the model's hooks, and wrappers that look at tokens or positions."""
+"""Items 5 and 6: wrappers that bypass the model's hooks, and wrappers that read tokens or positions."""
 
 import functools
 from typing import Any
@@ -9,10 +9,10 @@ from peft import AdaptionPromptConfig, LoraConfig, XLoraConfig, get_peft_model
 from . import losses
 from .setting import BATCH, STEPS, VOCABULARY, Setting, examples
 
-INVOCATION = [5, 9]  # tokens that switch an activated LoRA on
+INVOCATION = [5, 9]  # tokens that activate an activated LoRA
 
 
-def _evaluated(setting: Setting, model: Any) -> None:
+def _train_and_evaluate(setting: Setting, model: Any) -> None:
     setting.train(model, eval_rows=examples(6, seed=2))
 
 
@@ -21,7 +21,7 @@ def _evaluated(setting: Setting, model: Any) -> None:
 
 def adaption_prompt(setting: Setting) -> None:
     config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
-    _evaluated(setting, get_peft_model(setting.llama(), config))
+    _train_and_evaluate(setting, get_peft_model(setting.llama(), config))
 
 
 def adalora_evaluated(setting: Setting) -> None:
@@ -29,7 +29,7 @@ def adalora_evaluated(setting: Setting) -> None:
 
 
 class _Wrapper(torch.nn.Module):
-    """A user's module around the model, with what the Trainer asks of a model."""
+    """A user's module around the model, with the attributes that the Trainer reads."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _CallsForward(_Wrapper):
 
 
 class _CallsDecoder(_Wrapper):
-    """Runs the decoder and the head by itself, and lets the model's own function compute the loss."""
+    """Runs the decoder and the head itself, and computes the loss with the model's own function."""
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         states = self.module.model(input_ids=input_ids, **kwargs).last_hidden_state
@@ -59,11 +59,11 @@ class _CallsDecoder(_Wrapper):
 
 
 def wrapper_that_calls_forward(setting: Setting) -> None:
-    _evaluated(setting, _CallsForward(setting.llama()))
+    _train_and_evaluate(setting, _CallsForward(setting.llama()))
 
 
 def wrapper_that_calls_the_decoder(setting: Setting) -> None:
-    _evaluated(setting, _CallsDecoder(setting.llama()))
+    _train_and_evaluate(setting, _CallsDecoder(setting.llama()))
 
 
 def wrapper_under_another_name(setting: Setting) -> None:
@@ -77,15 +77,15 @@ def wrapper_under_another_name(setting: Setting) -> None:
         def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
             return self.backbone(input_ids=input_ids, labels=labels, **kwargs)
 
-    _evaluated(setting, Named(setting.llama()))
+    _train_and_evaluate(setting, Named(setting.llama()))
 
 
 def wrapper_that_does_no_harm(setting: Setting) -> None:
-    _evaluated(setting, _Wrapper(setting.llama()))
+    _train_and_evaluate(setting, _Wrapper(setting.llama()))
 
 
 def replaced_forward(setting: Setting) -> None:
-    """`model.forward` is replaced by a wrapper, as profilers and patches do: the hooks still run."""
+    """A wrapper replaces `model.forward`, as profilers and patches do. The hooks still run."""
     model = setting.llama()
     forward = model.forward
 
@@ -94,11 +94,11 @@ def replaced_forward(setting: Setting) -> None:
         return forward(*args, **kwargs)
 
     model.forward = profiled
-    _evaluated(setting, model)
+    _train_and_evaluate(setting, model)
 
 
 def xlora(setting: Setting) -> None:
-    """X-LoRA runs the model once more, by `.forward`, to choose among its adapters."""
+    """X-LoRA runs the model a second time, by `.forward`, to choose among its adapters."""
     folders = {}
     for name in ("0", "1"):  # X-LoRA looks its adapters up by number
         base = setting.llama()
@@ -110,7 +110,7 @@ def xlora(setting: Setting) -> None:
     model.config.use_cache = False
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=folders)
     torch.manual_seed(3)
-    _evaluated(setting, get_peft_model(model, config))
+    _train_and_evaluate(setting, get_peft_model(model, config))
 
 
 # Item 6
@@ -130,7 +130,7 @@ def activated_lora(setting: Setting) -> None:
 
 
 class _Gated(_Wrapper):
-    """Adds a learnt vector to the embeddings, where `gate` says so."""
+    """Adds a learned vector to the embeddings where `gate` returns True."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -159,7 +159,7 @@ def prompt_of_first_tokens(setting: Setting) -> None:
 
 
 def after_a_separator(setting: Setting) -> None:
-    """Only what follows the first token 7 is changed."""
+    """Changes the tokens after the first token 7."""
 
     class After(_Gated):
         def gate(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def after_a_separator(setting: Setting) -> None:
 
 
 def counts_of_tokens(setting: Setting) -> None:
-    """Tokens that occur more than twice in the row are changed."""
+    """Changes the tokens that occur more than twice in the row."""
 
     class Frequent(_Gated):
         def gate(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -179,23 +179,23 @@ def counts_of_tokens(setting: Setting) -> None:
 
 
 def pairs_of_tokens(setting: Setting) -> None:
-    """A hashed bigram embedding: every token is changed by the one before it."""
+    """A hashed bigram embedding, in which a token depends on the one before it."""
 
     class Pairs(_Gated):
         def gate(self, input_ids: torch.Tensor) -> torch.Tensor:
-            before = torch.nn.functional.pad(input_ids[:, :-1], (1, 0))
-            return (input_ids * 31 + before * 17) % 5 == 0
+            previous = torch.nn.functional.pad(input_ids[:, :-1], (1, 0))
+            return (input_ids * 31 + previous * 17) % 5 == 0
 
     setting.train(Pairs(setting.llama()))
 
 
 def mask_by_hook(setting: Setting) -> None:
-    """A pre-hook on the model hides a random-looking tenth of the tokens, chosen by their position in the row."""
+    """A pre-hook on the model masks a tenth of the tokens, chosen by their position in the row."""
 
     def hide(module: Any, args: Any, kwargs: Any) -> Any:
         tokens = kwargs["input_ids"]
-        hidden = torch.arange(tokens.shape[1]) % 10 == 3
-        return args, {**kwargs, "input_ids": tokens.masked_fill(hidden, 0)}
+        is_hidden = torch.arange(tokens.shape[1]) % 10 == 3
+        return args, {**kwargs, "input_ids": tokens.masked_fill(is_hidden, 0)}
 
     model = setting.llama()
     model.register_forward_pre_hook(hide, with_kwargs=True)
@@ -203,7 +203,7 @@ def mask_by_hook(setting: Setting) -> None:
 
 
 def one_token_at_a_time(setting: Setting) -> None:
-    """A gate that looks at nothing but the token itself, which a trial of a few tokens cannot tell."""
+    """A gate that reads only the token itself, which a trial on a few tokens cannot distinguish."""
 
     class Even(_Gated):
         def gate(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     if case.broken is not None:
         collator = BROKEN[case.broken](collator)
     rows = Rows(case.batch * case.steps, case.data, case.hole_layout, case.hole_cp)
-    callbacks = [ContextParallelCallback()] if case.workers else None  # a second one beside that of the config
+    callbacks = [ContextParallelCallback()] if case.workers else None  # in addition to that of the config
     args = arguments(case, folder)
     trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
     metrics = trainer.train().metrics

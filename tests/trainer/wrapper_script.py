@@ -1,7 +1,7 @@
 """Runs the cases of `wrapper_cases` as a user's script does; rank 0 writes OUTPUT_FOLDER/results.json.
 
 `accelerate launch ... tests/trainer/wrapper_script.py OUTPUT_FOLDER`. Two processes also resume from a checkpoint of
-the launch with one process, in the folder `world1` beside theirs.
+the launch with one process, in the folder `world1` next to theirs.
 """
 
 import copy
