@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
 
 @dataclass
 class Record:
-    """The results of one rank: losses and grad norms of all optimizer steps, evaluation losses, and how the case ended.
+    """The results of one rank: losses and grad norms of all optimizer steps, evaluation losses, and how it ended.
 
     Attributes:
         outputs: other numbers that must equal those of one process.

@@ -56,7 +56,7 @@ class TokenReadRecorder(TorchFunctionMode):
         if not self.functions:
             return None
         return (
-            f"Code around the model reads the tokens of a shard: {', '.join(sorted(self.functions))}. On the whole "
-            "sequence, its result would differ. Remove it, or move it to the dataset or the inner collator, which see "
-            "whole sequences."
+            f"Code around the model reads the tokens of a shard: {', '.join(sorted(self.functions))}. The whole "
+            "sequence may give another result. Remove this code, or move it to the dataset or the inner collator, "
+            "which see whole sequences."
         )
