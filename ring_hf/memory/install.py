@@ -1,5 +1,6 @@
-"""`apply(model, config)`: find what each lever works on, prove it on the model itself, switch it on, say so."""
+"""`apply(model, config)`: find the modules that each option changes, check them, switch the options on, log it."""
 
+import dataclasses
 import functools
 import logging
 import weakref
@@ -12,13 +13,22 @@ from torch import nn
 from . import chunked_mlp, token_wise
 from .chunked_loss import blockwise
 from .layer_checkpointing import LayerCheckpointing
-from .lazy_logits import LazyLogits, arm
+from .lazy_logits import LazyLogits, disable, enable, remove
+from .mlp_classes import declare
+from .mlp_lookup import find_mlps, inner_classes_of, recorded_classes, spec_from_call, why_not_mlp
 from .options import MemoryConfig
+from .sharded_weights import (
+    original_class,
+    refuse_composite,
+    refuse_inner_shards,
+    refuse_released_parts,
+    refuse_ungathered,
+)
 
 logger = logging.getLogger("ring_hf")
 
 COMPILED = (
-    "The model is compiled (torch.compile), which would trace past the levers of memory.apply. Leave torch.compile "
+    "The model is compiled (torch.compile), which would trace past the options of memory.apply. Leave torch.compile "
     "(torch_compile of TrainingArguments) out."
 )
 _applied: "weakref.WeakKeyDictionary[nn.Module, Applied]" = weakref.WeakKeyDictionary()
@@ -26,10 +36,16 @@ _applied: "weakref.WeakKeyDictionary[nn.Module, Applied]" = weakref.WeakKeyDicti
 
 @dataclass(frozen=True)
 class Applied:
-    """What was done to a model."""
+    """What `apply` changed of a model.
+
+    Attributes:
+        config: the options.
+        feed_forward: tokens of a block, by the name of each feed-forward module.
+        head: class of the LM head whose loss is taken in blocks.
+    """
 
     config: MemoryConfig
-    feed_forward: dict[str, int]  # module name: tokens of a block
+    feed_forward: dict[str, int]
     head: str | None
 
     def __str__(self) -> str:
@@ -44,17 +60,21 @@ class Applied:
 
 
 def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Applied:
-    """Pull the levers on a Transformers model, in place, before the Trainer (or a training loop) gets it.
+    """Switch memory options on for a Transformers model, in place, before the Trainer (or a training loop) gets it.
+
+    Feed-forward modules are looked up by class (`mlp_lookup.py`). A pass of a few tokens is needed for
+    `ffn_block="auto"` (the size of activations), two for `loss_block` (whether the loss is the same), and one for
+    feed-forward modules whose insides were replaced, as PEFT and bitsandbytes do.
 
     Args:
         model: a causal language model, also as PEFT wrapped it.
-        config: which levers; or its fields as keyword arguments.
+        config: the options; or give its fields as keyword arguments.
 
     Returns:
-        What was done, for the log. The same call again changes nothing.
+        What was changed, for the log. The same call again changes nothing.
 
     Raises:
-        ValueError: for what cannot be done to this model, before anything is changed.
+        ValueError: if the model does not allow an option; nothing is changed then.
     """
     if config is not None and settings:
         raise ValueError(f"config={config} and {', '.join(settings)} were both given. Give one of them.")
@@ -65,26 +85,33 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
         if before.config == config:
             return before
         raise ValueError(
-            f"memory.apply was called with {before.config} before, and now with {config}. Build the model anew to "
+            f"memory.apply was called with {before.config} before, and now with {config}. Build the model again to "
             "change it."
         )
     if (config.attention, config.ffn_block, config.loss_block) == ("none", None, None):
         return Applied(config, {}, None)
     _refuse_model(inner)
-    # Everything is found and proven first; then nothing can fail halfway.
+    if (config.ffn_block, config.loss_block) != (None, None):
+        refuse_ungathered(inner)
+    # Everything is checked first; then nothing can fail halfway.
     with token_wise.stand_in_weights(inner):
-        layers = None if config.attention == "none" else LayerCheckpointing(inner, config)
-        found = _feed_forward(inner) if config.ffn_block is not None else []
-        head = _head(inner) if config.loss_block is not None else None
-        block = config.ffn_block
-        blocks = {seen.name: block if isinstance(block, int) else chunked_mlp.automatic_block(seen) for seen in found}
-    for seen in found:
-        chunked_mlp.wrap(seen, blocks[seen.name])
-        seen.module.register_forward_pre_hook(chunked_mlp.refuse_changed)
+        checkpointing = None if config.attention == "none" else LayerCheckpointing(inner, config)
+        mlps = [] if config.ffn_block is None else find_mlps(inner)
+        head = None if config.loss_block is None else _head(inner)
+        if isinstance(config.ffn_block, int):
+            blocks = {mlp.name: config.ffn_block for mlp in mlps}
+        else:
+            blocks = chunked_mlp.automatic_blocks(inner, mlps)
+    for module in [mlp.module for mlp in mlps] + ([] if head is None else [head]):
+        refuse_inner_shards(module)
+    if head is not None:
+        refuse_composite(head)
+    for mlp in mlps:
+        chunked_mlp.wrap(mlp, blocks[mlp.name])
     if head is not None:
         _switch_loss(inner, config)
-    if layers is not None:
-        layers.switch_on()
+    if checkpointing is not None:
+        checkpointing.switch_on()
     inner.register_forward_pre_hook(_refuse_compiled)
     applied = Applied(config, blocks, None if head is None else type(head).__name__)
     _applied[inner] = applied
@@ -93,12 +120,75 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
 
 
 def applied_to(model: Any) -> Applied | None:
-    """What `apply` did to this model, if anything."""
+    """Return what `apply` changed of a model, if anything."""
     return _applied.get(base_model(model))
 
 
+def sharding_error(model: Any) -> str | None:
+    """Return why an engine that has wrapped a model does not show whole weights to its blocks, or None.
+
+    For the time when the engine is known: `apply` asks the same of a model that is sharded when it is loaded.
+    """
+    inner = base_model(model)
+    applied = _applied.get(inner)
+    if applied is None:
+        return None
+    mlps = [module for module in inner.modules() if chunked_mlp.SETTINGS in vars(module)]
+    head = inner.get_output_embeddings() if applied.head is not None else None
+    try:
+        for module in mlps:
+            refuse_inner_shards(module)
+            refuse_released_parts(module)
+        if head is not None:
+            refuse_inner_shards(head)
+            refuse_composite(head)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def declare_mlp(model: Any, kind: type) -> None:
+    """Prove on a model that a feed-forward class treats each token by itself, so that `apply` runs it over blocks.
+
+    Every module of that class is called with a few tokens, some of them NaN. The declaration holds for this process; a
+    small model with random weights proves as much as a large one.
+
+    Args:
+        model: a Transformers model with modules of that class.
+        kind: the class. Its subclasses are not declared.
+
+    Raises:
+        ValueError: if a module of that class is not a feed-forward layer that treats each token by itself.
+    """
+    inner = base_model(model)
+    with token_wise.stand_in_weights(inner):
+        calls = token_wise.record_calls(inner, lambda module: original_class(module) is kind)
+        routers = tuple(set(recorded_classes(inner)))
+        errors = [f"{call.name}: {reason}" for call in calls if (reason := why_not_mlp(call, routers)) is not None]
+    if not calls:
+        raise ValueError(
+            f"No {kind.__name__} is called in a pass of {type(inner).__name__}, so nothing can be proven of it. Give "
+            "a model that holds one."
+        )
+    if errors:
+        raise ValueError(f"{kind.__name__} cannot be computed over blocks ({errors[0]}). Set ffn_block=None.")
+    specs = [spec_from_call(call) for call in calls]
+    spec = dataclasses.replace(
+        specs[0],
+        is_called_once=all(each.is_called_once for each in specs),
+        inner_classes=frozenset(name for call in calls for name in inner_classes_of(call.module)),
+    )
+    if any((each.token_dims, each.result_dims) != (spec.token_dims, spec.result_dims) for each in specs):
+        raise ValueError(f"{kind.__name__} is called with different arguments in each layer. Set ffn_block=None.")
+    declare(kind, spec)
+
+
 def base_model(model: Any) -> Any:
-    """The Transformers model inside wrappers: PEFT (`get_base_model`), DDP and the like (`module`)."""
+    """Return the Transformers model inside wrappers: PEFT (`get_base_model`), DDP and the like (`module`).
+
+    Raises:
+        ValueError: if there is none.
+    """
     while not hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
         if inner is None:
@@ -125,7 +215,7 @@ def _refuse_model(model: Any) -> None:
 
 
 def _replaced_by(module: nn.Module) -> str:
-    """Return the name of the Python module whose function stands in for the forward of an instance."""
+    """Return the name of the Python module whose function replaces the forward of an instance."""
     forward = vars(module).get("forward")
     while isinstance(forward, functools.partial):
         forward = forward.func
@@ -138,7 +228,7 @@ def _has_trl_head(module: nn.Module) -> bool:
 
 
 def _cause_of(module: nn.Module) -> str:
-    """Say who replaced a forward, and what to do about it."""
+    """Return who replaced a forward, and the way out."""
     if _has_trl_head(module):
         return (
             "by TRL: its trainers give a model a fused LM head, which takes the loss tile by tile itself. Call "
@@ -156,13 +246,6 @@ def _refuse_compiled(model: Any, args: tuple) -> None:
         raise ValueError(COMPILED)
 
 
-def _feed_forward(model: Any) -> list[token_wise.RecordedCall]:
-    found, error = chunked_mlp.find(model)
-    if error is not None:
-        raise ValueError(error)
-    return found
-
-
 def _head(model: Any) -> nn.Module:
     head = model.get_output_embeddings()
     if head is None:
@@ -171,68 +254,60 @@ def _head(model: Any) -> nn.Module:
     if getattr(loss, "__name__", None) != "ForCausalLMLoss" or hasattr(loss, "__wrapped__"):
         raise ValueError(
             f"{type(model).__name__} computes {getattr(loss, '__name__', loss)!r} and not the causal language "
-            "modelling loss, which alone is taken in blocks. Set loss_block=None."
+            "modelling loss, which is the only one that is taken in blocks. Set loss_block=None."
         )
     _prove_loss(model)
     return head
 
 
 def _prove_loss(model: Any) -> None:
-    """Does the model hand the result of its head to its loss function, and is the loss the same?"""
-    tokens, stock, calls = token_wise.tokens(model), model.loss_function, []
+    """Raise if the model does not hand the result of its head to its loss function, or if the loss differs."""
+    tokens, stock = token_wise.tokens(model), model.loss_function
+    calls: list[bool] = []  # whether the logits were deferred
 
     def counting(logits: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(isinstance(logits, LazyLogits))
         return blockwise(stock)(logits, *args, **kwargs)
 
     own = vars(model).get("_loss_function")
-    with token_wise.undisturbed(model):
-        wanted = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    with token_wise.preserved_state(model):
+        expected = float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
         head = model.get_output_embeddings()
         try:
             model.loss_function = counting
-            arm(head, 5)
-            found = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            enable(head, 5)
+            loss = float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
         finally:
-            disarm(head)
+            remove(head)
             if own is None:
                 del model._loss_function
             else:
                 model.loss_function = own
-    apart = abs(float(found) - float(wanted))
-    bar = token_wise.TOLERANCE.get(model.get_input_embeddings().weight.dtype, 1e-2)
-    if calls != [True] or not apart <= bar * abs(float(wanted)):
+    tolerance = token_wise.TOLERANCE.get(model.get_input_embeddings().weight.dtype, 1e-2)
+    if calls != [True] or not abs(loss - expected) <= tolerance * abs(expected):
         raise ValueError(
             f"{type(model).__name__} changes the logits between its head and its loss in a way that cannot be done "
-            f"block by block (deferred: {calls}, loss {float(found):.6g} instead of {float(wanted):.6g}). Set "
-            "loss_block=None."
+            f"block by block (deferred: {calls}, loss {loss:.6g} instead of {expected:.6g}). Set loss_block=None."
         )
 
 
-def disarm(head: nn.Module) -> None:
-    """Undo `arm`."""
-    arm(head, None)
-    vars(head).pop("forward", None)
-    vars(head).pop("_ring_hf_loss_block", None)
-
-
 def _switch_loss(model: Any, config: MemoryConfig) -> None:
-    armed: list[nn.Module] = []
-    asked = False
+    enabled_heads: list[nn.Module] = []
+    is_loss_called = False
 
-    def called() -> None:
-        nonlocal asked
-        asked = True
+    def on_loss() -> None:
+        nonlocal is_loss_called
+        is_loss_called = True
 
-    model.loss_function = blockwise(model.loss_function, called)
+    model.loss_function = blockwise(model.loss_function, on_loss)
 
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal asked
-        asked = False
-        head = module.get_output_embeddings()  # anew: PEFT may have wrapped it since
+        nonlocal is_loss_called
+        is_loss_called = False
+        head = module.get_output_embeddings()  # in every pass: PEFT may have wrapped it since
         if kwargs.get("labels") is not None:
-            arm(head, config.loss_block)
-            armed.append(head)
+            enable(head, config.loss_block)
+            enabled_heads.append(head)
         elif kwargs.get("loss_weights") is not None:
             raise ValueError(
                 "The batch has loss_weights but its labels were taken out before the forward pass (as "
@@ -241,10 +316,10 @@ def _switch_loss(model: Any, config: MemoryConfig) -> None:
             )
 
     def after(module: Any, args: tuple, output: Any) -> None:
-        wanted = bool(armed)
-        while armed:
-            arm(armed.pop(), None)
-        if wanted and not asked and output is not None:
+        has_labels = bool(enabled_heads)
+        while enabled_heads:
+            disable(enabled_heads.pop())
+        if has_labels and not is_loss_called and output is not None:
             if _has_trl_head(module):
                 raise ValueError(
                     f"TRL gave {type(module).__name__} a fused LM head, which takes the loss tile by tile itself and "

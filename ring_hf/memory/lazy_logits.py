@@ -196,13 +196,32 @@ def _defer(self: torch.nn.Module, args: tuple, output: Any) -> Any:
     return None if sample is None else LazyLogits(output, self, sample, (), self.__dict__[FLAG], handover)
 
 
-def arm(head: torch.nn.Module, block: int | str | None) -> None:
-    """From now on the head defers, or with None, computes."""
-    if "forward" not in head.__dict__:
-        head.forward = MethodType(_forward, head)
+def enable(head: torch.nn.Module, block: int | str | None) -> None:
+    """Have an LM head return `LazyLogits` from now on.
+
+    Args:
+        block: tokens that the loss takes at a time, or "auto".
+
+    Raises:
+        ValueError: if the head is one whose parts ZeRO-3 would gather at each block.
+    """
+    disable(head)
     head.__dict__[FLAG] = block
-    if LAST_HOOK in head.__dict__:
-        head.__dict__.pop(LAST_HOOK).remove()
-    if block is not None and is_managed(head):
+    if is_managed(head):
         refuse_composite(head)
         head.__dict__[LAST_HOOK] = head.register_forward_hook(_defer)
+
+
+def disable(head: torch.nn.Module) -> None:
+    """Have an LM head return its logits again. Its forward stays replaced, for the next `enable`."""
+    if "forward" not in head.__dict__:
+        head.forward = MethodType(_forward, head)
+    head.__dict__[FLAG] = None
+    if LAST_HOOK in head.__dict__:
+        head.__dict__.pop(LAST_HOOK).remove()
+
+
+def remove(head: torch.nn.Module) -> None:
+    """Undo `enable` and leave no trace of it on the head."""
+    disable(head)
+    del head.forward, head.__dict__[FLAG]

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_LEAF = "_z3_leaf"  # DeepSpeed's name
+
 
 def is_zero3(module: nn.Module) -> bool:
     """Return whether ZeRO-3 holds the weights of a module."""
@@ -43,20 +45,69 @@ def is_managed(module: nn.Module) -> bool:
     return is_zero3(module) or hasattr(module, "unshard") or getattr(module, "_is_fsdp_managed_module", False)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; FSDP2 puts a class of its own in front of it."""
+    kind = type(module)
+    in_front = kind.__bases__[0].__module__.startswith("torch.distributed.fsdp") and len(kind.__bases__) == 2
+    return kind.__bases__[1] if in_front else kind
+
+
+_WAY_OUT = (
+    "Use FSDP2 (fsdp_version: 2) with every decoder layer wrapped, call memory.apply before the Trainer is made, or "
+    "set ffn_block=None and loss_block=None."
+)
+
+
 def refuse_shards(module: nn.Module) -> None:
-    """Raise if the weights of a module are shards now: a gradient of the whole would be none of theirs."""
+    """Check the weights of a module when it is about to compute blocks: a shard would get the gradient of the whole.
+
+    Raises:
+        ValueError: if its parameters are shards now.
+    """
     # DTensor; released by ZeRO-3; a view of the flat parameter of FSDP version 1.
     if any(is_dtensor(p) or is_released(p) or not isinstance(p, nn.Parameter) for p in module.parameters()):
         raise ValueError(
             f"Parameters of {type(module).__name__} are shards (of FSDP, or of ZeRO-3 that gathers parts of the layer "
-            "one by one) where memory.apply computes in blocks. Use FSDP2 (fsdp_version: 2) with every decoder layer "
-            "wrapped, call memory.apply before the Trainer is made, or set ffn_block=None and loss_block=None."
+            f"one by one) where memory.apply computes in blocks. {_WAY_OUT}"
+        )
+
+
+def refuse_ungathered(model: nn.Module) -> None:
+    """Raise ValueError if a model holds DTensors that FSDP2 does not gather, as tensor parallelism makes them."""
+    dtensors = [name for name, p in model.named_parameters() if is_dtensor(p)]
+    if dtensors and not any(hasattr(module, "unshard") for module in model.modules()):
+        raise ValueError(
+            f"{dtensors[0]} is a DTensor that no FSDP2 module gathers (as tensor parallelism makes them), where "
+            f"memory.apply computes in blocks. {_WAY_OUT}"
+        )
+
+
+def refuse_inner_shards(module: nn.Module) -> None:
+    """Raise ValueError if FSDP2 gathers parts of a module, which computes blocks as a whole, one by one."""
+    parts = [part for part in module.modules() if part is not module and hasattr(part, "unshard")]
+    if parts:
+        raise ValueError(
+            f"FSDP2 wraps {original_class(parts[0]).__name__} inside of {original_class(module).__name__}, so that it "
+            f"gathers that part alone, where memory.apply computes the whole in blocks. {_WAY_OUT}"
+        )
+
+
+def refuse_released_parts(module: nn.Module) -> None:
+    """Check a module that ZeRO-3 does not gather as one unit, once the engine is made.
+
+    Raises:
+        ValueError: if ZeRO-3 has released weights of its parts, which it gathers one by one.
+    """
+    if not module.__dict__.get(_LEAF) and list(module.children()) and any(map(is_released, module.parameters())):
+        raise ValueError(
+            f"{type(module).__name__} is called several times in a pass, so that ZeRO-3 gathers its parts one by one, "
+            f"where memory.apply computes the whole in blocks. {_WAY_OUT}"
         )
 
 
 def gather_as_unit(module: nn.Module) -> None:
     """Have ZeRO-3 gather all weights of a module around its calls, instead of those of each submodule around its."""
-    module.__dict__["_z3_leaf"] = True  # deepspeed.utils.set_z3_leaf_modules marks all modules of a class
+    module.__dict__[_LEAF] = True  # deepspeed.utils.set_z3_leaf_modules sets it for all modules of a class
 
 
 def refuse_composite(head: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""What a model really calls: one forward pass of a few tokens, watched, and proofs on what was seen.
+"""The probe: whether a module computes every token by itself, measured on the module and not read off its name.
 
-Which modules are feed-forward layers is not read off class names. A few tokens run through the real model; a module
-whose arguments and results have one row per token is then tried by itself. It treats tokens one by one if a row that
-is made NaN, and a row that is made another one, change no other row, and if it gives the same rows for fewer tokens.
+A few tokens run through the model and the calls of modules are recorded. A module whose arguments and results have one
+row per token is then called alone. It is token-wise if a row that is set to NaN, and a row that is replaced, change no
+other row, and if fewer tokens give the same rows. The table of feed-forward classes (`mlp_classes.py`) is generated
+with this probe; at runtime it is needed only for modules that the table cannot know.
 
 Letters: B rows, S tokens of a row, T = B * S.
 """
@@ -20,13 +21,21 @@ from torch import Tensor, nn
 from .sharded_weights import is_dtensor, is_released, without_hooks_of_fsdp
 
 BATCH, LENGTH = 2, 11  # T = 22 is not the size of anything else
-# Of the largest value; others 5e-2. Models in fp64 compute some things in fp32.
+# Relative to the largest value; 5e-2 for other dtypes. Models in fp64 compute some things in fp32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+_CHANGED_ROW = 5
 
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """Which arguments of a module hold one row per token, and how: leading dims 2 for [B, S, ...], 1 for [T, ...]."""
+    """The number of leading dims that hold tokens: 2 for [B, S, ...], 1 for [T, ...], 0 for an argument without any.
+
+    Attributes:
+        args: one entry for each positional argument.
+        kwargs: names and leading dims of the keyword arguments that hold tokens.
+        results: one entry for each result.
+        is_tuple: whether the module returns a tuple.
+    """
 
     args: tuple[int, ...]
     kwargs: tuple[tuple[str, int], ...]
@@ -36,26 +45,40 @@ class TokenAxes:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call."""
+    """The first call of a module in a pass.
+
+    Attributes:
+        name: of the module in its model.
+        axes: None if some argument or result has no row per token.
+        same_width: whether the first result is as wide as the first argument.
+        output: what the module returned.
+        num_calls: in the whole pass.
+    """
 
     name: str
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
-    rows: TokenAxes | None
+    axes: TokenAxes | None
     same_width: bool
-    num_calls: int = 1  # in the whole pass
+    output: Any = None
+    num_calls: int = 1
+
+    def first_tokens(self) -> Tensor:
+        """Return the first floating-point argument, `[B, S, ...]` or `[T, ...]`."""
+        arguments = (*self.args, *self.kwargs.values())
+        return next(x for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards everything is as before, the CPU's random numbers too.
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode without gradients; restore the training modes and the CPU's random state afterwards.
 
     Raises:
         ValueError: if a module changed its weights, as some do when they are first evaluated.
     """
-    modes = {module: module.training for module in model.modules()}
-    weights = {name: (weight, _sample(weight).clone()) for name, weight in _whole_weights(model)}
+    training_modes = {module: module.training for module in model.modules()}
+    weights_before = {name: (weight, _sample(weight).clone()) for name, weight in _whole_weights(model)}
     model.eval()
     for module in model.modules():
         if any(hasattr(p, "quant_state") for p in module._parameters.values()):
@@ -65,13 +88,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, mode in modes.items():
+            for module, mode in training_modes.items():
                 module.training = mode
     for name, weight in _whole_weights(model):
-        if name not in weights or not _is_same(*weights[name], weight):
+        if name not in weights_before or not _is_same(*weights_before[name], weight):
             raise ValueError(
                 f"A module changed {name} when it was tried in evaluation mode, so that it may not train as before. "
-                "Leave memory.apply out, and load the model anew."
+                "Leave memory.apply out, and load the model again."
             )
 
 
@@ -80,7 +103,7 @@ def _whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Some 64 elements: an alias of a weight would follow what is written into it."""
+    """Return some 64 elements: an alias of the whole weight would follow what is written into it."""
     return weight.reshape(-1)[:: max(1, weight.numel() // 64)]
 
 
@@ -92,18 +115,18 @@ def _is_same(before: Tensor, sample: Tensor, now: Tensor) -> bool:
 
 @contextlib.contextmanager
 def stand_in_weights(model: Any) -> Iterator[None]:
-    """Within, a model whose weights are not in this process has random ones of the same shapes.
+    """Give a model whose weights are not in this process random ones of the same shapes, for the time of the context.
 
-    Their parts are elsewhere (ZeRO-3 and Transformers' FSDP2 load a model so), or they are zeros here (FSDP's
-    cpu_ram_efficient_loading, on all ranks but the first). What is proven are the operations of modules, for which
-    random weights serve. Parameters of one shape share one tensor, so that all layers take the memory of one.
+    Its shards are elsewhere (ZeRO-3 and Transformers' FSDP2 load a model so), or its weights are zeros here (FSDP's
+    cpu_ram_efficient_loading, on all ranks but the first). The operations of modules are tried, for which random
+    weights serve. Parameters of one shape share one tensor, so that all layers take the memory of one.
     """
     embedding = model.get_input_embeddings().weight
     if not is_released(embedding) and not is_dtensor(embedding) and bool(embedding.detach().any()):
         yield
         return
     generator = torch.Generator().manual_seed(0)
-    drawn: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+    weights: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
     own = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_hooks_of_fsdp(model))
@@ -111,15 +134,15 @@ def stand_in_weights(model: Any) -> Iterator[None]:
             stack.callback(module._parameters.__setitem__, name, p)
             shape = torch.Size(getattr(p, "ds_shape", p.shape))
             key = shape, p.dtype, p.device
-            if key not in drawn:
+            if key not in weights:
                 mean = 1.0 if len(shape) < 2 else 0.0
-                drawn[key] = mean + 0.05 * torch.randn(shape, generator=generator).to(p.device, p.dtype)
-            module._parameters[name] = nn.Parameter(drawn[key], requires_grad=p.requires_grad)
+                weights[key] = mean + 0.05 * torch.randn(shape, generator=generator).to(p.device, p.dtype)
+            module._parameters[name] = nn.Parameter(weights[key], requires_grad=p.requires_grad)
         yield
 
 
 def values_above_zero(model: nn.Module, word: str) -> Iterator[str]:
-    """Attributes of modules whose name holds `word` and whose value is above 0, for example `dropout`."""
+    """Yield attributes of modules whose name holds `word` and whose value is above 0, for example `dropout`."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if word in key and isinstance(value, float) and value > 0:
@@ -129,36 +152,41 @@ def values_above_zero(model: nn.Module, word: str) -> Iterator[str]:
 
 
 def tokens(model: Any) -> Tensor:
-    """[B, S] token numbers that the model knows, spread over them."""
-    size = model.get_input_embeddings().weight.shape[0]
-    device = model.get_input_embeddings().weight.device
-    return (torch.arange(BATCH * LENGTH, device=device) * 7 % max(size - 3, 1) + min(3, size - 1)).view(BATCH, LENGTH)
+    """Return int64 token numbers `[B, S]` spread over the model's vocabulary, on its device."""
+    weight = model.get_input_embeddings().weight
+    size = weight.shape[0]
+    numbers = torch.arange(BATCH * LENGTH, device=weight.device) * 7 % max(size - 3, 1) + min(3, size - 1)
+    return numbers.view(BATCH, LENGTH)
 
 
-def watch(model: Any, wanted: Callable[[nn.Module], bool]) -> list[RecordedCall]:
-    """The first call of every module that is wanted, in a pass of [B, S] tokens."""
-    seen: dict[nn.Module, RecordedCall] = {}
+def record_calls(model: Any, is_wanted: Callable[[nn.Module], bool]) -> list[RecordedCall]:
+    """Run a pass of [B, S] tokens; return the first call of every module for which `is_wanted` holds.
+
+    Raises:
+        ValueError: if a module changed its weights.
+    """
+    calls: dict[nn.Module, RecordedCall] = {}
     names = {module: name for name, module in model.named_modules()}
     num_calls: Counter[nn.Module] = Counter()
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         num_calls[module] += 1
-        if module not in seen:
+        if module not in calls:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            rows, same_width = _rows(args, kwargs, output)
-            seen[module] = RecordedCall(names[module], module, args, kwargs, rows, same_width)
+            axes, same_width = _token_axes(args, kwargs, output)
+            calls[module] = RecordedCall(names[module], module, args, kwargs, axes, same_width, output)
 
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules() if wanted(module)]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in model.modules() if is_wanted(module)]
     try:
-        with undisturbed(model):
+        with preserved_state(model):
             model(input_ids=tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return [dataclasses.replace(call, num_calls=num_calls[module]) for module, call in seen.items()]
+    return [dataclasses.replace(call, num_calls=num_calls[module]) for module, call in calls.items()]
 
 
-def _lead(x: Any) -> int:
+def _num_leading(x: Any) -> int:
     if not isinstance(x, Tensor) or x.ndim < 1:
         return 0
     if x.ndim >= 2 and tuple(x.shape[:2]) == (BATCH, LENGTH):
@@ -166,77 +194,88 @@ def _lead(x: Any) -> int:
     return 1 if x.shape[0] == BATCH * LENGTH else 0
 
 
-def _rows(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[TokenAxes | None, bool]:
+def _token_axes(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[TokenAxes | None, bool]:
     results = output if isinstance(output, tuple) else (output,)
-    rows = TokenAxes(
-        tuple(map(_lead, args)),
-        tuple((key, _lead(value)) for key, value in kwargs.items() if _lead(value)),
-        tuple(map(_lead, results)),
+    axes = TokenAxes(
+        tuple(map(_num_leading, args)),
+        tuple((key, _num_leading(value)) for key, value in kwargs.items() if _num_leading(value)),
+        tuple(map(_num_leading, results)),
         isinstance(output, tuple),
     )
-    every = [x for x in (*args, *kwargs.values(), *results) if isinstance(x, Tensor) and x.numel() > 1]
-    first = next((x for x in (*args, *kwargs.values()) if _lead(x) and x.is_floating_point()), None)
-    if first is None or not all(rows.results) or not all(map(_lead, every)):
+    tensors = [x for x in (*args, *kwargs.values(), *results) if isinstance(x, Tensor) and x.numel() > 1]
+    first = next((x for x in (*args, *kwargs.values()) if _num_leading(x) and x.is_floating_point()), None)
+    if first is None or not all(axes.results) or not all(map(_num_leading, tensors)):
         return None, False
-    return rows, isinstance(results[0], Tensor) and results[0].shape[-1] == first.shape[-1]
+    return axes, isinstance(results[0], Tensor) and results[0].shape[-1] == first.shape[-1]
 
 
-def flat(x: Tensor, lead: int) -> Tensor:
-    return x.flatten(0, 1) if lead == 2 else x
+def flat(x: Tensor, num_leading: int) -> Tensor:
+    """Return `[T, ...]` of `[B, S, ...]` (`num_leading` 2) or of `[T, ...]` (1)."""
+    return x.flatten(0, 1) if num_leading == 2 else x
 
 
-def treats_tokens_alone(seen: RecordedCall) -> bool:
-    """Whether no row of the results depends on another row of the arguments, tried on the real module."""
-    rows, module = seen.rows, seen.module
-    if rows is None:
+def is_token_wise(call: RecordedCall) -> bool:
+    """Return whether no row of a module's results depends on another row of its arguments, by calling it."""
+    if call.axes is None:
         return False
-    plain = call(module, seen, lambda x, lead: x)
-    largest = max(float(x.abs().max()) for x in plain if x.is_floating_point())
-    bar = max(largest, 1e-6) * TOLERANCE.get(plain[0].dtype, 5e-2)
+    whole = run(call, lambda x, num_leading: x)
+    largest = max(float(x.abs().max()) for x in whole if x.is_floating_point())
+    tolerance = max(largest, 1e-6) * TOLERANCE.get(whole[0].dtype, 5e-2)
     others = torch.ones(BATCH * LENGTH, dtype=torch.bool)
-    others[5] = False
+    others[_CHANGED_ROW] = False
 
-    def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], which: Any) -> bool:
-        pairs = zip(found, wanted, strict=True)
-        return all(bool(((a[which] - b[which]).abs() <= bar).all()) for a, b in pairs if a.is_floating_point())
+    def close(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], rows: Any) -> bool:
+        pairs = zip(results, expected, strict=True)
+        return all(bool(((a[rows] - b[rows]).abs() <= tolerance).all()) for a, b in pairs if a.is_floating_point())
 
-    def poisoned(value: float) -> Callable[[Tensor, int], Tensor]:
-        def change(x: Tensor, lead: int) -> Tensor:
-            if not x.is_floating_point():
-                return x
-            x = x.clone()
-            flat(x, lead)[5] = value if value != value else -2 * flat(x, lead)[3]
-            return x
-
-        return change
-
-    few = slice(3, 10)
-    cut = call(module, seen, lambda x, lead: flat(x, lead)[few][None] if lead == 2 else x[few])
+    some = slice(3, 10)
+    fewer = run(call, lambda x, num_leading: flat(x, num_leading)[some][None] if num_leading == 2 else x[some])
     return (
-        same(call(module, seen, poisoned(torch.nan)), plain, others)
-        and same(call(module, seen, poisoned(0.0)), plain, others)
-        and all(part.shape[0] == 7 for part in cut)
-        and same(cut, tuple(x[few] for x in plain), slice(None))
+        close(run(call, _with_nan_row), whole, others)
+        and close(run(call, _with_other_row), whole, others)
+        and all(result.shape[0] == 7 for result in fewer)
+        and close(fewer, tuple(x[some] for x in whole), slice(None))
     )
 
 
-def call(module: nn.Module, seen: RecordedCall, change: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
-    """The results for changed arguments, as rows."""
-    assert seen.rows is not None
-    args = [change(x, lead) if lead else x for x, lead in zip(seen.args, seen.rows.args, strict=True)]
-    changed = {key: change(seen.kwargs[key], lead) for key, lead in seen.rows.kwargs}
-    with undisturbed(module):
-        results = module(*args, **{**seen.kwargs, **changed})
+def _with_nan_row(x: Tensor, num_leading: int) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    x = x.clone()
+    flat(x, num_leading)[_CHANGED_ROW] = torch.nan
+    return x
+
+
+def _with_other_row(x: Tensor, num_leading: int) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    x = x.clone()
+    flat(x, num_leading)[_CHANGED_ROW] = -2 * flat(x, num_leading)[3]
+    return x
+
+
+def run(call: RecordedCall, change: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+    """Call a module with changed arguments; return its results as rows `[T, ...]`.
+
+    Args:
+        call: its recorded arguments.
+        change: takes a tensor of tokens and the number of its leading dims.
+    """
+    assert call.axes is not None
+    args = [change(x, num) if num else x for x, num in zip(call.args, call.axes.args, strict=True)]
+    changed = {key: change(call.kwargs[key], num) for key, num in call.axes.kwargs}
+    with preserved_state(call.module):
+        results = call.module(*args, **{**call.kwargs, **changed})
     results = results if isinstance(results, tuple) else (results,)
-    return tuple(flat(x, lead) for x, lead in zip(results, seen.rows.results, strict=True))
+    return tuple(flat(x, num) for x, num in zip(results, call.axes.results, strict=True))
 
 
-def is_affine(seen: RecordedCall) -> bool:
-    """Whether the module is no more than a matrix, however it is made (LoRA): f(2x) - f(x) = f(x) - f(0)."""
+def is_affine(call: RecordedCall) -> bool:
+    """Return whether a module is no more than a matrix, however it is made (LoRA): f(2x) - f(x) = f(x) - f(0)."""
 
-    def times(factor: float) -> Tensor:
-        return call(seen.module, seen, lambda x, lead: x * factor if x.is_floating_point() else x)[0]
+    def scaled(factor: float) -> Tensor:
+        return run(call, lambda x, num_leading: x * factor if x.is_floating_point() else x)[0]
 
-    zero, one, two = times(0), times(1), times(2)
-    bar = float((one - zero).abs().max()) * TOLERANCE.get(one.dtype, 5e-2)
-    return bool(((two - one) - (one - zero)).abs().max() <= max(bar, 1e-30))
+    zero, once, twice = scaled(0), scaled(1), scaled(2)
+    tolerance = float((once - zero).abs().max()) * TOLERANCE.get(once.dtype, 5e-2)
+    return bool(((twice - once) - (once - zero)).abs().max() <= max(tolerance, 1e-30))

@@ -36,7 +36,7 @@ REFUSED = {
     },
     "ffn": {
         **dict.fromkeys(NO_MODULE, "has no feed-forward layer that is a module of its own"),
-        **dict.fromkeys(SORTED, "do not treat each token by itself"),
+        **dict.fromkeys(SORTED, "are not known to treat each token by itself"),
     },
     "loss": {},
 }

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ring_hf.memory import apply, chunked_mlp
 from ring_hf.memory.chunked import in_blocks, spans
+from ring_hf.memory.mlp_lookup import find_mlps
 from tests.memory.models import CountOperators, apart, batch, model_of, step
 
 
@@ -101,11 +102,11 @@ def test_rows_of_any_number_and_length(name, shape):
 
 def test_what_is_found():
     """By structure: dense layers whole, experts behind their router, shared experts beside them."""
-    found = {name: {seen.name.split(".", 2)[2] for seen in chunked_mlp.find(model_of(name))[0]} for name in FOUND}
-    assert found == FOUND
+    names = {family: {mlp.name.split(".", 2)[2] for mlp in find_mlps(model_of(family))} for family in MLPS}
+    assert names == MLPS
 
 
-FOUND = {
+MLPS = {
     "llama": {"0.mlp", "1.mlp"},
     "mixtral": {"0.mlp.experts", "1.mlp.experts"},
     "qwen2_moe": {"0.mlp.experts", "1.mlp.experts", "0.mlp.shared_expert", "1.mlp.shared_expert"},
@@ -119,18 +120,22 @@ def test_a_matrix_with_lora_is_no_feed_forward_layer():
 
     settings = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(model_of("llama"), settings).get_base_model()
-    assert {seen.name.split(".", 2)[2] for seen in chunked_mlp.find(model)[0]} == {"0.mlp", "1.mlp"}
+    assert {mlp.name.split(".", 2)[2] for mlp in find_mlps(model)} == {"0.mlp", "1.mlp"}
+
+
+def automatic_block(model):
+    return chunked_mlp.automatic_blocks(model, find_mlps(model)).popitem()[1]
 
 
 def test_automatic_blocks_make_activations_as_large_as_weights(monkeypatch):
     monkeypatch.setattr(chunked_mlp, "SMALLEST", 1)
-    (dense, _), _ = chunked_mlp.find(model_of("llama", hidden_size=64, intermediate_size=256))
+    dense = model_of("llama", hidden_size=64, intermediate_size=256)
+    block = automatic_block(dense)
     # Weights 3 * 64 * 256; per token the input, and up to five intermediates (gate, its activation, up, product).
-    assert 3 * 64 * 256 // (64 + 6 * 256) <= chunked_mlp.automatic_block(dense) <= 3 * 64 * 256 // (64 + 3 * 256)
-    (experts, _), _ = chunked_mlp.find(model_of("mixtral"))
-    assert chunked_mlp.automatic_block(experts) > 4 * 32 * 48 * 3 // (2 * (2 * 32 + 6 * 48))
+    assert 3 * 64 * 256 // (64 + 6 * 256) <= block <= 3 * 64 * 256 // (64 + 3 * 256)
+    assert automatic_block(model_of("mixtral")) > 4 * 32 * 48 * 3 // (2 * (2 * 32 + 6 * 48))
     monkeypatch.undo()
-    assert chunked_mlp.automatic_block(dense) == 1024
+    assert automatic_block(dense) == 1024
     plain, model = model_of("llama"), model_of("llama")
     apply(model, attention="none", ffn_block="auto", loss_block=None)
     assert type(model.model.layers[0].mlp) is type(plain.model.layers[0].mlp) and isinstance(model, nn.Module)

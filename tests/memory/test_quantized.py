@@ -41,14 +41,14 @@ class Marked(PacksWhenEvaluated):
 def test_a_module_that_changes_its_weights_when_it_is_tried_is_refused(kind):
     model = nn.Sequential(kind(4, 4))
     message = r"A module changed 0\.weight when it was tried in evaluation mode"
-    with pytest.raises(ValueError, match=message), token_wise.undisturbed(model):
+    with pytest.raises(ValueError, match=message), token_wise.preserved_state(model):
         model(torch.ones(1, 4))
 
 
 def test_quantized_modules_are_tried_in_training_mode_and_go_back():
     model = nn.Sequential(Marked(4), nn.Dropout(0.5))
     model.eval()
-    with token_wise.undisturbed(model):
+    with token_wise.preserved_state(model):
         assert model[0].training and not model[1].training
         model(torch.ones(1, 4))
     assert not any(module.training for module in model.modules())

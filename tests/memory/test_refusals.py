@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from ring_hf.hf.checks.argument_rules import check_memory, first_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
-from ring_hf.memory import MemoryConfig, applied_to, apply, chunked_mlp, selective_checkpoint
+from ring_hf.memory import MemoryConfig, applied_to, apply, declare_mlp, selective_checkpoint
+from ring_hf.memory.mlp_lookup import find_mlps
 from tests.memory.models import apart, batch, model_of, step
 
 CONFIGS = {
@@ -150,13 +151,13 @@ MODELS = {
         "layers.0.mlp.*residual_dropout=0.1 drops values at random",
     ),
     "mixing rows": (mixing, {"ffn_block": 7}, "has no feed-forward layer that is a module of its own"),
-    "mixing rows a little": (lambda: mixing(1e-12), {"ffn_block": 7}, "treats each token by itself"),
+    "mixing rows a little": (lambda: mixing(1e-12), {"ffn_block": 7}, "is known to treat each token by itself"),
     "capacity": (
         with_capacity,
         {"ffn_block": 7},
         "2 feed-forward parts of MixtralForCausalLM, for example model.layers.0",
     ),
-    "loss": (another_loss, {"loss_block": 7}, "and not the causal language modelling loss, which alone"),
+    "loss": (another_loss, {"loss_block": 7}, "and not the causal language modelling loss, which is the only one"),
     "loss in a wrapper": (lambda: nearly_the_loss(True), {"loss_block": 7}, "and not the causal language modelling"),
     "loss by name only": (lambda: nearly_the_loss(False), {"loss_block": 7}, "changes the logits between its head"),
     "scale": (trained_scale, {"loss_block": 7}, "changes the logits between its head and its loss in a way that"),
@@ -186,9 +187,11 @@ def test_model_is_refused_and_left_as_it_was(name):
 
 
 def test_capacity_is_seen_by_the_probe_and_not_by_a_name():
-    found, message = chunked_mlp.find(with_capacity())
-    assert found == [] and "experts with a capacity" in str(message)
-    assert len(chunked_mlp.find(model_of("mixtral"))[0]) == 2
+    with pytest.raises(ValueError, match="experts with a capacity"):
+        find_mlps(with_capacity())
+    with pytest.raises(ValueError, match=r"Capacity cannot be computed over blocks .*depends on other tokens"):
+        declare_mlp(with_capacity(), Capacity)
+    assert len(find_mlps(model_of("mixtral"))) == 2
 
 
 def test_the_same_call_twice_changes_nothing_and_another_one_is_refused():

@@ -3,13 +3,18 @@
 What engines do with them is tested in `tests/engines`.
 """
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
-from ring_hf.memory import apply, lazy_logits, token_wise
+from ring_hf.memory import apply, lazy_logits, sharding_error, token_wise
 from ring_hf.memory.sharded_weights import refuse_composite
 from tests.memory.models import apart, batch, model_of, step
 
@@ -97,3 +102,83 @@ def test_weights_that_are_there_are_used():
     own = [id(weight) for weight in model.parameters()]
     with token_wise.stand_in_weights(model):
         assert [id(weight) for weight in model.parameters()] == own
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def with_a_wrapped_matrix(mesh):
+    """As a size-based policy of FSDP2 does to large matrices."""
+    model = model_of("llama")
+    fully_shard(model.model.layers[0].mlp.up_proj, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def with_tensor_parallelism(mesh):
+    model = model_of("llama")
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Replicate()]))
+    return model
+
+
+SHARDED = {
+    "FSDP2 inside": (
+        with_a_wrapped_matrix,
+        r"FSDP2 wraps Linear inside of LlamaMLP.* every decoder layer wrapped",
+    ),
+    "tensor parallelism": (
+        with_tensor_parallelism,
+        r"layers.0.mlp.up_proj.weight is a DTensor that no FSDP2 module gathers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_parts_that_are_sharded_by_themselves_are_refused_by_apply(mesh, name):
+    build, message = SHARDED[name]
+    model = build(mesh)
+    with pytest.raises(ValueError, match=message):
+        apply(model, **BLOCKS)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_that_fsdp2_gathers_are_not_refused(mesh):
+    model = model_of("llama")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert len(apply(model, **BLOCKS).feed_forward) == 2 and sharding_error(model) is None
+
+
+def test_parts_that_an_engine_shards_after_apply_are_refused_before_a_step(mesh):
+    model = model_of("llama")
+    assert sharding_error(model) is None
+    apply(model, **BLOCKS)
+    assert sharding_error(model) is None
+    fully_shard(model.model.layers[1].mlp.down_proj, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert "FSDP2 wraps Linear inside of LlamaMLP" in sharding_error(model)
+
+
+def test_layers_called_several_times_are_refused_where_zero3_releases_their_parts():
+    model = model_of("hrm_text")
+    apply(model, **BLOCKS)
+    assert sharding_error(model) is None
+    weight = next(p for name, p in model.named_parameters() if "mlp" in name)
+    weight.ds_id, weight.ds_status = 1, SimpleNamespace(name="NOT_AVAILABLE")
+    assert "HrmTextMLP is called several times in a pass, so that ZeRO-3 gathers its parts" in sharding_error(model)
+    weight.ds_status = SimpleNamespace(name="AVAILABLE")  # as small weights are kept on every rank
+    assert sharding_error(model) is None
+
+
+def test_heads_made_of_modules_are_refused_under_zero3_by_apply():
+    model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    for weight in model.get_output_embeddings().parameters():
+        weight.ds_id = 1
+    with pytest.raises(ValueError, match="The LM head is a Linear made of modules"):
+        apply(model, **BLOCKS)

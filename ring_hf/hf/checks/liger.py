@@ -47,7 +47,7 @@ def _check_loss(model: Any) -> str | None:
     tokens_BS = token_wise.tokens(model)
     shift_labels_BS = tokens_BS.new_full(tokens_BS.shape, IGNORE_INDEX)
     shift_labels_BS[:, 1::4] = tokens_BS[:, ::4]
-    with token_wise.undisturbed(model):
+    with token_wise.preserved_state(model):
         logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
         loss_sum = cross_entropy(
             logits_BSV.float().flatten(0, 1), shift_labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
-from ring_hf.memory import applied_to
+from ring_hf.memory import applied_to, sharding_error
 
 from ..context import ProcessContext
 from ..runtime.gradients import AUTOGRAD_GRADIENTS, FSDP2_GRADIENTS, ZERO3_GRADIENTS, GradientMethod
@@ -365,7 +365,7 @@ def check_blocks(engine: Engine, model: Any) -> str | None:
     """Return an error message if an engine cannot run the blocks of `memory.apply` in a model, else None."""
     applied = applied_to(model)
     if engine.supports_blocks or applied is None:
-        return None
+        return sharding_error(model)
     if (applied.config.ffn_block, applied.config.loss_block) == (None, None):
         return None
     return (
