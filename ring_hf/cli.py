@@ -12,7 +12,7 @@ from types import ModuleType
 from .doctor import doctor_command
 from .planner import plan_command
 from .simulate import bench_command, show_command, simulate_command
-from .simulate.cli_options import Formatter
+from .text import HelpFormatter
 
 COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor_command,
@@ -29,7 +29,7 @@ Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --hel
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="ring-hf", description=_DESCRIPTION, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(prog="ring-hf", description=_DESCRIPTION, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in COMMANDS.values():
         module.add(commands)

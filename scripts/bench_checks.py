@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from ring_hf.text import markdown_table
 from scripts.bench_training import model_config, sequences
 from scripts.teams import WorkerPool, report
 
@@ -112,16 +113,16 @@ def train(job: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| tokens | step s | message ms (median) | shortest ms | share of a step | trial step s | in steps |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    cells = [["tokens", "step s", "message ms (median)", "shortest ms", "share of a step", "trial step s", "in steps"]]
     for row in rows:
-        lines.append(
-            f"| {row['length']:,} | {row['step']:.3f} | {row['message'] * 1e3:.2f} | {row['shortest'] * 1e3:.2f} "
-            f"| {row['message'] / row['step']:.2%} | {row['trial']:.2f} | {row['trial'] / row['step']:.2f} |"
-        )
-    return "\n".join(lines)
+        message = [
+            f"{row['message'] * 1e3:.2f}",
+            f"{row['shortest'] * 1e3:.2f}",
+            f"{row['message'] / row['step']:.2%}",
+        ]
+        trial = [f"{row['trial']:.2f}", f"{row['trial'] / row['step']:.2f}"]
+        cells.append([f"{row['length']:,}", f"{row['step']:.3f}", *message, *trial])
+    return markdown_table(cells, align="r", padded=False)
 
 
 def main() -> None:

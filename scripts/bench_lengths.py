@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ring_hf.text import markdown_table
 from scripts.teams import Variants, add_options, measure, report, table
 
 STANDARD, SDPA, RING = "textbook, 1 process", "sdpa, 1 process", "ring, 2 processes"
@@ -65,11 +66,11 @@ def exponents(rows: list[dict[str, Any]], fit: int) -> list[dict[str, Any]]:
 
 def exponent_table(found: list[dict[str, Any]]) -> str:
     """Markdown, one line per dtype and variant."""
-    lines = [f"| dtype | variant | tokens | {' | '.join(name for name, _ in FIGURES.values())} |", "|---" * 7 + "|"]
+    cells = [["dtype", "variant", "tokens", *(name for name, _ in FIGURES.values())]]
     for row in found:
-        slopes = " | ".join(f"{row[key]:.2f}" for key in FIGURES)
-        lines.append(f"| {row['dtype']} | {row['variant']} | {row['from']:,} to {row['to']:,} | {slopes} |")
-    return "\n".join(lines)
+        lengths = f"{row['from']:,} to {row['to']:,}"
+        cells.append([row["dtype"], row["variant"], lengths, *(f"{row[key]:.2f}" for key in FIGURES)])
+    return markdown_table(cells, align="lllr", padded=False)
 
 
 def plot(rows: list[dict[str, Any]], found: list[dict[str, Any]], path: Path) -> None:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from ring_hf.text import markdown_table
 from scripts.bench_training import model_config
 from scripts.teams import PAGE, give_memory_back, peak_bytes, report
 
@@ -90,12 +91,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; how many times less than the first row."""
-    lines = ["| levers | peak MiB | less by | loss, difference |", "|---|---:|---:|---:|"]
+    cells = [["levers", "peak MiB", "less by", "loss, difference"]]
     for row in rows:
-        lines.append(
-            f"| {row['case']} | {row['memory'] / 2**20:,.0f} | {row['ratio']:.1f}x | {row['difference']:.1e} |"
-        )
-    return "\n".join(lines)
+        figures = [f"{row['memory'] / 2**20:,.0f}", f"{row['ratio']:.1f}x", f"{row['difference']:.1e}"]
+        cells.append([row["case"], *figures])
+    return markdown_table(cells, padded=False)
 
 
 def main() -> None:

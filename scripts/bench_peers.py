@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ring_hf.text import markdown_table
 from scripts.contenders import CONTENDERS
 from scripts.teams import Variants, WorkerPool, add_options, alone, measure, report, table
 
@@ -67,11 +68,10 @@ def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, A
 
 def check_table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per row."""
-    lines = ["| variant | key/value heads | out | dq | dk | dv |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        errors = " | ".join(f"{row[key]:.1e}" for key in ("out", "dq", "dk", "dv"))
-        lines.append(f"| {row['variant']} | {row['kv_heads']} | {errors} |")
-    return "\n".join(lines)
+    names = ("out", "dq", "dk", "dv")
+    cells = [["variant", "key/value heads", *names]]
+    cells += [[row["variant"], str(row["kv_heads"]), *(f"{row[name]:.1e}" for name in names)] for row in rows]
+    return markdown_table(cells, padded=False)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from ring_hf.text import markdown_table
 from scripts.teams import PAGE, WorkerPool, give_memory_back, peak_bytes, report
 
 CHECKPOINTING = ("none", "full", "saved")
@@ -191,20 +192,15 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ratios are to the first row of a length."""
-    lines = [
-        "| tokens | processes | checkpointing | in blocks | step s | ratio | tokens/s | peak MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    cells = [["tokens", "processes", "checkpointing", "in blocks", "step s", "ratio", "tokens/s", "peak MiB", "ratio"]]
     for row in rows:
         time_of = ("-", "-", "-")
         if "seconds" in row:
             rate = f"{row['length'] / row['seconds']:,.0f}"
             time_of = (f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", rate)
-        lines.append(
-            f"| {row['length']:,} | {row['processes']} | {row['checkpointing']} | {row['levers']} "
-            f"| {' | '.join(time_of)} | {row['memory'] / 2**20:,.0f} | {row['memory_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
+        line = [f"{row['length']:,}", str(row["processes"]), row["checkpointing"], row["levers"], *time_of]
+        cells.append([*line, f"{row['memory'] / 2**20:,.0f}", f"{row['memory_ratio']:.2f}"])
+    return markdown_table(cells, align="rrllr", padded=False)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from ring_hf.geometry import LAYOUTS, Mask, ShardedSequence, rank_work
 from ring_hf.parallel import context_attention
 from ring_hf.parallel.buffers import Buffer
 from ring_hf.parallel.transport import Ring
+from ring_hf.text import markdown_table
 from scripts.bench_algorithms import mixed_documents
 
 TOKEN_BYTES = 2 * 8 * 128 * 2  # keys and values of 8 heads of 128 in bf16
@@ -96,14 +97,14 @@ def main() -> None:
     arguments = parse_arguments()
     found = iter(count(arguments))
     print(f"{arguments.length:,} tokens over {arguments.processes} processes, torch {torch.__version__}\n")
-    print("| case | layout | ring, MiB | direct, MiB | direct / ring | busiest rank / mean |")
-    print("|---|---|---:|---:|---:|---:|")
+    rows = [["case", "layout", "ring, MiB", "direct, MiB", "direct / ring", "busiest rank / mean"]]
     for name, layout, mask, documents in cases(arguments):
         ring, direct = (next(found) / 2**20 for _ in TRANSPORTS)
         sequence = ShardedSequence(layout, arguments.length, arguments.processes, documents and (documents,))
         work = [rank_work(sequence, mask, rank) for rank in range(arguments.processes)]
-        share = f"{direct / ring:.3f} | {max(work) * arguments.processes / sum(work):.3f}"
-        print(f"| {name} | {layout} | {ring:.1f} | {direct:.1f} | {share} |")
+        imbalance = max(work) * arguments.processes / sum(work)
+        rows.append([name, layout, f"{ring:.1f}", f"{direct:.1f}", f"{direct / ring:.3f}", f"{imbalance:.3f}"])
+    print(markdown_table(rows, align="llr", padded=False))
 
 
 if __name__ == "__main__":

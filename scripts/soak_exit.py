@@ -29,6 +29,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ring_hf.text import markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {"cp2": (2, 1), "ring2xulysses2": (4, 2)}  # processes, of which so many exchange heads
 FLAGS = ("aborted", "saved")
@@ -96,15 +98,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown, one row per case, load, and with or without the hook."""
-    lines = ["| case | load | exit hook | launches | exit code 0 | aborted | model saved | seconds, median |"]
-    lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
+    lines = [["case", "load", "exit hook", "launches", "exit code 0", "aborted", "model saved", "seconds, median"]]
     for key in sorted({(row["case"], row["load"], row["without_shutdown"]) for row in results}):
         rows = [row for row in results if (row["case"], row["load"], row["without_shutdown"]) == key]
         counts = [sum(row["code"] == 0 for row in rows), *(sum(row[name] for row in rows) for name in FLAGS)]
         seconds = statistics.median(row["seconds"] for row in rows)
         cells = [key[0], key[1], "no" if key[2] else "yes", len(rows), *counts, f"{seconds:.1f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append(list(map(str, cells)))
+    return markdown_table(lines, align="lrlr", padded=False)
 
 
 def main() -> None:

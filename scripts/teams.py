@@ -28,6 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ring_hf import shard
+from ring_hf.text import markdown_table
 from scripts.contenders import CONTENDERS, Attend
 
 Variants = dict[str, dict[str, Any]]
@@ -224,17 +225,15 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per row."""
-    lines = [
-        "| dtype | tokens | variant | forward s | ratio | forward + backward s | ratio | peak MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+    cells = [
+        ["dtype", "tokens", "variant", "forward s", "ratio", "forward + backward s", "ratio", "peak MiB", "ratio"]
     ]
-    lines += [
-        f"| {row['dtype']} | {row['length']:,} | {row['variant']} "
-        f"| {row['forward']:.3f} | {row['forward_ratio']:.2f} | {row['total']:.3f} | {row['total_ratio']:.2f} "
-        f"| {row['memory'] / 2**20:.0f} | {row['memory_ratio']:.2f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    for row in rows:
+        line = [row["dtype"], f"{row['length']:,}", row["variant"]]
+        line += [f"{row['forward']:.3f}", f"{row['forward_ratio']:.2f}"]
+        line += [f"{row['total']:.3f}", f"{row['total_ratio']:.2f}"]
+        cells.append([*line, f"{row['memory'] / 2**20:.0f}", f"{row['memory_ratio']:.2f}"])
+    return markdown_table(cells, align="lrlr", padded=False)
 
 
 def setting() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..geometry.heads import chunk_heads, head_split
 from ..geometry.layout import layout_rule
 from ..geometry.plan import Plan, Step
 from ..geometry.sequence import Mask, ShardedSequence
+from ..text import format_bytes, format_duration
 from .devices import HARDWARE, Hardware, Shape
 from .timeline import LayerCost, fetch, relay
 from .work_matrices import Matrix, need_matrix, total_work, work_matrix
@@ -249,23 +250,10 @@ def choose_transport(
         best = "direct"
     if "allgather" in costs and costs["allgather"][0] <= _WORTH * costs[best][0]:
         best = "allgather"
-    said = ", ".join(f"{name} {duration(seconds)} and {amount(sent)}" for name, (seconds, sent) in costs.items())
-    left_out = "" if "allgather" in costs else f"; allgather would hold more than {amount(hardware.room)}"
+    said = ", ".join(
+        f"{name} {format_duration(seconds)} and {format_bytes(sent)}" for name, (seconds, sent) in costs.items()
+    )
+    left_out = "" if "allgather" in costs else f"; allgather would hold more than {format_bytes(hardware.room)}"
     return Choice(
         best, f"predicted per layer and step, time and bytes a rank sends ({hardware.name}): {said}{left_out}"
     )
-
-
-def amount(num_bytes: float) -> str:
-    """Bytes for reading: `"940 MB"`."""
-    return _with_unit(num_bytes, "B", ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-
-
-def duration(seconds: float) -> str:
-    """Seconds for reading: `"29.4 ms"`."""
-    return _with_unit(1e6 * seconds, "us", ("s", 1e6), ("ms", 1e3))
-
-
-def _with_unit(number: float, small: str, *units: tuple[str, float]) -> str:
-    name, size = next(((name, size) for name, size in units if number >= size), (small, 1.0))
-    return f"{number / size:.0f} {name}" if number >= 999.5 * size else f"{number / size:.3g} {name}"

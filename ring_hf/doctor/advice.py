@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..costmodel.pass_cost import amount, duration
+from ..text import format_bytes, format_duration
 from .facts import AlgorithmEstimate, Diagnosis
 from .machine import numbers
 
@@ -167,7 +167,8 @@ def _weights(facts: Diagnosis) -> Advice | None:
     if facts.devices.kind != "cuda" or whole is None or whole in fitting:
         return None
     reason = (
-        f"DDP holds {amount(whole.held)} of weights, gradients and AdamW on a rank, of {amount(facts.devices.memory)}"
+        f"DDP holds {format_bytes(whole.held)} of weights, gradients and AdamW on a rank, of "
+        f"{format_bytes(facts.devices.memory)}"
     )
     if not fitting:
         return Advice("take more ranks, adapters, or ring-hf plan --fit for states in host memory", reason)
@@ -175,7 +176,7 @@ def _weights(facts: Diagnosis) -> Advice | None:
     file = "zero3_8gpu.yaml" if best.name.startswith("DeepSpeed") else "fsdp2_8gpu.yaml"
     return Advice(
         f"start with configs/accelerate/{file}",
-        f"{reason}; {best.name} holds {amount(best.held)} (activations come on top)",
+        f"{reason}; {best.name} holds {format_bytes(best.held)} (activations come on top)",
     )
 
 
@@ -217,7 +218,8 @@ def _algorithm(facts: Diagnosis) -> Advice | None:
     action = _SETTINGS.get(best.name, f'set ulysses_size={best.name.split()[-1]} (or "auto")')
     ring = facts.overlap.ring
     windows = sum(one.count for one in facts.layers if one.visible is not None)
-    why = f"attention of a step is predicted to take {duration(best.seconds)} instead of {duration(ring.seconds)}"
+    why = f"attention of a step is predicted to take {format_duration(best.seconds)} instead of "
+    why += format_duration(ring.seconds)
     if windows and best.name == "direct":
         why += f"; {windows} of {sum(one.count for one in facts.layers)} layers see a window or chunk only"
     return Advice(action, f"{why}, {best.exposed:.0%} of it exposed instead of {ring.exposed:.0%}")

@@ -4,8 +4,8 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 
-from ..costmodel.pass_cost import amount, duration
 from ..geometry import auto_ulysses
+from ..text import align_columns, format_bytes, format_duration
 from .advice import Advice
 from .facts import Diagnosis
 
@@ -26,12 +26,6 @@ def _head(name: str, words: str = "") -> str:
     return f"\n{name:<11} {words}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned, two spaces apart and indented; the last column is not padded."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
 def _wrapped(words: str, indent: int) -> list[str]:
     return textwrap.wrap(words, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
@@ -42,14 +36,14 @@ def _versions(facts: Diagnosis) -> list[str]:
         found = one.found or ("missing" if one.required else "-")
         mark = "" if one.fits else "does not fit"
         rows.append([one.name, found, one.needs, one.tested or "", one.notes or mark])
-    return [_head("versions"), *_columns(rows)]
+    return [_head("versions"), *align_columns(rows)]
 
 
 def _devices(facts: Diagnosis) -> list[str]:
     devices = facts.devices
     names = ", ".join(f"{devices.names.count(name)} x {name}" for name in dict.fromkeys(devices.names))
     words = [names if devices.kind == "cuda" else f"{devices.cores} CPU cores, {devices.names[0]}"]
-    words.append(f"{amount(devices.memory)} of memory")
+    words.append(f"{format_bytes(devices.memory)} of memory")
     words += [f"compute capability {'.'.join(map(str, devices.capability))}"] if devices.capability else []
     if devices.peers is not None:
         words.append("every GPU reaches every other one" if devices.peers else "some GPUs do not reach each other")
@@ -69,7 +63,7 @@ def _kernels(facts: Diagnosis) -> list[str]:
         for name, reason in alike[0].kernels.items():
             verdict = "used" if name == alike[0].kernel else "fits, slower" if reason is None else "no"
             rows.append(["", name, verdict, reason or ""])
-        lines += _columns(rows)
+        lines += align_columns(rows)
     ranks = facts.question.ranks
     if facts.layers and ranks > 1:
         even = min(auto_ulysses(one.num_heads, one.num_kv_heads, ranks, ranks) for one in facts.layers)
@@ -81,10 +75,11 @@ def _engines(facts: Diagnosis) -> list[str]:
     if not facts.engines:
         return []
     rows = [
-        [one.name, amount(one.held), f"no: {one.missing}" if one.missing else "runs here"] for one in facts.engines
+        [one.name, format_bytes(one.held), f"no: {one.missing}" if one.missing else "runs here"]
+        for one in facts.engines
     ]
     words = f"weights, gradients and fp32 AdamW on a rank of {facts.question.ranks}"
-    return [_head("engines", words), *_columns(rows)]
+    return [_head("engines", words), *align_columns(rows)]
 
 
 def _links(facts: Diagnosis) -> list[str]:
@@ -94,8 +89,8 @@ def _links(facts: Diagnosis) -> list[str]:
     if not links.times:
         return [_head("links", "one process: nothing to measure")]
     words = f"{links.processes} processes over {links.backend}, each to its neighbour at once: "
-    words += f"{amount(links.bandwidth)}/s, latency {duration(links.latency)}"
-    sizes = "   ".join(f"{amount(size)} in {duration(seconds)}" for size, seconds in links.times)
+    words += f"{format_bytes(links.bandwidth)}/s, latency {format_duration(links.latency)}"
+    sizes = "   ".join(f"{format_bytes(size)} in {format_duration(seconds)}" for size, seconds in links.times)
     return [_head("links", words), f"  {sizes}"]
 
 
@@ -106,8 +101,10 @@ def _speed(facts: Diagnosis) -> list[str]:
     for one in facts.speeds:
         forward, backward = one.flops / one.forward, 2.5 * one.flops / one.backward
         rates = [_rate(forward), _rate(backward)]
-        rows.append([f"{one.tokens:,}", duration(one.forward), rates[0], duration(one.backward), rates[1]])
-    return [_head("attention", "one causal layer on one device"), *_columns(rows)]
+        rows.append(
+            [f"{one.tokens:,}", format_duration(one.forward), rates[0], format_duration(one.backward), rates[1]]
+        )
+    return [_head("attention", "one causal layer on one device"), *align_columns(rows)]
 
 
 def _rate(flops: float) -> str:
@@ -123,10 +120,10 @@ def _overlap(facts: Diagnosis) -> list[str]:
     ]
     rows = [["", "forward", "exposed", "backward", "exposed", ""]]
     for way in overlap.ways:
-        cells = [duration(way.forward), f"{way.exposed_forward / way.forward:.0%}"]
-        cells += [duration(way.backward), f"{way.exposed_backward / way.backward:.0%}"]
+        cells = [format_duration(way.forward), f"{way.exposed_forward / way.forward:.0%}"]
+        cells += [format_duration(way.backward), f"{way.exposed_backward / way.backward:.0%}"]
         rows.append([way.name, *cells, "fastest" if way is overlap.best else ""])
-    lines += _columns(rows)
+    lines += align_columns(rows)
     if overlap.least_forward is not None:
         lines.append(
             f"  a ring hides its messages from {overlap.least_forward:,} tokens on a rank forward, "

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..geometry import LAYOUTS
-from ..simulate.cli_options import Formatter
-from ..simulate.scenario import parse_size
+from ..text import HelpFormatter, parse_size
 
 _EXAMPLES = """examples:
   what this machine has, and what it would do with Llama 3.1 8B at 64K tokens
@@ -32,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "the links between ranks and the speed of attention, predicts whether compute hides the exchange, and says "
         "what to change.",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     known = "a folder, a config.json, or a name that ring-hf plan knows"
     command.add_argument("--model", default="Llama-3.1-8B", help=f"{known} (default: Llama-3.1-8B)")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..text import markdown_table
 from .perplexity import LengthResult, position_buckets
 
 # Colours that stay apart for colour-blind readers and in print (Okabe and Ito 2008).
@@ -18,7 +19,7 @@ def format_table(results: Mapping[str, Sequence[LengthResult]]) -> str:
     for name, rows in results.items():
         by_length = {result.length: f"{result.perplexity:.2f}" for result in rows}
         table.append([name, *(by_length.get(length, "") for length in lengths)])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def format_positions(results: Mapping[str, Sequence[LengthResult]]) -> str:
@@ -34,7 +35,7 @@ def format_positions(results: Mapping[str, Sequence[LengthResult]]) -> str:
     for name, result in longest.items():
         losses = [f"{loss:.3f}" for loss in result.position_losses]
         table.append([name, *losses, *[""] * (len(buckets) - len(losses))])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def plot_perplexity(
@@ -90,16 +91,3 @@ def plot_perplexity(
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _markdown(table: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = [
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in table
-    ]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], rule, *lines[1:]])

@@ -6,11 +6,10 @@ saved in host memory instead of computed again. Engine, offload of states, kerne
 
 from collections.abc import Iterator
 
-from ..simulate.layout_tables import markdown
+from ..text import markdown_table, wrap_prose
 from .gpus import GIB, HOST_MEMORY
 from .launch_command import launch_text
 from .memory_estimate import memory_of
-from .plan_report import prose
 from .published import RUNS, Run
 from .step_times import times_of
 from .training_job import Job
@@ -40,7 +39,7 @@ def million_table() -> str:
         rows.append([run.name, *published, *figures, f"{on_node / GIB:,.0f}"])
         texts.append(f"{run.name}:\n\n```text\n{launch_text(saved)}\n```")
     note = f"More than the {HOST_MEMORY / 1e12:g} TB of a node: {', '.join(too_much) or 'none of them'}."
-    return "\n\n".join((markdown(rows), prose(note), *texts))
+    return "\n\n".join((markdown_table(rows), wrap_prose(note), *texts))
 
 
 def _gigabytes(job: Job) -> str:

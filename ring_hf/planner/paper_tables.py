@@ -7,8 +7,7 @@ Letters: s sequence length, h hidden size, b batch, n heads, c block, F FLOP/s, 
 
 from dataclasses import dataclass
 
-from ..simulate.layout_tables import markdown
-from .plan_report import prose, tokens
+from ..text import format_tokens, markdown_table, wrap_prose
 from .ring_thresholds import least_tokens
 
 GB = 1e9
@@ -33,7 +32,7 @@ def hundred_million_table() -> str:
         "whatever the kernel. Ring Attention (arXiv 2310.01889) states the sum, not its terms; these five are the "
         "CUDA-MODE lecture's. Shared by N ranks each holds 1 / N of every line."
     )
-    return f"{markdown(rows)}\n\n{prose(said)}"
+    return f"{markdown_table(rows)}\n\n{wrap_prose(said)}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def ring_attention_2_table() -> str:
         "beside 2.5 times the compute. Erratum: for InfiniBand the paper prints 24.5K, its formula gives 24,960 "
         "(149.5K is 6 x 24,917)."
     )
-    return f"{markdown(rows)}\n\n{prose(said)}"
+    return f"{markdown_table(rows)}\n\n{wrap_prose(said)}"
 
 
 def ring_attention_1_table(batch: int = 1, length: int = 2**20, hidden: int = 4096, heads: int = 32) -> str:
@@ -98,7 +97,7 @@ def ring_attention_1_table(batch: int = 1, length: int = 2**20, hidden: int = 40
         "total as 2 b h s^2 where the score matrix is 2 b n s^2; and 6 b c h as bytes, where six blocks of c x h "
         "elements in bf16 are 12 b c h bytes (shown here)."
     )
-    return f"{markdown(rows)}\n\n{prose(said)}"
+    return f"{markdown_table(rows)}\n\n{wrap_prose(said)}"
 
 
 APPENDIX_D = {"7B": 4096, "13B": 5120, "33B": 7168, "65B": 8192, "175B": 12288, "1TB": 36864}
@@ -119,15 +118,15 @@ def appendix_d_table() -> str:
     """Ring Attention's appendix D: cost per token against 4K, and the same with a causal mask."""
     parts = []
     for causal in (False, True):
-        rows = [["causal" if causal else "not causal (as printed)", "h", *map(tokens, APPENDIX_D_LENGTHS)]]
+        rows = [["causal" if causal else "not causal (as printed)", "h", *map(format_tokens, APPENDIX_D_LENGTHS)]]
         for name, hidden in APPENDIX_D.items():
             ratios = [f"{appendix_d_ratio(hidden, length, causal):.1f}" for length in APPENDIX_D_LENGTHS]
             rows.append([name, f"{hidden:,}", *ratios])
-        parts.append(markdown(rows))
+        parts.append(markdown_table(rows))
     said = (
         "FLOPs per token relative to a context of 4K, for the same number of tokens: the larger the model, the "
         "smaller the price of length. The paper's rows count attention without a causal mask; with one the price is "
         'nearly half. It prints h = 5,140 for 13B (5,120), and calls 3,072 x 4K = 12.6M "10M" and 32,768 x 4K = '
         '134M "100M".'
     )
-    return "\n\n".join((*parts, prose(said)))
+    return "\n\n".join((*parts, wrap_prose(said)))

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..simulate.schedule_drawing import COLOURS, save_png
+from ..text import format_tokens
 from .engine_bytes import engine_of
 from .gpus import GIB
 from .paper_tables import APPENDIX_D, APPENDIX_D_LENGTHS, appendix_d_ratio
-from .plan_report import tokens
 from .published import TOLERANCE, comparisons
 from .training_plan import Plan
 
@@ -53,7 +53,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure, canvas = _figure(12.5, 5.2)
     job, memory, times = plan.job, plan.memory, plan.times
     figure.suptitle(
-        f"{job.model.name}, {tokens(job.length)} tokens on {job.devices} x {job.device_facts.name}, "
+        f"{job.model.name}, {format_tokens(job.length)} tokens on {job.devices} x {job.device_facts.name}, "
         f"ring {job.ring} x ulysses {job.ulysses}, {engine_of(job).name}, checkpoint {job.checkpoint}",
         fontsize=12,
     )
@@ -87,7 +87,7 @@ def draw_appendix_d(path: Path) -> None:
     for axes, causal in zip(panels, (False, True), strict=True):
         ratios = [[appendix_d_ratio(h, s, causal) for s in APPENDIX_D_LENGTHS] for h in APPENDIX_D.values()]
         image = axes.imshow(ratios, cmap="viridis", norm=LogNorm(1, 5000), aspect="auto")
-        axes.set_xticks(range(len(APPENDIX_D_LENGTHS)), [tokens(s) for s in APPENDIX_D_LENGTHS], fontsize=9)
+        axes.set_xticks(range(len(APPENDIX_D_LENGTHS)), [format_tokens(s) for s in APPENDIX_D_LENGTHS], fontsize=9)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.tick_params(length=0)
         axes.set_ylabel("parameters", fontsize=10)

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..geometry import LAYOUTS, TRANSPORTS
-from ..simulate.cli_options import Formatter
-from ..simulate.scenario import parse_size
+from ..text import HelpFormatter, parse_size, wrap_prose
 from .gpus import DEVICES
 from .million_tokens import million_table
 from .model_config import read_model
 from .model_table import KNOWN
 from .optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, Optimizer
 from .paper_tables import appendix_d_table, hundred_million_table, ring_attention_1_table, ring_attention_2_table
-from .plan_report import prose, text_of
+from .plan_report import text_of
 from .published import published_table
 from .selection import select_options, selection_table, selection_text
 from .training_job import CHECKPOINTS, OFFLOADS, Job
@@ -32,7 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
 # What --fit chooses, by the names of a job, and what it does not go with.
 CHOSEN = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")
 
-_NAMES = prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in KNOWN))
+_NAMES = wrap_prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in KNOWN))
 
 
 def _states(optimizer: Optimizer) -> str:
@@ -94,7 +93,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         description="Predicts the memory of a rank item by item, the time of a step part by part, the longest\n"
         "sequence that fits, how many tokens hide the exchange, the best split, and what every lever saves.",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     command.add_argument("--table", choices=TABLES, help="print a documented example instead of a plan")
     command.add_argument("--json", type=Path, help="also write all numbers to this file")

@@ -1,10 +1,8 @@
 """A plan as text for a terminal: memory item by item with bars, time part by part, advice."""
 
-import textwrap
 from collections.abc import Iterable
 
-from ..costmodel.pass_cost import amount, duration
-from ..simulate.layout_tables import markdown
+from ..text import format_bytes, format_duration, format_tokens, markdown_table, wrap_prose
 from .engine_bytes import engine_line
 from .gpus import GIB, HOST_MEMORY
 from .launch_command import launch_text
@@ -29,19 +27,6 @@ def text_of(plan: Plan) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def prose(text: str) -> str:
-    """Text in lines that fit a terminal, further ones indented."""
-    return textwrap.fill(text, 116, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
-def tokens(number: float) -> str:
-    """Tokens for reading: `"1M"`, `"96K"`, `"1.49M"`."""
-    for unit, size in (("M", 2**20), ("K", 2**10)):
-        if number >= size:
-            return f"{number / size:.0f}{unit}" if number % size == 0 else f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
-
-
 def _heading(plan: Plan) -> str:
     job, model = plan.job, plan.job.model
     name = f"{model.name}: {model.parameters / 1e9:.2f}B parameters, {model.layers} layers, hidden {model.hidden}"
@@ -60,8 +45,8 @@ def _heading(plan: Plan) -> str:
         f"  from {model.source}",
         f"{job.length:,} tokens{padded}{rows} on {job.devices} x {job.device_facts.name}, {job.layout}, "
         f"{ways}{groups}; {job.tokens:,} tokens a rank",
-        prose(engine_line(job)),
-        prose(f"  {settings_of(job)}"),
+        wrap_prose(engine_line(job)),
+        wrap_prose(f"  {settings_of(job)}"),
     ]
     return "\n".join(lines)
 
@@ -102,10 +87,12 @@ def _memory(plan: Plan) -> str:
     verdict = f"fits: {(room - memory.total) / GIB:.1f} GiB to spare"
     if not plan.fits:
         verdict = f"does NOT fit: {(memory.total - room) / GIB:.1f} GiB too much"
-    longest = f"{plan.longest:,} tokens ({tokens(plan.longest)})" if plan.longest else "not even one token a rank"
+    longest = (
+        f"{plan.longest:,} tokens ({format_tokens(plan.longest)})" if plan.longest else "not even one token a rank"
+    )
     others = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.moments.items() if name != memory.worst)
     lines = [
-        markdown(rows),
+        markdown_table(rows),
         f"{verdict} of {room / GIB:.1f} GiB; the longest that fits with these settings: {longest}",
         f"not at the same time, and smaller (GiB): {others}",
     ]
@@ -132,9 +119,9 @@ def _time(plan: Plan) -> str:
     said = (
         f"{used} of {times.peak / 1e12:.0f} TFLOP/s; executed are {again:.2f} of the model's FLOPs, of which "
         f"{100 * attention:.1f} % are attention",
-        f"{each:.3g} FLOPs a token, {ratio:.1f} times those at 4K; a rank sends {amount(times.sent)} a step",
+        f"{each:.3g} FLOPs a token, {ratio:.1f} times those at 4K; a rank sends {format_bytes(times.sent)} a step",
     )
-    return "\n".join((markdown(rows), *said))
+    return "\n".join((markdown_table(rows), *said))
 
 
 def _exchange(plan: Plan) -> str:
@@ -146,12 +133,12 @@ def _exchange(plan: Plan) -> str:
     each = f"{plan.job.tokens // plan.job.rows:,}"  # rows multiply what is computed and what travels alike
     rows.append(["this job" + (", of each row" if plan.job.rows > 1 else ""), each, each])
     said = [
-        f"{name}: {duration(step[name]['compute'])} beside {amount(step[name]['bytes'])}, "
-        f"{duration(step[name]['exposed'])} a layer not hidden"
+        f"{name}: {format_duration(step[name]['compute'])} beside {format_bytes(step[name]['bytes'])}, "
+        f"{format_duration(step[name]['exposed'])} a layer not hidden"
         for name in ("forward", "backward")
     ]
     way = f"{step['transport']} of {step['steps']} steps, a step computes and a rank sends in it: {'; '.join(said)}"
-    return f"{markdown(rows)}\n{way}"
+    return f"{markdown_table(rows)}\n{way}"
 
 
 def _splits(plan: Plan) -> str:
@@ -173,7 +160,7 @@ def _splits(plan: Plan) -> str:
         names = " and ".join(name + (f" of {inner}" if inner > 1 else "") for name, inner in ways)
         rows.append([f"{split.ring} x {split.ulysses}{here}", names])
         rows[-1] += [f"{split.seconds:.2f} s", f"{split.exposed:.3g} s", _options(split, job)]
-    return markdown(rows, left=2)
+    return markdown_table(rows, align="llr")
 
 
 def _options(split: ParallelDegrees, job: Job) -> str:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..simulate.layout_tables import markdown
+from ..text import markdown_table, wrap_prose
 from .memory_estimate import memory_of
 from .model_config import read_model
-from .plan_report import prose
 from .step_times import times_of
 from .training_job import Job
 from .training_plan import longest
@@ -92,9 +91,9 @@ def published_table() -> str:
         rows.append([one.run, one.quantity, *figures, f"{100 * one.error:+.1f} %", mark])
     within = sum(abs(one.error) <= TOLERANCE for one in found)
     heading = f"{within} of {len(found)} predictions within {100 * TOLERANCE:.0f} % of what was published"
-    notes = [prose(f"({n}) {reason}") for n, reason in enumerate(reasons, 1)]
-    sources = [prose(f"{run.name}: {run.source}") for run in RUNS]
-    return "\n\n".join((markdown(rows, left=2), heading, "\n".join(notes), "\n".join(sources)))
+    notes = [wrap_prose(f"({n}) {reason}") for n, reason in enumerate(reasons, 1)]
+    sources = [wrap_prose(f"{run.name}: {run.source}") for run in RUNS]
+    return "\n\n".join((markdown_table(rows, align="llr"), heading, "\n".join(notes), "\n".join(sources)))
 
 
 def _figure(value: float, quantity: str) -> str:

@@ -9,12 +9,11 @@ on. If none fits, the number of devices is doubled.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..simulate.layout_tables import markdown
+from ..text import format_tokens, markdown_table, wrap_prose
 from .gpus import GIB, HOST_MEMORY
 from .memory_estimate import Memory, memory_of
 from .model_config import read_model
 from .optimizers import DEFAULT, EIGHT_BIT
-from .plan_report import prose, tokens
 from .step_times import times_of
 from .training_job import Job
 
@@ -163,13 +162,13 @@ def selection_text(selection: Selection) -> str:
         row += [f"{step.seconds:,.1f}", f"{step.seconds - before.seconds:+,.1f}" if before else ""]
         rows.append([*row, f"{on_node:,.0f}"])
     unneeded = [option.name for option in OPTIONS if option.code not in selection.codes]
-    lines = [markdown(rows), prose(f"not needed: {'; '.join(unneeded)}")]
+    lines = [markdown_table(rows), wrap_prose(f"not needed: {'; '.join(unneeded)}")]
     if job.devices > selection.asked:
         more = (
             f"{selection.closest / GIB:,.1f} GiB too much" if selection.closest > 0 else "more host memory than it has"
         )
         few = f"On {selection.asked} x {job.device_facts.name}, every combination of options takes {more}"
-        lines.insert(0, prose(f"{few}; {job.devices} are enough:"))
+        lines.insert(0, wrap_prose(f"{few}; {job.devices} are enough:"))
     return "\n".join(lines)
 
 
@@ -195,7 +194,7 @@ def selection_table() -> str:
         rows = [[name, *(f"{devices} x H100" for devices in TABLE_DEVICES)]]
         for length in TABLE_LENGTHS:
             jobs = (Job(model, length, devices=devices) for devices in TABLE_DEVICES)
-            rows.append([tokens(length), *(selection_cell(select_options(job)) for job in jobs)])
-        parts.append(markdown(rows))
+            rows.append([format_tokens(length), *(selection_cell(select_options(job)) for job in jobs)])
+        parts.append(markdown_table(rows))
     codes = "; ".join(f"`{option.code}` {option.name}" for option in OPTIONS)
-    return "\n\n".join((*parts, prose(f"{codes}."), prose(COLUMNS)))
+    return "\n\n".join((*parts, wrap_prose(f"{codes}."), wrap_prose(COLUMNS)))

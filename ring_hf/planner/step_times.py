@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..costmodel.devices import Hardware, Shape
-from ..costmodel.pass_cost import Cost, Problem, amount, chunked_cost
+from ..costmodel.pass_cost import Cost, Problem, chunked_cost
 from ..geometry import Mask, ShardedSequence
+from ..text import format_bytes
 from .gpus import HOST_MEMORY_BANDWIDTH
 from .memory_estimate import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
 from .model import Model
@@ -211,7 +212,7 @@ def _optimizer(job: Job) -> tuple[float, str]:
         return traffic / job.hardware.memory_bandwidth, ""
     traffic *= min(job.devices, job.per_node)
     travels = trained * (precision.gradients + E * ("weights" not in job.offload))
-    note = f"{amount(travels)} between device and host, then {amount(traffic)} of host memory"
+    note = f"{format_bytes(travels)} between device and host, then {format_bytes(traffic)} of host memory"
     return traffic / HOST_MEMORY_BANDWIDTH + travels / job.device_facts.host_bandwidth, note
 
 

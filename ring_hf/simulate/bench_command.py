@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cli_options import Formatter
+from ..text import HelpFormatter
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 # By name: what it compares. `scripts/bench_<name>.py` runs it and knows the rest of the options.
@@ -38,7 +38,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         description="Runs a benchmark; processes that are compared run interleaved, figures are medians and ratios. "
         f"Results are printed, with --output also written as JSON, Markdown and plots.\n\nbenchmarks:\n{listed}",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     command.add_argument("name", choices=BENCHMARKS, metavar="benchmark", help="one of those above")
     command.add_argument("options", nargs=argparse.REMAINDER, help="its own options, see --help after its name")

@@ -4,14 +4,8 @@ import argparse
 
 from ..costmodel.devices import Shape
 from ..geometry import Mask
-from .scenario import Scenario, mixed_lengths, parse_size, parse_sizes
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples as they are; nothing is cut at 80 columns."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=110)
+from ..text import parse_size, parse_sizes
+from .scenario import Scenario, mixed_lengths
 
 
 def add_problem(command: argparse.ArgumentParser) -> None:

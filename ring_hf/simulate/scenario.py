@@ -6,25 +6,6 @@ from dataclasses import dataclass
 
 from ..geometry import Mask, ShardedSequence, padded_length
 
-_SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """`"4096"`, `"64K"` (65,536) or `"1M"` (1,048,576) as a number."""
-    number, unit = (text[:-1], _SUFFIXES[text[-1].upper()]) if text[-1:].upper() in _SUFFIXES else (text, 1)
-    try:
-        size = float(number) * unit
-    except ValueError:
-        size = -1.0
-    if size < 1 or size != int(size):
-        raise ValueError(f"{text!r} is no number of tokens. Write 4096, 64K (65,536) or 1M (1,048,576).")
-    return int(size)
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """A list of sizes separated by commas; a size may be 0."""
-    return tuple(0 if part.strip() == "0" else parse_size(part.strip()) for part in text.split(","))
-
 
 def mixed_lengths(length: int, count: int, seed: int) -> tuple[int, ...]:
     """`count` document lengths that sum up to `length`: log-normal, so many short ones and few long ones.

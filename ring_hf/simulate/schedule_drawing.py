@@ -17,6 +17,7 @@ from ..costmodel.pass_cost import Cost, Problem, pass_cost, sources_in
 from ..geometry import Mask, ShardedSequence
 from ..geometry.layout import layout_rule
 from ..geometry.plan import blocks
+from ..text import format_tokens
 from .scenario import Scenario
 
 # Neighbours stay apart for colour-blind readers, too (Okabe and Ito 2008, two more added).
@@ -152,8 +153,9 @@ def _draw_mask(
     fine = "nearest" if cells < _CELLS // 2 else "antialiased"
     axes.imshow(image, extent=(0, edge, edge, 0), interpolation=fine, aspect="equal")
     ticks = [edge * n // 4 for n in range(5)]
-    axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
-    axes.set_yticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
+    labels = [format_tokens(tick, exact=True) for tick in ticks]
+    axes.set_xticks(ticks, labels, fontsize=8)
+    axes.set_yticks(ticks, labels, fontsize=8)
     axes.set_title(layout, loc="left", fontsize=10, fontweight="bold")
     if sequence.length < edge:
         axes.set_title(f"drawn with {sequence.length} tokens", loc="right", fontsize=8, color="#555555")
@@ -203,13 +205,6 @@ def _draw_bytes(axes: Any, cost: Cost, ulysses: int) -> None:
     if len(most) <= 16:
         axes.set_xticks(list(steps))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
-
-
-def _short(tokens: int) -> str:
-    for unit, size in (("M", 2**20), ("K", 2**10)):
-        if tokens and tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return f"{tokens:,}"
 
 
 def save_png(buffer: BytesIO, path: Path) -> None:

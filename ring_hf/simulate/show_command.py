@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..costmodel.pass_cost import amount
 from ..geometry import LAYOUTS, TRANSPORTS
-from .cli_options import Formatter, add_problem, setting_of, shape_of
+from ..text import HelpFormatter, format_bytes
+from .cli_options import add_problem, setting_of, shape_of
 from .schedule_drawing import draw
 
 _EXAMPLES = """examples:
@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "every step; the work of every rank; what a rank sends in every step of the forward pass. One attention "
         "layer, one batch row.",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     command.add_argument(
         "--layout", nargs="+", default=["zigzag"], choices=LAYOUTS, help="one or several, below each other"
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         )
     facts = draw(setting, options.layout, options.output, shape_of(options), options.transport, options.inner)
     for layout, numbers in facts.items():
-        mean, most = amount(numbers["mean_sent"]), amount(numbers["busiest_step"])
+        mean, most = format_bytes(numbers["mean_sent"]), format_bytes(numbers["busiest_step"])
         print(f"{layout}: busiest / mean {numbers['imbalance']:.4f}; a rank sends {mean}, in a step at most {most}")
     print(f"picture: {options.output}")
     return 0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..costmodel.devices import HARDWARE, Hardware
 from ..geometry import LAYOUTS
-from .cli_options import Formatter, add_problem, setting_of, shape_of
+from ..text import HelpFormatter
+from .cli_options import add_problem, setting_of, shape_of
 from .layout_tables import layout_table, transport_table
 from .simulation import num_tasks, simulate
 
@@ -39,7 +40,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "a few numbers, what every algorithm sends and how much of that no compute hides. One attention layer, "
         "one batch row.",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     command.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="layouts to simulate")
     command.add_argument("--inner", type=int, help="ranks of the inner ring (default: those of a node)")

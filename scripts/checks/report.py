@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ring_hf.text import markdown_table
+
 from .exactness import NAMES
 
 
@@ -18,9 +20,8 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    rule = ["---" if n < left else "---:" for n in range(len(head))]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "lr") -> str:
+    return markdown_table([head, *rows], align, padded=False)
 
 
 def _exactness(section: dict[str, Any]) -> list[str]:
@@ -36,7 +37,7 @@ def _exactness(section: dict[str, Any]) -> list[str]:
         ratio = "too large" if None in ratios else f"{max(ratios):.2f}"
         rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, ratio])
     head = ["kernel", "dtype", "exact", *NAMES, "worst error / bar"]
-    lines = ["Relative RMS error against fp64, the worst of all problems.", "", *_table(head, rows, 2)]
+    lines = ["Relative RMS error against fp64, the worst of all problems.", "", _table(head, rows, "llr")]
     failed = [row for row in section["rows"] if not row["exact"]]
     if failed:
         lines += ["", "Not exact:", ""]
@@ -69,7 +70,7 @@ def _trainer(section: dict[str, Any]) -> list[str]:
         differences = [f"{row[name]:.1e} (bar {allowed[name]:.1e})" for name in ("loss", "grad_norm")]
         rows.append([row["run"], *differences, "same" if row["same"] else "differs"])
     words = f"{section['steps']} steps of a tiny Llama; the largest relative difference from one process with `sdpa`."
-    return [words, "", *_table(["run", "loss", "grad norm", ""], rows)]
+    return [words, "", _table(["run", "loss", "grad norm", ""], rows)]
 
 
 def _benchmark(section: dict[str, Any]) -> list[str]:
@@ -88,7 +89,7 @@ def _benchmark(section: dict[str, Any]) -> list[str]:
         "exchange). FLOPs are causal: 2 s^2 H D forward, 2.5 times that backward. Efficiency: the fastest single "
         "device / (ranks x the slowest rank); overhead: all ranks together / the fastest single device."
     )
-    return [words, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
+    return [words, "", _table(head, rows, "llllr"), *([""] * bool(section["left_out"])), *section["left_out"]]
 
 
 def _steps(section: dict[str, Any]) -> list[str]:
@@ -103,7 +104,9 @@ def _steps(section: dict[str, Any]) -> list[str]:
             "nothing recomputed, over the dense peak in bf16. One rank's share is without the exchange and its "
             "buffers.",
             "",
-            *_table(head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], 3),
+            _table(
+                head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], "lllr"
+            ),
         ]
     for name, row in rows.items():
         if row["kind"] == "attention":
@@ -123,7 +126,7 @@ def _steps(section: dict[str, Any]) -> list[str]:
         words = (
             "The largest relative difference of a step; the bar is twice that of `sdpa` in bf16 from `sdpa` in fp32."
         )
-        lines += ["", words, "", *_table(["run", "tokens", "against", "loss", "grad norm", ""], cells, 3)]
+        lines += ["", words, "", _table(["run", "tokens", "against", "loss", "grad norm", ""], cells, "lllr")]
     failed = [f"- {name}: {row['outcome']}" for name, row in rows.items() if row["kind"] == "failure"]
     left_out = [f"- {name}: {why}" for name, why in section["left_out"].items()]
     for title, names in (("Failed:", failed), ("Left out:", left_out)):

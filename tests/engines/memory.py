@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
-from ring_hf.simulate.layout_tables import markdown
+from ring_hf.text import markdown_table
 from tests.engines.cases import engine_arguments, family_of, state_of
 from tests.engines.conftest import ENVIRONMENTS
 from tests.harness import accelerate_launch
@@ -90,7 +90,7 @@ def main() -> None:
         rows.append([engine, options, f"{result['peak'] / 1e6:,.0f}", share, f"{worst:.1e}"])
     parameters = statistics.median(result["num_parameters"] for result in results.values())
     print(f"{parameters / 1e6:.0f}M parameters, 2 processes, {LENGTH:,} tokens, {STEPS} steps\n")
-    print(markdown(rows))
+    print(markdown_table(rows))
 
 
 if __name__ == "__main__":

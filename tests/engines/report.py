@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ring_hf.simulate.layout_tables import markdown
+from ring_hf.text import markdown_table
 from tests.engines.cases import CASES, family_of
 from tests.engines.conftest import EngineLaunches
 from tests.engines.jobs import EVALUATIONS, HALF, RESUMES
@@ -53,4 +53,4 @@ def rows_of(launches: EngineLaunches) -> list[list[str]]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    print(markdown(rows_of(EngineLaunches(folder))))
+    print(markdown_table(rows_of(EngineLaunches(folder))))

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from ring_hf.text import markdown_table
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "vocab_size_per_layer_input": 96,
@@ -389,10 +391,11 @@ def markdown() -> str:
     """Return the table for the README."""
     rows = [("exact", list(EXACT))]
     rows += [(f"refused: {reason.title}", REFUSED[key].split()) for key, reason in REASONS.items()]
-    lines = ["| | | families of Transformers, by `model_type` |", "|---|---:|---|"]
+    cells = [["", "", "families of Transformers, by `model_type`"]]
     for title, families in rows:
-        lines.append(f"| {title} | {len(families)} | {', '.join(families)} |")
+        cells.append([title, str(len(families)), ", ".join(families)])
     untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
     count = f"{len(exact_families())} families exact ({len(EXACT)} configurations), {len(refused_families())} refused"
     compared = "Compared is an optimizer step of an unmodified Trainer, in two processes and in one."
-    return f"{count} before anything is computed; not tested: {untested}. {compared}\n\n" + "\n".join(lines)
+    table = markdown_table(cells, align="lrl", padded=False)
+    return f"{count} before anything is computed; not tested: {untested}. {compared}\n\n{table}"

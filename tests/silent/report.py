@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ring_hf.text import markdown_table
 from tests.harness import accelerate_launch, launch_forked
 from tests.silent.cases import ANY_STEP, CASES, CONSTRUCTION, FIRST_STEP, Case
 
@@ -149,7 +150,7 @@ def _describe_stage(record: dict[str, Any]) -> str:
 
 def format_table(cases: Sequence[Case], results: dict[str, dict[str, Ranks]], width: int = 300) -> str:
     """Return a Markdown table with a row for each case."""
-    lines = ["| case | listed | expected | two processes | | one process |", "|---|---|---|---|---|---|"]
+    rows = [["case", "listed", "expected", "two processes", "", "one process"]]
     for case in cases:
         reference = results["reference"][case.name]
         shared = classify(results["shared"][case.name], reference)
@@ -159,8 +160,8 @@ def format_table(cases: Sequence[Case], results: dict[str, dict[str, Ranks]], wi
         ring_alone = "" if alone is None else f"{alone.verdict}: {alone.detail[:60]}"
         listed = "yes" if case.listed else ""
         verdict = f"{emphasis}{shared.verdict}{emphasis}"
-        lines.append(f"| {case.name} | {listed} | {case.expected} | {verdict} | {detail} | {ring_alone} |")
-    return "\n".join(lines)
+        rows.append([case.name, listed, case.expected, verdict, detail, ring_alone])
+    return markdown_table(rows, align="l", padded=False)
 
 
 def run_cases(cases: Sequence[Case], folder: Path, again: bool = False) -> dict[str, dict[str, Ranks]]:
