@@ -20,8 +20,8 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "lr") -> str:
-    return markdown_table([head, *rows], align, padded=False)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    return markdown_table([head, *rows], align="l" * left + "r", padded=False).splitlines()
 
 
 def _exactness(section: dict[str, Any]) -> list[str]:
@@ -37,7 +37,7 @@ def _exactness(section: dict[str, Any]) -> list[str]:
         ratio = "too large" if None in ratios else f"{max(ratios):.2f}"
         rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, ratio])
     head = ["kernel", "dtype", "exact", *NAMES, "worst error / bar"]
-    lines = ["Relative RMS error against fp64, the worst of all problems.", "", _table(head, rows, "llr")]
+    lines = ["Relative RMS error against fp64, the worst of all problems.", "", *_table(head, rows, 2)]
     failed = [row for row in section["rows"] if not row["exact"]]
     if failed:
         lines += ["", "Not exact:", ""]
@@ -70,7 +70,7 @@ def _trainer(section: dict[str, Any]) -> list[str]:
         differences = [f"{row[name]:.1e} (bar {allowed[name]:.1e})" for name in ("loss", "grad_norm")]
         rows.append([row["run"], *differences, "same" if row["same"] else "differs"])
     words = f"{section['steps']} steps of a tiny Llama; the largest relative difference from one process with `sdpa`."
-    return [words, "", _table(["run", "loss", "grad norm", ""], rows)]
+    return [words, "", *_table(["run", "loss", "grad norm", ""], rows)]
 
 
 def _benchmark(section: dict[str, Any]) -> list[str]:
@@ -89,7 +89,7 @@ def _benchmark(section: dict[str, Any]) -> list[str]:
         "exchange). FLOPs are causal: 2 s^2 H D forward, 2.5 times that backward. Efficiency: the fastest single "
         "device / (ranks x the slowest rank); overhead: all ranks together / the fastest single device."
     )
-    return [words, "", _table(head, rows, "llllr"), *([""] * bool(section["left_out"])), *section["left_out"]]
+    return [words, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
 
 
 def _steps(section: dict[str, Any]) -> list[str]:
@@ -104,9 +104,7 @@ def _steps(section: dict[str, Any]) -> list[str]:
             "nothing recomputed, over the dense peak in bf16. One rank's share is without the exchange and its "
             "buffers.",
             "",
-            _table(
-                head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], "lllr"
-            ),
+            *_table(head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], 3),
         ]
     for name, row in rows.items():
         if row["kind"] == "attention":
@@ -126,7 +124,7 @@ def _steps(section: dict[str, Any]) -> list[str]:
         words = (
             "The largest relative difference of a step; the bar is twice that of `sdpa` in bf16 from `sdpa` in fp32."
         )
-        lines += ["", words, "", _table(["run", "tokens", "against", "loss", "grad norm", ""], cells, "lllr")]
+        lines += ["", words, "", *_table(["run", "tokens", "against", "loss", "grad norm", ""], cells, 3)]
     failed = [f"- {name}: {row['outcome']}" for name, row in rows.items() if row["kind"] == "failure"]
     left_out = [f"- {name}: {why}" for name, why in section["left_out"].items()]
     for title, names in (("Failed:", failed), ("Left out:", left_out)):
