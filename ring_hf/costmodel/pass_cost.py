@@ -132,7 +132,7 @@ def pass_cost(
     if size == 1 or transport == "allgather":
         busiest = max(layer.compute(sum(row), 0.0) for row in problem.work)
         if problem.interleaved:  # stripes side by side are no band: a tile and a merge for each
-            busiest += (size - 1) * (layer.launch + layer.merge_per_token * tokens)
+            busiest += (size - 1) * (layer.launch_overhead + layer.merge_per_token * tokens)
         if size == 1:
             return Cost(busiest, busiest + exchange, (0,), (0,), exchanged, 0)
         handed_on = (size - 1) * tokens * per_token
@@ -225,7 +225,7 @@ def choose_transport(
 
     A relay is the default: `ring`, or `double_ring` where `inner` cuts the ring into several. `direct` replaces it
     where it sends less and is not slower; `allgather` where it is predicted faster and the gathered keys, values and
-    gradients fit into `hardware.room`.
+    gradients fit into `hardware.memory_budget`.
 
     Raises:
         ValueError: if `inner` does not divide the ring.
@@ -242,7 +242,7 @@ def choose_transport(
     costs: dict[str, tuple[float, float]] = {}
     for name in (relay_name, "direct", "allgather"):
         passes = [pass_cost(problem, shape, hardware, name, inner, backward) for backward in (False, True)]
-        if name == "allgather" and passes[1].buffers > hardware.room:
+        if name == "allgather" and passes[1].buffers > hardware.memory_budget:
             continue
         costs[name] = sum(cost.total for cost in passes), sum(cost.mean_sent for cost in passes)
     best = relay_name
@@ -250,10 +250,10 @@ def choose_transport(
         best = "direct"
     if "allgather" in costs and costs["allgather"][0] <= _WORTH * costs[best][0]:
         best = "allgather"
-    said = ", ".join(
+    listed = ", ".join(
         f"{name} {format_duration(seconds)} and {format_bytes(sent)}" for name, (seconds, sent) in costs.items()
     )
-    left_out = "" if "allgather" in costs else f"; allgather would hold more than {format_bytes(hardware.room)}"
-    return Choice(
-        best, f"predicted per layer and step, time and bytes a rank sends ({hardware.name}): {said}{left_out}"
-    )
+    reason = f"predicted per layer and step, time and bytes a rank sends ({hardware.name}): {listed}"
+    if "allgather" not in costs:
+        reason += f"; allgather would hold more than {format_bytes(hardware.memory_budget)}"
+    return Choice(best, reason)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..geometry.heads import head_split
 from ..geometry.plan import Move, Plan
-from .devices import Hardware, Shape
+from .devices import BACKWARD_FLOPS_RATIO, Hardware, Shape
 from .work_matrices import Matrix
 
 
@@ -24,8 +24,8 @@ class LayerCost:
         slow = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
         self.hardware, self.ulysses = hardware, ulysses
         rate = hardware.backward_flops if backward else hardware.flops
-        self.seconds_per_pair = 2 * heads * both * (2.5 if backward else 1.0) * slow / rate
-        self.launch = hardware.launch
+        self.seconds_per_pair = 2 * heads * both * (BACKWARD_FLOPS_RATIO if backward else 1.0) * slow / rate
+        self.launch_overhead = hardware.launch_overhead
         self.merge_per_token = 3 * 4 * shape.num_rows * heads * shape.v_head_dim / hardware.memory_bandwidth
         self.kv_bytes = shape.num_rows * kv_heads * both * shape.bytes_per_element
         self.grad_bytes = shape.num_rows * kv_heads * both * max(4, shape.bytes_per_element)
@@ -36,7 +36,7 @@ class LayerCost:
 
     def compute(self, pairs: int, queries: float) -> float:
         """Seconds for so many visible pairs, and for merging the result of so many queries."""
-        return pairs * self.seconds_per_pair + self.launch + queries * self.merge_per_token if pairs else 0.0
+        return pairs * self.seconds_per_pair + self.launch_overhead + queries * self.merge_per_token if pairs else 0.0
 
     def nodes(self, places: int) -> list[tuple[int, int]]:
         """Nodes of the first and of the last rank of each place; a message between unequal ones leaves its node."""
@@ -58,7 +58,7 @@ class LayerCost:
         crosses = len(set(self.nodes(places))) > 1
         bandwidth = min(h.node_bandwidth, h.network_bandwidth * cards) if crosses else h.node_bandwidth
         latency = h.network_latency if crosses else h.node_latency
-        return (places - 1) * latency + num_bytes / (bandwidth * h.gather)
+        return (places - 1) * latency + num_bytes / (bandwidth * h.collective_efficiency)
 
     def all_to_all(self, tokens: int) -> float:
         """Ulysses' two exchanges for `tokens` of the ring shard: heads out, results back."""
@@ -67,7 +67,7 @@ class LayerCost:
         h, num_bytes = self.hardware, self.ulysses_bytes * tokens
         outside = max(0, self.ulysses - h.ranks_per_node) / max(1, self.ulysses - 1)
         crossing = outside * num_bytes / h.network_bandwidth + (2 * h.network_latency if outside else 0.0)
-        return 2 * h.node_latency + (1 - outside) * num_bytes / (h.node_bandwidth * h.gather) + crossing
+        return 2 * h.node_latency + (1 - outside) * num_bytes / (h.node_bandwidth * h.collective_efficiency) + crossing
 
 
 class LinkClock:

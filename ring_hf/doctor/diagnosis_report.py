@@ -4,6 +4,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 
+from ..costmodel.devices import BACKWARD_FLOPS_RATIO
 from ..geometry import auto_ulysses
 from ..text import align_columns, format_bytes, format_duration
 from .advice import Advice
@@ -99,7 +100,7 @@ def _speed(facts: Diagnosis) -> list[str]:
         return []
     rows = [["tokens", "forward", "", "backward", ""]]
     for one in facts.speeds:
-        forward, backward = one.flops / one.forward, 2.5 * one.flops / one.backward
+        forward, backward = one.flops / one.forward, BACKWARD_FLOPS_RATIO * one.flops / one.backward
         rates = [_rate(forward), _rate(backward)]
         rows.append(
             [f"{one.tokens:,}", format_duration(one.forward), rates[0], format_duration(one.backward), rates[1]]

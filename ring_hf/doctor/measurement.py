@@ -18,7 +18,6 @@ from ..parallel import bandwidth, local_attention
 from .facts import Speed
 from .rank_launch import ATTENDING, MEETING, Job
 
-BACKWARD = 2.5  # five matrix products instead of two
 _PATIENCE = {"cpu": 1.0, "cuda": 2.0}  # seconds that one run of forward and backward may be expected to take
 
 

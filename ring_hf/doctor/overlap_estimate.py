@@ -9,12 +9,11 @@ Backward has 2.5 times the FLOPs, and gradients in fp32 beside keys and values. 
 import math
 from dataclasses import replace
 
-from ..costmodel.devices import Hardware, Shape, hardware_of
+from ..costmodel.devices import BACKWARD_FLOPS_RATIO, Hardware, Shape, hardware_of
 from ..costmodel.pass_cost import Problem, pass_cost
 from ..costmodel.timeline import LayerCost
 from ..geometry import Mask, ShardedSequence, auto_ulysses, padded_length
 from .facts import AlgorithmEstimate, AttentionGroup, Diagnosis, Overlap, Query, Speed
-from .measurement import BACKWARD
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CAUSAL = 0.5
@@ -46,7 +45,7 @@ def machine_of(facts: Diagnosis) -> tuple[Hardware, str]:
     per_node = int(local) if local else devices
     preset = hardware_of(facts.devices.kind, per_node)
     flops, backward_flops, launch = rates(facts.speeds)
-    found = replace(preset, name="measured", flops=flops, backward_flops=backward_flops, launch=launch)
+    found = replace(preset, name="measured", flops=flops, backward_flops=backward_flops, launch_overhead=launch)
     found = replace(found, full_precision=1.0)  # measured in the dtype that was asked for
     links, nodes = facts.links, math.ceil(facts.question.ranks / per_node)
     if not links.times:
@@ -62,7 +61,7 @@ def machine_of(facts: Diagnosis) -> tuple[Hardware, str]:
 def rates(speeds: tuple[Speed, ...]) -> tuple[float, float, float]:
     """FLOP/s forward and backward from the longest run, and from the shortest the seconds of a call beyond them."""
     short, long = speeds[0], speeds[-1]
-    forward, backward = long.flops / long.forward, BACKWARD * long.flops / long.backward
+    forward, backward = long.flops / long.forward, BACKWARD_FLOPS_RATIO * long.flops / long.backward
     return forward, backward, max(short.forward - short.flops / forward, 1e-6)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from . import attention_buffers
 from .attention_buffers import Widths
 from .engine_bytes import DDP, engine_of
-from .gpus import FRAGMENTATION, RUNTIME
 from .model import Model
 from .training_job import Job
 
 E = 2  # bytes of bf16
+RUNTIME = 2.5e9  # bytes: CUDA context, cuBLAS workspaces and NCCL buffers; assumed
+FRAGMENTATION = 0.05  # of what activations take at most, lost between blocks of the allocator; assumed
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ saved in host memory instead of computed again. Engine, offload of states, kerne
 
 from collections.abc import Iterator
 
+from ..costmodel.devices import GIB, HOST_MEMORY
 from ..text import markdown_table, wrap_prose
-from .gpus import GIB, HOST_MEMORY
 from .launch_command import launch_text
 from .memory_estimate import memory_of
 from .published import RUNS, Run

@@ -4,10 +4,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..costmodel.devices import GIB
 from ..simulate.schedule_drawing import COLOURS, save_png
 from ..text import format_tokens
 from .engine_bytes import engine_of
-from .gpus import GIB
 from .paper_tables import APPENDIX_D, APPENDIX_D_LENGTHS, appendix_d_ratio
 from .published import TOLERANCE, comparisons
 from .training_plan import Plan

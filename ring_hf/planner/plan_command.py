@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ..costmodel.devices import DEVICES
 from ..geometry import LAYOUTS, TRANSPORTS
 from ..text import HelpFormatter, parse_size, wrap_prose
-from .gpus import DEVICES
 from .million_tokens import million_table
 from .model_config import read_model
 from .model_table import KNOWN

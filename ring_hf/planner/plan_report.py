@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from ..costmodel.devices import GIB, HOST_MEMORY
 from ..text import format_bytes, format_duration, format_tokens, markdown_table, wrap_prose
 from .engine_bytes import engine_line
-from .gpus import GIB, HOST_MEMORY
 from .launch_command import launch_text
 from .step_times import attention_seconds, cost_ratio, layer_kinds, model_flops_per_token
 from .training_job import Job

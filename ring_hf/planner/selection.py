@@ -9,8 +9,8 @@ on. If none fits, the number of devices is doubled.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..costmodel.devices import GIB, HOST_MEMORY
 from ..text import format_tokens, markdown_table, wrap_prose
-from .gpus import GIB, HOST_MEMORY
 from .memory_estimate import Memory, memory_of
 from .model_config import read_model
 from .optimizers import DEFAULT, EIGHT_BIT

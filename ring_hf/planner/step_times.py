@@ -13,16 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..costmodel.devices import Hardware, Shape
+from ..costmodel.devices import BACKWARD_FLOPS_RATIO, HOST_MEMORY_BANDWIDTH, Hardware, Shape
 from ..costmodel.pass_cost import Cost, Problem, chunked_cost
 from ..geometry import Mask, ShardedSequence
 from ..text import format_bytes
-from .gpus import HOST_MEMORY_BANDWIDTH
 from .memory_estimate import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
 from .model import Model
 from .training_job import Job
-
-BACKWARD = 2.5  # an attention backward over its forward
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def flops_of(job: Job) -> Flops:
         again = sum(model.mlp_matrices(n, active=True) for n in range(model.layers))
     backward = 1 if job.lora else 2  # frozen weights get no gradient
     linear_executed = linear * (1 + backward) + 2.0 * tokens * again
-    attention_executed = attention * (1 + (job.checkpoint == "full") + BACKWARD)
+    attention_executed = attention * (1 + (job.checkpoint == "full") + BACKWARD_FLOPS_RATIO)
     return Flops(linear, attention, linear_executed, attention_executed)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..costmodel.devices import Hardware
+from ..costmodel.devices import DEVICES, Device, Hardware
 from ..costmodel.pass_cost import choose_transport
 from ..geometry import (
     LAYOUTS,
@@ -16,7 +16,6 @@ from ..geometry import (
     multiple,
     padded_length,
 )
-from .gpus import DEVICES, Device
 from .model import Model
 from .optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, Optimizer, Precision, check_optimizer
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..costmodel.devices import Hardware, Shape
+from ..costmodel.devices import BACKWARD_FLOPS_RATIO, Hardware, Shape
 from ..costmodel.pass_cost import Problem, pass_cost
 from ..geometry import auto_ulysses, head_split
 from .scenario import Scenario
@@ -158,7 +158,7 @@ def _row(
     ranks = problem.num_places * problem.ulysses
     slow = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
     flops = 2 * shape.num_heads * (shape.head_dim + shape.v_head_dim) * sum(map(sum, problem.work)) / ranks * slow
-    ideal = flops / hardware.flops + 2.5 * flops / hardware.backward_flops
+    ideal = flops / hardware.flops + BACKWARD_FLOPS_RATIO * flops / hardware.backward_flops
     return Row(
         layout,
         name,

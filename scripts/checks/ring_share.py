@@ -16,13 +16,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ring_hf.costmodel.devices import BACKWARD_FLOPS_RATIO
 from ring_hf.geometry import AttentionSpec, RingOptions, ShardedSequence
 from ring_hf.kernels import accumulate_dtype, choose
 from ring_hf.parallel.emulation import Emulation
 from ring_hf.parallel.single_device import Residents
 from ring_hf.planner.model import Model
 
-from .timing import BACKWARD, Clock
+from .timing import Clock
 
 ATTENTION = "ring_share"
 LAYOUT, TRANSPORT = "zigzag", "ring"
@@ -123,4 +124,4 @@ def time_attention(
             seconds["forward"].append(clock.between(begin, middle))
             seconds["backward"].append(clock.between(middle, end))
     forward = num_tokens * (num_tokens + 1) / 2 * model.flops_per_pair / num_ranks
-    return {**seconds, "flops": [forward, BACKWARD * forward]}
+    return {**seconds, "flops": [forward, BACKWARD_FLOPS_RATIO * forward]}

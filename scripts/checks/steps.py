@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from ring_hf import memory
+from ring_hf.costmodel.devices import DEVICES
 from ring_hf.memory.chunked_loss import automatic_block
 from ring_hf.planner import Job, Model, Plan, plan, read_keys
-from ring_hf.planner.gpus import DEVICES
 from ring_hf.planner.memory_estimate import Memory
 from ring_hf.planner.model_config import parse
 from ring_hf.planner.step_times import attention_passes

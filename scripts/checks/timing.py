@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ring_hf.costmodel.devices import BACKWARD_FLOPS_RATIO
 from ring_hf.geometry import AttentionSpec, RingOptions, ShardedSequence
 from ring_hf.kernels import candidates
 from ring_hf.parallel import local_attention
 from ring_hf.parallel.emulation import Emulation
 from ring_hf.parallel.single_device import Residents
 
-BACKWARD = 2.5
 RINGS = (("zigzag", "ring"), ("contiguous", "ring"), ("striped", "ring"), ("zigzag", "allgather"))
 
 
@@ -164,7 +164,7 @@ def _row(name: str, shape: Shape, seen: list[Timed]) -> dict[str, Any]:
         "sum_forward": sum(forward),
         "sum_both": sum(both),
         "tflops_forward": flops / max(forward) / 1e12,
-        "tflops_both": (1 + BACKWARD) * flops / max(both) / 1e12,
+        "tflops_both": (1 + BACKWARD_FLOPS_RATIO) * flops / max(both) / 1e12,
     }
 
 

@@ -9,13 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ring_hf  # noqa: F401  registers the attention backends
 from ring_hf import memory
+from ring_hf.costmodel.devices import GIB
 from ring_hf.geometry import RingOptions
 from ring_hf.memory import MemoryConfig
 from ring_hf.memory.selective_checkpoint import CachingMode, SavedResults
 from ring_hf.parallel import ring_attention
 from ring_hf.planner import Job, longest, read_model
-from ring_hf.planner.gpus import GIB, RUNTIME
 from ring_hf.planner.memory_estimate import (
+    RUNTIME,
     Memory,
     attention_bytes,
     layer_bytes,

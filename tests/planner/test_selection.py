@@ -3,8 +3,8 @@
 import pytest
 
 from ring_hf.cli import main
+from ring_hf.costmodel.devices import HOST_MEMORY
 from ring_hf.planner import Job, read_model
-from ring_hf.planner.gpus import HOST_MEMORY
 from ring_hf.planner.launch_command import gaps_of
 from ring_hf.planner.memory_estimate import memory_of
 from ring_hf.planner.million_tokens import compared_runs, million_table

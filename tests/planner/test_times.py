@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring_hf.costmodel.devices import DEVICES, HOST_MEMORY_BANDWIDTH
 from ring_hf.planner import Job, plan, read_model
-from ring_hf.planner.gpus import DEVICES, HOST_MEMORY_BANDWIDTH
 from ring_hf.planner.memory_estimate import trained_parameters
 from ring_hf.planner.model import visible_pairs
 from ring_hf.planner.ring_thresholds import least_tokens, thresholds

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM, Trainer
 
+from ring_hf.costmodel.devices import DEVICES
 from ring_hf.hf.attention import backend
-from ring_hf.planner.gpus import DEVICES
 from scripts.checks import report, ring_share, steps, trainer_run
 from scripts.checks.trainer_run import Run, Steps
 from scripts.gpu_check import main

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_hf.costmodel.devices import HARDWARE, Hardware, Shape, hardware_of
+from ring_hf.costmodel.devices import DEVICES, HARDWARE, Hardware, Shape, hardware_of
 from ring_hf.costmodel.pass_cost import Problem, choose_transport, chunked_cost, pass_cost
 from ring_hf.costmodel.work_matrices import need_matrix, total_work, work_matrix
 from ring_hf.geometry import LAYOUTS, AttentionSpec, Mask, ShardedSequence, make_plan, multiple, needed, sent_tokens
@@ -196,10 +196,10 @@ def test_auto_takes_direct_where_it_saves_bytes_and_a_ring_where_all_is_seen(har
 
 def test_auto_gathers_only_where_that_is_faster_and_fits():
     dense = ShardedSequence("zigzag", 2**12, 16)
-    launches = replace(NVLINK, launch=1e-3)  # one large step instead of 16 small ones
+    launches = replace(NVLINK, launch_overhead=1e-3)  # one large step instead of 16 small ones
     choice = choose_transport(dense, Mask(), GQA4, 1, launches)
     assert choice.transport == "allgather"
-    tight = choose_transport(dense, Mask(), GQA4, 1, replace(launches, room=1e6))
+    tight = choose_transport(dense, Mask(), GQA4, 1, replace(launches, memory_budget=1e6))
     assert tight.transport == "ring" and "allgather would hold more than 1 MB" in tight.reason
 
 
@@ -268,3 +268,15 @@ def test_chunks_of_heads_exchange_twice_as_much_backward_and_compute_the_same(ba
             # Whole groups go round the ring once; each chunk of one that is cut takes its keys and values along.
             rounds = max(1, chunks // (8 // ulysses))
             assert sum(found.sent) == pytest.approx(rounds * sum(whole.sent)) and (ring > 1) == (sum(found.sent) > 0)
+
+
+def test_the_simulation_and_the_planner_know_the_same_devices():
+    for key, device in DEVICES.items():
+        assert HARDWARE[key] == device.hardware() and HARDWARE[key].name == key == device.key
+        assert (
+            (HARDWARE[key].flops, HARDWARE[key].backward_flops) == device.rates("auto") == max(device.kernels.values())
+        )
+        assert max(device.gemm, *device.rates("auto")) < device.peak
+    assert set(HARDWARE) == {"cpu", *DEVICES}
+    with pytest.raises(ValueError, match=r"--kernel 'flash_attn_3' has no published rate on A100 80 GB\."):
+        DEVICES["a100"].hardware("flash_attn_3")
