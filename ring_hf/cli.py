@@ -1,7 +1,7 @@
-"""`ring-hf`: the command line. A module per command: `add` declares its options, `run` does it.
+"""`ring-hf`: the command line. One module per command: its `add` declares the options, its `run` executes the command.
 
-A command prints its result; what is wrong with its options it raises as `ValueError`. Its module imports what takes
-long in `run`.
+`run` prints the result and raises `ValueError` for options that cannot work. It imports slow modules itself, so that
+`--help` stays fast.
 """
 
 import argparse
@@ -21,14 +21,13 @@ COMMANDS: dict[str, ModuleType] = {
     "simulate": simulate_command,
     "bench": bench_command,
 }
-_DESCRIPTION = """Exact context parallelism for Hugging Face models: what a machine can do, what a run needs, pictures,
-simulations.
+_DESCRIPTION = """Exact context parallelism for Hugging Face models: check a machine, plan a run, draw, simulate.
 
 Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --help` has examples."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Return the parser with all commands and their options."""
     parser = argparse.ArgumentParser(prog="ring-hf", description=_DESCRIPTION, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in COMMANDS.values():
@@ -37,17 +36,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; what does not fit is said in one line, without a traceback; so is
-    a file that cannot be opened."""
+    """Run one command and return its exit code.
+
+    Options that cannot work and files that cannot be opened are reported in one line, without a traceback.
+    """
     options = parser().parse_args(arguments)
-    options.words = list(sys.argv[1:] if arguments is None else arguments)
+    options.argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
         print(f"ring-hf {options.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:  # of a connection, say: no file that an option names
+        if error.filename is None:  # not about a file that an option names, but a connection for example
             raise
         print(f"ring-hf {options.command}: {error.filename}: {error.strerror}. Name another file.", file=sys.stderr)
         return 2

@@ -36,7 +36,7 @@ from ring_hf.geometry import (
     RingOptions,
     ShardedSequence,
     head_split,
-    multiple,
+    length_multiple,
 )
 from ring_hf.parallel import ring_attention
 from ring_hf.parallel.sharding import cut, join
@@ -104,7 +104,7 @@ def cases(draw: Callable[..., Any]) -> Case:
     num_ranks = ulysses * draw(
         st.sampled_from([n for n in (2, 3, 4, 5, 6, 7, 8, 4, 6, 1) if n * ulysses <= MOST_RANKS])
     )
-    unit = multiple(layout, num_ranks, ulysses)
+    unit = length_multiple(layout, num_ranks, ulysses)
     length = unit * draw(st.integers(1, max(1, MOST_TOKENS // unit)))
     rows = draw(st.integers(1, 2))
     documents = num_tokens = prefixes = chunk = None

@@ -1,15 +1,15 @@
-"""What one attention layer costs under each transport, and which one is therefore worth taking.
+"""Cost of one attention layer under each transport, and the choice of a transport by it.
 
 A rank computes `2 H (D + Dv)` FLOPs per visible pair forward, 2.5 times that backward (five products instead of two).
-Keys and values travel in their own dtype, forward and again backward, their gradients in fp32. What of that is exposed
-is not a formula but the outcome of `timeline`; where all ranks do equal work it is the published condition
+Keys and values are sent in their own dtype, forward and again backward, their gradients in fp32. How much of that is
+exposed is not a formula but the outcome of `timeline`; where all ranks do equal work it is the published condition
 `c >= (e / 2 phi) (d_kv / d_q) (F / B)` of Ring Attention (Liu et al. 2023, arXiv 2310.01889, section 3) with grouped
 heads and a visible share phi.
 
-Everything here is a function of facts that all ranks share, so that all ranks choose alike.
+Everything here is a function of values that are equal on all ranks, so that all ranks choose alike.
 
-Letters: R places of the ring, c tokens of a place, U Ulysses ranks of a place, H and K query and key/value heads,
-D and Dv head dims, e bytes per element, F FLOP/s, B bytes/s.
+Letters: R ring ranks, c tokens of a ring rank, U ranks of a Ulysses group, H and K query and key/value heads, D and Dv
+head dims, e bytes per element, F FLOP/s, B bytes/s.
 """
 
 import functools
@@ -21,33 +21,33 @@ from ..geometry.plan import Plan, Step
 from ..geometry.sequence import Mask, ShardedSequence
 from ..text import format_bytes, format_duration
 from .devices import HARDWARE, Hardware, Shape
-from .timeline import LayerCost, fetch, relay
-from .work_matrices import Matrix, need_matrix, total_work, work_matrix
+from .timeline import LayerCost, simulate_direct, simulate_ring
+from .work_matrices import Matrix, kv_needed_matrix, total_work, work_matrix
 
 
 @dataclass(frozen=True)
-class Cost:
+class PassCost:
     """One pass (forward or backward) of one layer.
 
     Attributes:
         compute: seconds that the busiest rank computes.
         total: seconds until the last rank has its result.
-        sent, mean_by_step: per step the most bytes that any rank sends, and the mean over ranks.
-        exchanged: bytes that a rank sends in Ulysses' exchanges before the first and after the last step.
-        buffers: bytes that keys, values and their gradients take besides the rank's own, at the busiest moment.
+        max_sent, mean_sent_by_step: per step the most bytes that any rank sends, and the mean over ranks.
+        ulysses_sent: bytes that a rank sends in Ulysses' exchanges before the first and after the last step.
+        buffer_bytes: peak bytes of keys, values and their gradients besides the rank's own.
     """
 
     compute: float
     total: float
-    sent: tuple[float, ...]
-    mean_by_step: tuple[float, ...]
-    exchanged: float
-    buffers: float
+    max_sent: tuple[float, ...]
+    mean_sent_by_step: tuple[float, ...]
+    ulysses_sent: float
+    buffer_bytes: float
 
     @property
     def mean_sent(self) -> float:
         """Bytes that a rank sends in the whole pass, on average."""
-        return sum(self.mean_by_step) + self.exchanged
+        return sum(self.mean_sent_by_step) + self.ulysses_sent
 
     @property
     def exposed(self) -> float:
@@ -56,204 +56,233 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A sequence under a mask as the two matrices that every transport's cost follows from."""
+class WorkMatrices:
+    """A sequence under a mask as the two matrices that every transport's cost follows from.
 
-    num_places: int
+    Attributes:
+        ring_size: number of ring ranks R.
+        ulysses: ranks of a Ulysses group.
+        ring_shard_length: tokens of one ring rank.
+        work: `[ring rank][source]`, visible pairs.
+        kv_needed: `[ring rank][source]`, tokens of the source that the rank sees; 0 for its own.
+        interleaved: whether the layout assigns single tokens.
+    """
+
+    ring_size: int
     ulysses: int
-    tokens: int
+    ring_shard_length: int
     work: Matrix
-    need: Matrix
+    kv_needed: Matrix
     interleaved: bool = False
-    cache: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = field(default_factory=dict, compare=False)
-    far: dict[int, int] = field(default_factory=dict, compare=False)
+    _steps: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _num_steps: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "Problem":
-        """The exact matrices."""
-        work, need = work_matrix(sequence, mask, num_rows), need_matrix(sequence, mask)
-        return cls._of(sequence, work, need)
+    def exact(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "WorkMatrices":
+        """Count every pair."""
+        return cls._of(sequence, work_matrix(sequence, mask, num_rows), kv_needed_matrix(sequence, mask))
 
     @classmethod
-    def estimate(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "Problem":
-        """The same, but equal work and full need for stripes: milliseconds instead of tenths for 10,000 documents."""
+    def estimate(cls, sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> "WorkMatrices":
+        """As `exact`, but with equal work and full need for stripes: milliseconds instead of tenths of a second for
+        10,000 documents."""
         if not layout_rule(sequence.layout).interleaved:
-            return cls.of(sequence, mask, num_rows)
+            return cls.exact(sequence, mask, num_rows)
         size = sequence.ring_size
         pairs, tokens = total_work(sequence, mask, num_rows) // size**2, sequence.length // size
-        need = [[tokens * (place != source) for source in range(size)] for place in range(size)]
-        return cls._of(sequence, [[pairs] * size for _ in range(size)], need)
+        kv_needed = [[tokens * (rank != source) for source in range(size)] for rank in range(size)]
+        return cls._of(sequence, [[pairs] * size for _ in range(size)], kv_needed)
 
     @classmethod
-    def _of(cls, sequence: ShardedSequence, work: Matrix, need: Matrix) -> "Problem":
+    def _of(cls, sequence: ShardedSequence, work: Matrix, kv_needed: Matrix) -> "WorkMatrices":
         size = sequence.ring_size
-        stripes = layout_rule(sequence.layout).interleaved
-        return cls(size, sequence.ulysses, sequence.length // size, work, need, stripes)
+        interleaved = layout_rule(sequence.layout).interleaved
+        return cls(size, sequence.ulysses, sequence.length // size, work, kv_needed, interleaved)
 
-    def num_steps(self, transport: str, inner: int) -> int:
-        """Steps of the plan: one more than the hops that any rank needs, a double ring in whole turns."""
-        size = self.num_places
+    def num_steps(self, transport: str, inner_ring_size: int) -> int:
+        """Steps of the plan: one more than the hops that any rank needs, whole turns for a double ring."""
+        size = self.ring_size
         if transport == "allgather" or size == 1:
             return 1
-        inner = inner if transport == "double_ring" else size
-        if inner not in self.far:
-            seen = [[source for source, tokens in enumerate(row) if tokens] for row in self.need]
-            nodes = size // inner
-            pairs = [(place, source) for place, row in enumerate(seen) for source in (*row, place)]
-            outer = max((place // inner - source // inner) % nodes for place, source in pairs)
-            places = max((place - source) % inner for place, source in pairs)
-            self.far[inner] = (outer + 1) * inner if outer else places + 1
-        return self.far[inner]
+        inner = inner_ring_size if transport == "double_ring" else size
+        if inner not in self._num_steps:
+            needed_pairs = [(rank, rank) for rank in range(size)]
+            for rank, row in enumerate(self.kv_needed):
+                needed_pairs += [(rank, source) for source, tokens in enumerate(row) if tokens]
+            num_nodes = size // inner
+            outer_hops = max((rank // inner - source // inner) % num_nodes for rank, source in needed_pairs)
+            inner_hops = max((rank - source) % inner for rank, source in needed_pairs)
+            self._num_steps[inner] = (outer_hops + 1) * inner if outer_hops else inner_hops + 1
+        return self._num_steps[inner]
 
-    def by_step(self, steps: int, inner: int) -> list[tuple[list[int], list[float]]]:
-        """Per step and place: visible pairs, and queries that see any of the step's block."""
-        if (steps, inner) not in self.cache:
-            found = []
-            for step in range(steps):
-                sources = sources_in(step, self.num_places, inner)
+    def by_step(self, num_steps: int, inner_ring_size: int) -> list[tuple[list[int], list[float]]]:
+        """Per step, lists over ring ranks: visible pairs, and queries that see any key of the step's block."""
+        key = num_steps, inner_ring_size
+        if key not in self._steps:
+            steps = []
+            for step in range(num_steps):
+                sources = sources_in_step(step, self.ring_size, inner_ring_size)
                 pairs = [row[source] for row, source in zip(self.work, sources, strict=True)]
-                needs = [row[source] for row, source in zip(self.need, sources, strict=True)]
-                # Of a causal rectangle, a triangle or a document's rest, the pairs over the keys.
-                queries = [min(self.tokens, a / b) if b else 0.0 for a, b in zip(pairs, needs, strict=True)]
-                found.append((pairs, queries))
-            self.cache[steps, inner] = found
-        return self.cache[steps, inner]
+                keys = [row[source] for row, source in zip(self.kv_needed, sources, strict=True)]
+                # For causal rectangles, triangles and parts of documents this is the number of pairs over keys.
+                queries = [min(self.ring_shard_length, a / b) if b else 0.0 for a, b in zip(pairs, keys, strict=True)]
+                steps.append((pairs, queries))
+            self._steps[key] = steps
+        return self._steps[key]
 
 
-def pass_cost(
-    problem: Problem, shape: Shape, hardware: Hardware, transport: str = "ring", inner: int = 1, backward: bool = False
-) -> Cost:
-    """The cost of one forward or backward pass; `transport` and `inner` as in `make_plan`."""
-    layer = LayerCost(shape, hardware, problem.ulysses, backward)
-    exchange = layer.all_to_all(problem.tokens)
-    exchanged = layer.ulysses_bytes * problem.tokens
-    size, tokens = problem.num_places, problem.tokens
-    per_token = layer.kv_bytes + layer.grad_bytes * backward
-    if size == 1 or transport == "allgather":
-        busiest = max(layer.compute(sum(row), 0.0) for row in problem.work)
-        if problem.interleaved:  # stripes side by side are no band: a tile and a merge for each
-            busiest += (size - 1) * (layer.launch_overhead + layer.merge_per_token * tokens)
-        if size == 1:
-            return Cost(busiest, busiest + exchange, (0,), (0,), exchanged, 0)
-        handed_on = (size - 1) * tokens * per_token
-        moving = layer.collective((size - 1) * tokens * layer.kv_bytes, size)
-        moving += layer.collective((size - 1) * tokens * layer.grad_bytes, size) * backward
-        total = busiest + moving + exchange
-        return Cost(busiest, total, (handed_on,), (handed_on,), exchanged, size * tokens * per_token)
-    steps = problem.num_steps(transport, inner)
-    inner = inner if transport == "double_ring" else size
-    plan = Plan(0, size, transport, inner, (Step((), ()),) * steps)
-    sources = [sources_in(step, size, inner) for step in range(steps)]
-    compute = [
-        [layer.compute(pairs, queries) for pairs, queries in zip(*row, strict=True)]
-        for row in problem.by_step(steps, inner)
-    ]
-    if transport == "direct":
-        total, most, mean = fetch(layer, problem.need, sources, compute, backward)
-        blocks = max(sum(sorted(row)[-2:]) for row in problem.need)
-    else:
-        total, most, mean = relay(layer, tokens, plan, compute, backward)
-        blocks = tokens * (0 if steps == 1 else 2 if steps <= inner else 4)  # leaving and arriving, of a turn too
-    busiest = max(map(sum, zip(*compute, strict=True)))
-    return Cost(busiest, total + exchange, most, mean, exchanged, blocks * per_token)
-
-
-def chunked_cost(
-    problem: Problem,
+def estimate_pass(
+    matrices: WorkMatrices,
     shape: Shape,
     hardware: Hardware,
     transport: str = "ring",
-    inner: int = 1,
+    inner_ring_size: int = 1,
+    backward: bool = False,
+) -> PassCost:
+    """Return the cost of one forward or backward pass; `transport` and `inner_ring_size` as in `make_plan`."""
+    layer = LayerCost(shape, hardware, matrices.ulysses, backward)
+    size, tokens = matrices.ring_size, matrices.ring_shard_length
+    exchange_seconds = layer.all_to_all_seconds(tokens)
+    ulysses_sent = layer.ulysses_bytes * tokens
+    bytes_per_token = layer.kv_bytes + layer.grad_bytes * backward
+    if size == 1 or transport == "allgather":
+        busiest = max(layer.compute_seconds(sum(row), 0.0) for row in matrices.work)
+        if matrices.interleaved:  # stripes side by side are no band: each of them is a tile and a merge
+            busiest += (size - 1) * (layer.launch_overhead + layer.merge_seconds_per_token * tokens)
+        if size == 1:
+            return PassCost(busiest, busiest + exchange_seconds, (0,), (0,), ulysses_sent, 0)
+        sent = (size - 1) * tokens * bytes_per_token
+        gather_seconds = layer.collective_seconds((size - 1) * tokens * layer.kv_bytes, size)
+        if backward:
+            gather_seconds += layer.collective_seconds((size - 1) * tokens * layer.grad_bytes, size)
+        total = busiest + gather_seconds + exchange_seconds
+        return PassCost(busiest, total, (sent,), (sent,), ulysses_sent, size * tokens * bytes_per_token)
+    num_steps = matrices.num_steps(transport, inner_ring_size)
+    inner = inner_ring_size if transport == "double_ring" else size
+    compute = [
+        [layer.compute_seconds(pairs, queries) for pairs, queries in zip(*step, strict=True)]
+        for step in matrices.by_step(num_steps, inner)
+    ]
+    if transport == "direct":
+        sources = [sources_in_step(step, size, inner) for step in range(num_steps)]
+        times = simulate_direct(layer, matrices.kv_needed, sources, compute, backward)
+        buffer_tokens = max(sum(sorted(row)[-2:]) for row in matrices.kv_needed)
+    else:
+        plan = Plan(0, size, transport, inner, (Step((), ()),) * num_steps)
+        times = simulate_ring(layer, tokens, plan, compute, backward)
+        # One block leaves and one arrives; a double ring does the same for the turn.
+        buffer_tokens = tokens * (0 if num_steps == 1 else 2 if num_steps <= inner else 4)
+    busiest = max(map(sum, zip(*compute, strict=True)))
+    total = times.seconds + exchange_seconds
+    buffer_bytes = buffer_tokens * bytes_per_token
+    return PassCost(busiest, total, times.max_sent, times.mean_sent, ulysses_sent, buffer_bytes)
+
+
+def estimate_chunked_pass(
+    matrices: WorkMatrices,
+    shape: Shape,
+    hardware: Hardware,
+    transport: str = "ring",
+    inner_ring_size: int = 1,
     backward: bool = False,
     head_chunks: int = 1,
-) -> Cost:
-    """`pass_cost` where Ulysses exchanges the busiest rank's heads in chunks, one after the other.
+) -> PassCost:
+    """Return the cost of a pass in which Ulysses exchanges the busiest rank's heads in chunks, one after the other.
 
     A chunk is a pass of its own over its heads, so keys and values of a group that is cut go round the ring with each
     of its chunks. Backward exchanges q, k, v and out once more: twice the bytes.
     """
     if head_chunks == 1:
-        return pass_cost(problem, shape, hardware, transport, inner, backward)
-    split, u, tokens = (
-        head_split(shape.num_heads, shape.num_kv_heads, problem.ulysses),
-        problem.ulysses,
-        problem.tokens,
-    )
-    busiest = max(split, key=lambda share: share.num_q)
-    passes, in_ring = [], 0.0
+        return estimate_pass(matrices, shape, hardware, transport, inner_ring_size, backward)
+    ulysses, tokens = matrices.ulysses, matrices.ring_shard_length
+    shares = head_split(shape.num_heads, shape.num_kv_heads, ulysses)
+    busiest = max(shares, key=lambda share: share.num_q)
+    passes, ring_seconds = [], 0.0
     for chunk in chunk_heads(busiest, head_chunks):
-        own = replace(shape, num_heads=chunk.share.num_q * u, num_kv_heads=len(chunk.share.kv) * u)
-        passes.append(pass_cost(problem, own, hardware, transport, inner, backward))
-        in_ring += passes[-1].total - LayerCost(own, hardware, u, backward).all_to_all(tokens)
-    whole, times = LayerCost(shape, hardware, u, backward), 1 + backward
-    latency = whole.all_to_all(0)
-    exchange = times * (whole.all_to_all(tokens) - latency) + head_chunks * latency
-    return Cost(
-        sum(cost.compute for cost in passes),
-        in_ring + exchange,
-        tuple(map(sum, zip(*(cost.sent for cost in passes), strict=True))),
-        tuple(map(sum, zip(*(cost.mean_by_step for cost in passes), strict=True))),
-        times * whole.ulysses_bytes * tokens,
-        max(cost.buffers for cost in passes),
+        chunk_shape = replace(shape, num_heads=chunk.share.num_q * ulysses, num_kv_heads=len(chunk.share.kv) * ulysses)
+        passes.append(estimate_pass(matrices, chunk_shape, hardware, transport, inner_ring_size, backward))
+        chunk_layer = LayerCost(chunk_shape, hardware, ulysses, backward)
+        ring_seconds += passes[-1].total - chunk_layer.all_to_all_seconds(tokens)
+    layer = LayerCost(shape, hardware, ulysses, backward)
+    num_exchanges = 2 if backward else 1
+    latency = layer.all_to_all_seconds(0)
+    exchange_seconds = num_exchanges * (layer.all_to_all_seconds(tokens) - latency) + head_chunks * latency
+    return PassCost(
+        compute=sum(cost.compute for cost in passes),
+        total=ring_seconds + exchange_seconds,
+        max_sent=tuple(map(sum, zip(*(cost.max_sent for cost in passes), strict=True))),
+        mean_sent_by_step=tuple(map(sum, zip(*(cost.mean_sent_by_step for cost in passes), strict=True))),
+        ulysses_sent=num_exchanges * layer.ulysses_bytes * tokens,
+        buffer_bytes=max(cost.buffer_bytes for cost in passes),
     )
 
 
-def sources_in(step: int, size: int, inner: int) -> list[int]:
-    """Whose block each place holds in a step: the ring turns inside a node, and by a node after each turn."""
-    outer, turned = divmod(step, inner)
-    starts = [(node - outer) % (size // inner) * inner for node in range(size // inner)]
-    return [start + (place - turned) % inner for start in starts for place in range(inner)]
+def sources_in_step(step: int, size: int, inner_ring_size: int) -> list[int]:
+    """Return for each ring rank the rank whose block it holds: blocks move inside a node, and by a node per turn."""
+    inner = inner_ring_size
+    turn, hop = divmod(step, inner)
+    num_nodes = size // inner
+    node_starts = [(node - turn) % num_nodes * inner for node in range(num_nodes)]
+    return [start + (inner_rank - hop) % inner for start in node_starts for inner_rank in range(inner)]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The transport to take, and why: a sentence with numbers for the log."""
+class TransportChoice:
+    """The transport to take, and the reason: a sentence with numbers for the log."""
 
     transport: str
     reason: str
 
 
-_WORTH = 0.97  # gathering everything must be predicted this much faster
-_SAVES = 0.7  # fetching only what is seen must leave at most this much on the wire
+_MAX_GATHER_TIME = 0.97  # predicted time of all-gather over that of the best other transport, at most
+_MAX_DIRECT_BYTES = 0.7  # bytes that direct sends over those of a ring, at most
 
 
 @functools.lru_cache(maxsize=64)
 def choose_transport(
-    sequence: ShardedSequence, mask: Mask, shape: Shape, inner: int = 1, hardware: Hardware = HARDWARE["cpu"]
-) -> Choice:
-    """The cheapest transport for a training step (forward and backward) of one layer; cached.
+    sequence: ShardedSequence,
+    mask: Mask,
+    shape: Shape,
+    inner_ring_size: int = 1,
+    hardware: Hardware = HARDWARE["cpu"],
+) -> TransportChoice:
+    """Return the cheapest transport for a training step (forward and backward) of one layer; cached.
 
-    A relay is the default: `ring`, or `double_ring` where `inner` cuts the ring into several. `direct` replaces it
-    where it sends less and is not slower; `allgather` where it is predicted faster and the gathered keys, values and
-    gradients fit into `hardware.memory_budget`.
+    A ring is the default: `ring`, or `double_ring` where `inner_ring_size` cuts the ring into several. `direct`
+    replaces it where it sends less and is not slower; `allgather` where it is predicted to be faster and the gathered
+    keys, values and gradients fit into `hardware.memory_budget`.
 
     Raises:
-        ValueError: if `inner` does not divide the ring.
+        ValueError: if `inner_ring_size` does not divide the ring.
     """
     size = sequence.ring_size
-    if size % inner:
+    if size % inner_ring_size:
         raise ValueError(
-            f"inner_ring_size={inner} does not divide the ring of {size}. Choose a divisor, or 1 for a plain ring."
+            f"inner_ring_size={inner_ring_size} does not divide the ring of {size}. Choose a divisor, or 1 for a "
+            "plain ring."
         )
     if size == 1:
-        return Choice("ring", "one place on the ring: no keys or values travel")
-    relay_name = "double_ring" if 1 < inner < size else "ring"
-    problem = Problem.estimate(sequence, mask, shape.num_rows)
-    costs: dict[str, tuple[float, float]] = {}
-    for name in (relay_name, "direct", "allgather"):
-        passes = [pass_cost(problem, shape, hardware, name, inner, backward) for backward in (False, True)]
-        if name == "allgather" and passes[1].buffers > hardware.memory_budget:
+        return TransportChoice("ring", "the ring has one rank: no keys or values are sent")
+    ring = "double_ring" if 1 < inner_ring_size < size else "ring"
+    matrices = WorkMatrices.estimate(sequence, mask, shape.num_rows)
+    seconds: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    for name in (ring, "direct", "allgather"):
+        forward = estimate_pass(matrices, shape, hardware, name, inner_ring_size)
+        backward = estimate_pass(matrices, shape, hardware, name, inner_ring_size, backward=True)
+        if name == "allgather" and backward.buffer_bytes > hardware.memory_budget:
             continue
-        costs[name] = sum(cost.total for cost in passes), sum(cost.mean_sent for cost in passes)
-    best = relay_name
-    if costs["direct"][1] <= _SAVES * costs[best][1] and costs["direct"][0] <= costs[best][0]:
+        seconds[name] = forward.total + backward.total
+        sent[name] = forward.mean_sent + backward.mean_sent
+    best = ring
+    if sent["direct"] <= _MAX_DIRECT_BYTES * sent[best] and seconds["direct"] <= seconds[best]:
         best = "direct"
-    if "allgather" in costs and costs["allgather"][0] <= _WORTH * costs[best][0]:
+    if "allgather" in seconds and seconds["allgather"] <= _MAX_GATHER_TIME * seconds[best]:
         best = "allgather"
-    listed = ", ".join(
-        f"{name} {format_duration(seconds)} and {format_bytes(sent)}" for name, (seconds, sent) in costs.items()
-    )
+    listed = ", ".join(f"{name} {format_duration(seconds[name])} and {format_bytes(sent[name])}" for name in seconds)
     reason = f"predicted per layer and step, time and bytes a rank sends ({hardware.name}): {listed}"
-    if "allgather" not in costs:
+    if "allgather" not in seconds:
         reason += f"; allgather would hold more than {format_bytes(hardware.memory_budget)}"
-    return Choice(best, reason)
+    return TransportChoice(best, reason)

@@ -1,12 +1,13 @@
 """When messages and compute of one attention pass end: a clock per rank, a queue per link.
 
 A step begins when the step before is done and its block has arrived; a message begins when both sides have posted it
-and the sender's link is free, and takes latency + bytes / bandwidth. Links inside a node and between nodes are apart.
+and the sender's link is free, and takes latency + bytes / bandwidth. Links inside a node and between nodes are
+separate.
 """
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..geometry.heads import head_split
 from ..geometry.plan import Move, Plan
@@ -15,175 +16,220 @@ from .work_matrices import Matrix
 
 
 class LayerCost:
-    """Seconds and bytes of the parts of a pass, for one rank's share of the heads."""
+    """Seconds and bytes of the parts of a pass, for one rank's share of the heads.
+
+    Attributes:
+        seconds_per_pair: compute time of a visible pair.
+        launch_overhead: seconds that a step with work costs whatever its size.
+        merge_seconds_per_token: time to merge a query's partial result.
+        kv_bytes, grad_bytes: bytes of a token's keys and values, and of their gradients.
+        ulysses_bytes: bytes that a rank sends in Ulysses' exchanges per token of the ring rank.
+    """
 
     def __init__(self, shape: Shape, hardware: Hardware, ulysses: int, backward: bool) -> None:
         shares = head_split(shape.num_heads, shape.num_kv_heads, ulysses)
-        heads, kv_heads = max(share.num_q for share in shares), max(len(share.kv) for share in shares)
-        both = shape.head_dim + shape.v_head_dim
-        slow = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
+        num_heads = max(share.num_q for share in shares)
+        num_kv_heads = max(len(share.kv) for share in shares)
+        dims = shape.head_dim + shape.v_head_dim
+        slowdown = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
+        flops = hardware.backward_flops if backward else hardware.flops
+        ratio = BACKWARD_FLOPS_RATIO if backward else 1.0
         self.hardware, self.ulysses = hardware, ulysses
-        rate = hardware.backward_flops if backward else hardware.flops
-        self.seconds_per_pair = 2 * heads * both * (BACKWARD_FLOPS_RATIO if backward else 1.0) * slow / rate
+        self.seconds_per_pair = 2 * num_heads * dims * ratio * slowdown / flops
         self.launch_overhead = hardware.launch_overhead
-        self.merge_per_token = 3 * 4 * shape.num_rows * heads * shape.v_head_dim / hardware.memory_bandwidth
-        self.kv_bytes = shape.num_rows * kv_heads * both * shape.bytes_per_element
-        self.grad_bytes = shape.num_rows * kv_heads * both * max(4, shape.bytes_per_element)
-        sent_kv = sum(len(share.kv) for share in shares)
-        elements = shape.num_heads * both + sent_kv * both
-        self.ulysses_bytes = shape.num_rows * elements * shape.bytes_per_element * (ulysses - 1) / ulysses**2
+        self.merge_seconds_per_token = (
+            3 * 4 * shape.num_rows * num_heads * shape.v_head_dim / hardware.memory_bandwidth
+        )
+        self.kv_bytes = shape.num_rows * num_kv_heads * dims * shape.bytes_per_element
+        self.grad_bytes = shape.num_rows * num_kv_heads * dims * max(4, shape.bytes_per_element)
+        kv_copies = sum(len(share.kv) for share in shares)
+        num_elements = shape.num_heads * dims + kv_copies * dims
+        self.ulysses_bytes = shape.num_rows * num_elements * shape.bytes_per_element * (ulysses - 1) / ulysses**2
         self._nodes: list[tuple[int, int]] = []
 
-    def compute(self, pairs: int, queries: float) -> float:
-        """Seconds for so many visible pairs, and for merging the result of so many queries."""
-        return pairs * self.seconds_per_pair + self.launch_overhead + queries * self.merge_per_token if pairs else 0.0
+    def compute_seconds(self, pairs: int, queries: float) -> float:
+        """Return the time to compute `pairs` visible pairs and to merge the results of `queries` queries."""
+        if not pairs:
+            return 0.0
+        return pairs * self.seconds_per_pair + self.launch_overhead + queries * self.merge_seconds_per_token
 
-    def nodes(self, places: int) -> list[tuple[int, int]]:
-        """Nodes of the first and of the last rank of each place; a message between unequal ones leaves its node."""
-        if len(self._nodes) != places:
-            size, u = self.hardware.ranks_per_node, self.ulysses
-            self._nodes = [(place * u // size, (place * u + u - 1) // size) for place in range(places)]
+    def nodes(self, ring_size: int) -> list[tuple[int, int]]:
+        """Return for each ring rank the nodes of its first and its last rank.
+
+        A message between ring ranks whose pairs differ leaves its node.
+        """
+        if len(self._nodes) != ring_size:
+            node_size, u = self.hardware.ranks_per_node, self.ulysses
+            self._nodes = [(rank * u // node_size, (rank * u + u - 1) // node_size) for rank in range(ring_size)]
         return self._nodes
 
-    def seconds(self, num_bytes: float, crosses: bool) -> float:
+    def message_seconds(self, num_bytes: float, is_inter_node: bool) -> float:
         h = self.hardware
-        if crosses:
+        if is_inter_node:
             return h.network_latency + num_bytes / h.network_bandwidth
         return h.node_latency + num_bytes / h.node_bandwidth
 
-    def collective(self, num_bytes: float, places: int) -> float:
-        """A ring collective in which every place sends `num_bytes` in all, over every network card of a node."""
-        h = self.hardware
-        cards = max(1, min(h.ranks_per_node // self.ulysses, places))
-        crosses = len(set(self.nodes(places))) > 1
-        bandwidth = min(h.node_bandwidth, h.network_bandwidth * cards) if crosses else h.node_bandwidth
-        latency = h.network_latency if crosses else h.node_latency
-        return (places - 1) * latency + num_bytes / (bandwidth * h.collective_efficiency)
+    def collective_seconds(self, num_bytes: float, ring_size: int) -> float:
+        """Return the time of a ring collective in which every ring rank sends `num_bytes` in all.
 
-    def all_to_all(self, tokens: int) -> float:
-        """Ulysses' two exchanges for `tokens` of the ring shard: heads out, results back."""
+        It uses every network card of a node.
+        """
+        h = self.hardware
+        num_cards = max(1, min(h.ranks_per_node // self.ulysses, ring_size))
+        is_inter_node = len(set(self.nodes(ring_size))) > 1
+        bandwidth = min(h.node_bandwidth, h.network_bandwidth * num_cards) if is_inter_node else h.node_bandwidth
+        latency = h.network_latency if is_inter_node else h.node_latency
+        return (ring_size - 1) * latency + num_bytes / (bandwidth * h.collective_efficiency)
+
+    def all_to_all_seconds(self, tokens: int) -> float:
+        """Return the time of Ulysses' two exchanges for `tokens` of the ring shard: heads out, results back."""
         if self.ulysses == 1:
             return 0.0
         h, num_bytes = self.hardware, self.ulysses_bytes * tokens
-        outside = max(0, self.ulysses - h.ranks_per_node) / max(1, self.ulysses - 1)
-        crossing = outside * num_bytes / h.network_bandwidth + (2 * h.network_latency if outside else 0.0)
-        return 2 * h.node_latency + (1 - outside) * num_bytes / (h.node_bandwidth * h.collective_efficiency) + crossing
-
-
-class LinkClock:
-    """When every rank is done with the step at hand, and when every rank's links are free again."""
-
-    def __init__(self, size: int) -> None:
-        self.now = [0.0] * size
-        self.free = [0.0] * (2 * size)  # links inside the node, then links to other nodes
-        self.due: dict[int, list[float]] = {}
-
-    def post(self, seconds: Sequence[float], way: "Route", due: int) -> None:
-        """Every place sends for so many seconds to its target, which needs it for step `due`; 0: it sends nothing."""
-        now, free = self.now, self.free
-        both = map(max, now, [now[target] for target in way.targets])
-        done = list(map(operator.add, map(max, both, [free[link] for link in way.links]), seconds))
-        if not all(seconds):
-            done = [end if long else 0.0 for end, long in zip(done, seconds, strict=True)]
-        for link, end in zip(way.links, done, strict=True):
-            if end:
-                free[link] = end
-        # Both sides wait: the sender for its buffer, the receiver for its block.
-        received = [done[source] for source in way.sources]
-        before = self.due.get(due, received)
-        self.due[due] = list(map(max, before, done, received))
-
-    def wait(self, due: int) -> None:
-        if due in self.due:
-            self.now = list(map(max, self.now, self.due.pop(due)))
-
-    def compute(self, seconds: Sequence[float]) -> None:
-        self.now = list(map(operator.add, self.now, seconds))
+        outside = max(0, self.ulysses - h.ranks_per_node) / max(1, self.ulysses - 1)  # share of peers on other nodes
+        inter_node = outside * num_bytes / h.network_bandwidth + (2 * h.network_latency if outside else 0.0)
+        intra_node = (1 - outside) * num_bytes / (h.node_bandwidth * h.collective_efficiency)
+        return 2 * h.node_latency + intra_node + inter_node
 
 
 class Route:
-    """Where every place sends: its target, whether that lies on another node, and who sends to it."""
+    """The target of each ring rank's message, whether it is on another node, and the rank it receives from."""
 
     def __init__(self, layer: LayerCost, targets: Sequence[int]) -> None:
         nodes = layer.nodes(len(targets))
         self.targets = targets
-        self.crosses = [nodes[target] != here for here, target in zip(nodes, targets, strict=True)]
-        self.links = [place + len(nodes) * crosses for place, crosses in enumerate(self.crosses)]
+        self.is_inter_node = [nodes[target] != node for node, target in zip(nodes, targets, strict=True)]
+        self.links = [rank + len(nodes) * is_inter_node for rank, is_inter_node in enumerate(self.is_inter_node)]
         self.sources = sorted(range(len(targets)), key=targets.__getitem__)
 
     def seconds(self, layer: LayerCost, num_bytes: Sequence[float]) -> list[float]:
-        """Per place the time its message takes; 0 for one without bytes."""
-        return [layer.seconds(n, link) if n else 0.0 for n, link in zip(num_bytes, self.crosses, strict=True)]
+        """Return the time of each rank's message; 0 for one without bytes."""
+        return [
+            layer.message_seconds(n, is_inter_node) if n else 0.0
+            for n, is_inter_node in zip(num_bytes, self.is_inter_node, strict=True)
+        ]
 
 
-Passed = tuple[float, tuple[float, ...], tuple[float, ...]]  # seconds, and per step the most and mean bytes sent
+class LinkClock:
+    """When every rank is done with the current step, and when every rank's links are free again, in seconds."""
+
+    def __init__(self, size: int) -> None:
+        self.now = [0.0] * size
+        self.link_free = [0.0] * (2 * size)  # links inside the node, then links to other nodes
+        self._arrivals: dict[int, list[float]] = {}  # by the step that needs the messages
+
+    def send(self, seconds: Sequence[float], route: Route, recv_step: int) -> None:
+        """Every rank sends to its target, which needs the message for `recv_step`; 0 seconds: it sends nothing."""
+        now, link_free = self.now, self.link_free
+        both_ready = map(max, now, [now[target] for target in route.targets])
+        started = map(max, both_ready, [link_free[link] for link in route.links])
+        done = list(map(operator.add, started, seconds))
+        if not all(seconds):
+            done = [end if duration else 0.0 for end, duration in zip(done, seconds, strict=True)]
+        for link, end in zip(route.links, done, strict=True):
+            if end:
+                link_free[link] = end
+        # Both sides wait: the sender for its buffer, the receiver for its block.
+        received = [done[source] for source in route.sources]
+        earlier = self._arrivals.get(recv_step, received)
+        self._arrivals[recv_step] = list(map(max, earlier, done, received))
+
+    def wait(self, recv_step: int) -> None:
+        """Every rank waits for the messages that it needs for `recv_step`."""
+        if recv_step in self._arrivals:
+            self.now = list(map(max, self.now, self._arrivals.pop(recv_step)))
+
+    def compute(self, seconds: Sequence[float]) -> None:
+        """Every rank computes."""
+        self.now = list(map(operator.add, self.now, seconds))
 
 
-def relay(layer: LayerCost, tokens: int, plan: Plan, compute: list[list[float]], backward: bool) -> Passed:
-    """Blocks handed from rank to rank."""
-    size, steps = plan.num_ranks, len(plan.steps)
-    kv, grads = LinkClock(size), LinkClock(size)
-    grads.free = kv.free
-    sent = [0.0] * steps
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds until the last rank has its result; per step the most and the mean bytes that a rank sends."""
 
-    def way(move: Move) -> tuple[Route, list[float], list[float]]:
-        """The way with the seconds of a block of keys and values, and of one of gradients."""
-        found = Route(layer, [replace(plan, rank=place).ahead(move.outer, move.inner) for place in range(size)])
-        blocks = ([tokens * per_token] * size for per_token in (layer.kv_bytes, layer.grad_bytes))
-        kv, grads = (found.seconds(layer, block) for block in blocks)
-        return found, kv, grads
+    seconds: float
+    max_sent: tuple[float, ...]
+    mean_sent: tuple[float, ...]
 
-    moves: dict[int, list[Move]] = {step: [] for step in range(steps)}
+
+def simulate_ring(layer: LayerCost, tokens: int, plan: Plan, compute: list[list[float]], backward: bool) -> PassTimes:
+    """Simulate a pass in which blocks of `tokens` are passed from rank to rank.
+
+    Args:
+        plan: any ring rank's; only its moves count.
+        compute: `[step][ring rank]`, seconds.
+    """
+    size, num_steps = plan.num_ranks, len(plan.steps)
+    kv_clock, grad_clock = LinkClock(size), LinkClock(size)
+    grad_clock.link_free = kv_clock.link_free
+    sent = [0.0] * num_steps
+
+    kv_moves: dict[int, list[Move]] = {step: [] for step in range(num_steps)}
     for move in plan.moves:
-        moves[move.posted].append(move)
-    homewards = {move.posted: move for move in plan.gradient_moves} if backward else {}
-    kinds = {(move.outer, move.inner): move for move in (*plan.moves, *homewards.values())}
-    ways = {kind: way(move) for kind, move in kinds.items()}
-    for step in range(steps):
-        kv.wait(step)
-        for move in moves[step]:
-            along, seconds, _ = ways[move.outer, move.inner]
-            kv.post(seconds, along, move.due)
+        kv_moves[move.send_step].append(move)
+    grad_moves = {move.send_step: move for move in plan.gradient_moves} if backward else {}
+    routes: dict[tuple[int, int], Route] = {}
+    kv_seconds: dict[tuple[int, int], list[float]] = {}
+    grad_seconds: dict[tuple[int, int], list[float]] = {}
+    for move in (*plan.moves, *grad_moves.values()):
+        offset = move.outer, move.inner
+        if offset not in routes:
+            routes[offset] = Route(layer, [replace(plan, rank=rank).peer(*offset) for rank in range(size)])
+            kv_seconds[offset] = routes[offset].seconds(layer, [tokens * layer.kv_bytes] * size)
+            grad_seconds[offset] = routes[offset].seconds(layer, [tokens * layer.grad_bytes] * size)
+
+    for step in range(num_steps):
+        kv_clock.wait(step)
+        for move in kv_moves[step]:
+            offset = move.outer, move.inner
+            kv_clock.send(kv_seconds[offset], routes[offset], move.recv_step)
             sent[step] += tokens * layer.kv_bytes
-        kv.compute(compute[step])
-        if step in homewards:
-            grads.now = kv.now
-            grads.wait(step)
-            move = homewards[step]
-            along, _, seconds = ways[move.outer, move.inner]
-            grads.post(seconds, along, move.due)
+        kv_clock.compute(compute[step])
+        if step in grad_moves:
+            grad_clock.now = kv_clock.now
+            grad_clock.wait(step)
+            move = grad_moves[step]
+            offset = move.outer, move.inner
+            grad_clock.send(grad_seconds[offset], routes[offset], move.recv_step)
             sent[step] += tokens * layer.grad_bytes
-            kv.now = grads.now
-    grads.now = kv.now
-    grads.wait(steps)
-    return max(grads.now), tuple(sent), tuple(sent)
+            kv_clock.now = grad_clock.now
+    grad_clock.now = kv_clock.now
+    grad_clock.wait(num_steps)
+    return PassTimes(max(grad_clock.now), tuple(sent), tuple(sent))
 
 
-def fetch(
-    layer: LayerCost, need: Matrix, sources: list[list[int]], compute: list[list[float]], backward: bool
-) -> Passed:
-    """Every rank fetches what it sees of the next step's source; gradients go straight home."""
-    size, last = len(need), len(compute) - 1
-    clock, grads = LinkClock(size), LinkClock(size)
-    grads.free = clock.free
-    most, mean = [], []
+def simulate_direct(
+    layer: LayerCost, kv_needed: Matrix, sources: list[list[int]], compute: list[list[float]], backward: bool
+) -> PassTimes:
+    """Simulate a pass in which every rank fetches the keys it sees from their owner and sends the gradients back.
+
+    Args:
+        kv_needed: `[ring rank][source]`, tokens.
+        sources: `[step][ring rank]`, the owner of the step's block.
+        compute: `[step][ring rank]`, seconds.
+    """
+    size, last = len(kv_needed), len(compute) - 1
+    kv_clock, grad_clock = LinkClock(size), LinkClock(size)
+    grad_clock.link_free = kv_clock.link_free
+    max_sent, mean_sent = [], []
     for step, seconds in enumerate(compute):
-        clock.wait(step)
+        kv_clock.wait(step)
         sent = [0.0] * size
         if step < last:
-            way = Route(layer, [(place + step + 1) % size for place in range(size)])
-            amounts = [need[target][place] * layer.kv_bytes for place, target in enumerate(way.targets)]
-            clock.post(way.seconds(layer, amounts), way, step + 1)
-            sent = [a + b for a, b in zip(sent, amounts, strict=True)]
-        clock.compute(seconds)
+            route = Route(layer, [(rank + step + 1) % size for rank in range(size)])
+            num_bytes = [kv_needed[target][rank] * layer.kv_bytes for rank, target in enumerate(route.targets)]
+            kv_clock.send(route.seconds(layer, num_bytes), route, step + 1)
+            sent = [a + b for a, b in zip(sent, num_bytes, strict=True)]
+        kv_clock.compute(seconds)
         if backward and step:
-            grads.now = clock.now
-            way = Route(layer, sources[step])
-            amounts = [need[place][source] * layer.grad_bytes for place, source in enumerate(way.targets)]
-            grads.post(way.seconds(layer, amounts), way, last + 1)
-            sent = [a + b for a, b in zip(sent, amounts, strict=True)]
-        most.append(max(sent))
-        mean.append(sum(sent) / size)
-    grads.now = clock.now
-    grads.wait(last + 1)
-    return max(grads.now), tuple(most), tuple(mean)
+            grad_clock.now = kv_clock.now
+            route = Route(layer, sources[step])
+            num_bytes = [kv_needed[rank][source] * layer.grad_bytes for rank, source in enumerate(route.targets)]
+            grad_clock.send(route.seconds(layer, num_bytes), route, last + 1)
+            sent = [a + b for a, b in zip(sent, num_bytes, strict=True)]
+        max_sent.append(max(sent))
+        mean_sent.append(sum(sent) / size)
+    grad_clock.now = kv_clock.now
+    grad_clock.wait(last + 1)
+    return PassTimes(max(grad_clock.now), tuple(max_sent), tuple(mean_sent))

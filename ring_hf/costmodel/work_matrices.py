@@ -1,15 +1,17 @@
-"""Work and traffic between every pair of ring places by closed formulas, without a plan.
+"""Work and traffic between every pair of ring ranks by closed formulas, without a plan.
 
-`work_matrix` counts the visible pairs between one place's queries and another's keys, `need_matrix` the keys of one
-place that another sees at all. The order in which a transport brings blocks together changes neither, so these two say
-what every algorithm computes and moves: quickly enough for 1,024 places, and for the choice of a transport per batch.
+`work_matrix` counts the visible pairs between one ring rank's queries and another's keys, `kv_needed_matrix` the keys
+of one ring rank that another sees at all. The order in which a transport brings blocks together changes neither, so
+these two determine what every algorithm computes and sends, and are fast enough for 1,024 ring ranks and for choosing
+a transport per batch.
 
-Every query q sees one interval of keys, `max(first, q - window + 1) .. reach - 1 | q | end - 1` (in a prefix, under a
-causal mask, under a full one). A chunk of consecutive tokens therefore needs one interval, too, and only its two ends
-reach into other chunks. In the striped layout (R places) the keys of place m up to token x number
-`floor((x - m) / R) + 1`, which takes two values over m: a sum over queries is a difference array over places.
+Every query q sees one interval of keys, `max(first, q - window + 1) .. prefix end - 1 | q | document end - 1` (in a
+prefix, under a causal mask, under a full one). A chunk of consecutive tokens therefore also needs one interval, and
+only its two ends reach into other chunks. In the striped layout (R ring ranks) the keys of ring rank m up to token x
+number `floor((x - m) / R) + 1`, which takes two values over m: a sum over queries is a difference array over ring
+ranks.
 
-Letters: s sequence length, R places of the ring, w window.
+Letters: s sequence length, R ring ranks, w window.
 """
 
 import bisect
@@ -17,7 +19,7 @@ import itertools
 from dataclasses import dataclass
 
 from ..geometry.band import area
-from ..geometry.dependencies import Ranges, merged
+from ..geometry.dependencies import Ranges, merge_ranges
 from ..geometry.sequence import Mask, RowRegions, ShardedSequence
 
 Matrix = list[list[int]]
@@ -27,146 +29,149 @@ Matrix = list[list[int]]
 class _Chunk:
     start: int
     stop: int
-    place: int
+    ring_rank: int
 
 
 def work_matrix(sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> Matrix:
-    """`[place][source]`: visible pairs between the queries of `place` and the keys of `source`, over all rows."""
+    """Return `[ring rank][source]`: visible pairs of the rank's queries and the source's keys, over all rows."""
     size = sequence.ring_size
     work = [[0] * size for _ in range(size)]
     chunks = _chunks(sequence)
     for _, rows, regions in sequence.row_groups(mask, num_rows):
         if chunks is None:
-            _add_striped(work, regions, mask, rows)
+            _add_striped_work(work, regions, mask, rows)
         else:
-            _add_chunks(work, chunks, regions, mask, rows)
+            _add_chunk_work(work, chunks, regions, mask, rows)
     return work
 
 
 def total_work(sequence: ShardedSequence, mask: Mask, num_rows: int = 1) -> int:
-    """Visible pairs of the whole batch."""
-    return sum(_totals(regions, mask)[-1] * rows for _, rows, regions in sequence.row_groups(mask, num_rows))
+    """Return the visible pairs of the whole batch."""
+    return sum(_cumulative_work(regions, mask)[-1] * rows for _, rows, regions in sequence.row_groups(mask, num_rows))
 
 
-def need_matrix(sequence: ShardedSequence, mask: Mask) -> Matrix:
-    """`[place][source]`: tokens of `source` whose keys any query of `place` sees in any row; 0 for its own."""
+def kv_needed_matrix(sequence: ShardedSequence, mask: Mask) -> Matrix:
+    """Return `[ring rank][source]`: tokens of the source that the rank's queries see in any row; 0 for its own."""
     size = sequence.ring_size
-    seen: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    intervals_of: list[list[tuple[int, int]]] = [[] for _ in range(size)]
     chunks = _chunks(sequence)
     for _, _, regions in sequence.row_groups(mask, 1):
-        for place in range(size):
-            if chunks is None:
-                seen[place] += _striped_intervals(regions, mask, place, size)
+        if chunks is None:
+            for rank in range(size):
+                intervals_of[rank] += _striped_intervals(regions, mask, rank, size)
         for chunk in chunks or ():
-            seen[chunk.place].append(_interval(regions, mask, chunk))
-    need = []
-    for place, intervals in enumerate(seen):
-        row = _count_striped(intervals, size) if chunks is None else _count(merged(intervals), size, chunks)
-        row[place] = 0
-        need.append(row)
-    return need
+            intervals_of[chunk.ring_rank].append(_chunk_interval(regions, mask, chunk))
+    kv_needed = []
+    for rank, intervals in enumerate(intervals_of):
+        ranges = merge_ranges(intervals)
+        row = _count_striped(ranges, size) if chunks is None else _count_in_chunks(ranges, size, chunks)
+        row[rank] = 0
+        kv_needed.append(row)
+    return kv_needed
 
 
 def _chunks(sequence: ShardedSequence) -> list[_Chunk] | None:
-    """All runs of consecutive tokens in global order, or None if the layout deals single tokens."""
-    found = []
-    for place in range(sequence.ring_size):
-        for segment in sequence.ring_segments(place):
+    """All runs of consecutive tokens in global order, or None if the layout assigns single tokens."""
+    chunks = []
+    for rank in range(sequence.ring_size):
+        for segment in sequence.ring_segments(rank):
             if segment.step != 1:
                 return None
-            found.append(_Chunk(segment.start, segment.start + segment.length, place))
-    return sorted(found, key=lambda chunk: chunk.start)
+            chunks.append(_Chunk(segment.start, segment.start + segment.length, rank))
+    return sorted(chunks, key=lambda chunk: chunk.start)
 
 
-def _low(mask: Mask, first: int, query: int) -> int:
+def _first_key(mask: Mask, doc_start: int, query: int) -> int:
     """First key that a query sees."""
-    return first if mask.window is None else max(first, query - mask.window + 1)
+    return doc_start if mask.window is None else max(doc_start, query - mask.window + 1)
 
 
-def _high(mask: Mask, regions: RowRegions, region: int, query: int) -> int:
+def _last_key(mask: Mask, regions: RowRegions, region: int, query: int) -> int:
     """Last key that a query sees."""
     if not mask.causal:
-        return regions.ends[region] - 1
-    return max(query, regions.reaches[region] - 1)
+        return regions.doc_ends[region] - 1
+    return max(query, regions.prefix_ends[region] - 1)
 
 
-def _region(regions: RowRegions, token: int) -> int:
+def _region_of(regions: RowRegions, token: int) -> int:
     return bisect.bisect_right(regions.starts, token) - 1
 
 
-def _interval(regions: RowRegions, mask: Mask, chunk: _Chunk) -> tuple[int, int]:
-    head, tail = _region(regions, chunk.start), _region(regions, chunk.stop - 1)
-    return _low(mask, regions.firsts[head], chunk.start), _high(mask, regions, tail, chunk.stop - 1) + 1
+def _chunk_interval(regions: RowRegions, mask: Mask, chunk: _Chunk) -> tuple[int, int]:
+    """The half-open interval of keys that a chunk's queries see."""
+    first, last = _region_of(regions, chunk.start), _region_of(regions, chunk.stop - 1)
+    start = _first_key(mask, regions.doc_starts[first], chunk.start)
+    return start, _last_key(mask, regions, last, chunk.stop - 1) + 1
 
 
-def _count(ranges: Ranges, size: int, chunks: list[_Chunk]) -> list[int]:
-    """Tokens in these ranges that each place holds."""
-    row = [0] * size
+def _count_in_chunks(ranges: Ranges, size: int, chunks: list[_Chunk]) -> list[int]:
+    """Tokens in these ranges that each ring rank holds."""
+    counts = [0] * size
     for first, stop in ranges:
-        number = bisect.bisect_right(chunks, first, key=lambda chunk: chunk.start) - 1
-        while number < len(chunks) and chunks[number].start < stop:
-            chunk = chunks[number]
-            row[chunk.place] += min(stop, chunk.stop) - max(first, chunk.start)
-            number += 1
-    return row
+        index = bisect.bisect_right(chunks, first, key=lambda chunk: chunk.start) - 1
+        while index < len(chunks) and chunks[index].start < stop:
+            chunk = chunks[index]
+            counts[chunk.ring_rank] += min(stop, chunk.stop) - max(first, chunk.start)
+            index += 1
+    return counts
 
 
-def _count_striped(intervals: list[tuple[int, int]], size: int) -> list[int]:
+def _count_striped(ranges: Ranges, size: int) -> list[int]:
     change = [0] * (size + 1)
-    for first, stop in merged(intervals):
+    for first, stop in ranges:
         for token, sign in ((stop - 1, 1), (first - 1, -1)):
-            turn, place = divmod(token, size)
+            turn, rank = divmod(token, size)
             change[0] += sign * turn
-            change[place + 1] -= sign
+            change[rank + 1] -= sign
     return list(itertools.accumulate(change[:size]))
 
 
-def _add_chunks(work: Matrix, chunks: list[_Chunk], regions: RowRegions, mask: Mask, rows: int) -> None:
-    starts = [chunk.start for chunk in chunks]
-    inner = _totals(regions, mask)
+def _add_chunk_work(work: Matrix, chunks: list[_Chunk], regions: RowRegions, mask: Mask, rows: int) -> None:
+    chunk_starts = [chunk.start for chunk in chunks]
+    cumulative = _cumulative_work(regions, mask)
     for chunk in chunks:
-        # Documents that lie in the chunk see nothing else: their totals, from the running sum.
-        region, last = _region(regions, chunk.start), _region(regions, chunk.stop - 1)
+        # Documents inside the chunk see nothing else: their totals, from the running sum.
+        region, last = _region_of(regions, chunk.start), _region_of(regions, chunk.stop - 1)
         while region <= last:
-            stop = _inside(regions, region, last, chunk)
+            stop = _end_of_inside(regions, region, last, chunk)
             if stop > region:
-                work[chunk.place][chunk.place] += (inner[stop] - inner[region]) * rows
+                work[chunk.ring_rank][chunk.ring_rank] += (cumulative[stop] - cumulative[region]) * rows
                 region = stop
                 continue
             first, end = max(chunk.start, regions.starts[region]), min(chunk.stop, regions.starts[region + 1])
-            _add_part(work[chunk.place], chunks, starts, regions, mask, region, first, end, rows)
+            _add_region_work(work[chunk.ring_rank], chunks, chunk_starts, regions, mask, region, first, end, rows)
             region += 1
 
 
-def _inside(regions: RowRegions, region: int, last: int, chunk: _Chunk) -> int:
-    """One past the last of the regions from `region` on whose documents lie wholly in the chunk."""
-    if regions.firsts[region] < chunk.start or regions.ends[region] > chunk.stop:
+def _end_of_inside(regions: RowRegions, region: int, last: int, chunk: _Chunk) -> int:
+    """One past the last of the regions from `region` on whose documents are wholly in the chunk."""
+    doc_starts, doc_ends = regions.doc_starts, regions.doc_ends
+    if doc_starts[region] < chunk.start or doc_ends[region] > chunk.stop:
         return region
-    return last + 1 if regions.ends[last] <= chunk.stop else bisect.bisect_left(regions.firsts, regions.firsts[last])
+    return last + 1 if doc_ends[last] <= chunk.stop else bisect.bisect_left(doc_starts, doc_starts[last])
 
 
-def _totals(regions: RowRegions, mask: Mask) -> list[int]:
-    """Running sum over regions of all pairs that their queries see."""
+def _cumulative_work(regions: RowRegions, mask: Mask) -> list[int]:
+    """Running sum over regions of all pairs that their queries see, starting with 0."""
     counts = [0]
-    for start, stop, first, end, reach in zip(
-        regions.starts, regions.starts[1:], regions.firsts, regions.ends, regions.reaches, strict=False
-    ):
-        high = None if mask.causal and not reach else (reach if mask.causal else end) - start - 1
-        length, before = stop - start, start - first
-        if high is None and (mask.window is None or mask.window >= stop - first):
+    for region, (start, stop) in enumerate(itertools.pairwise(regions.starts)):
+        doc_start, prefix_end = regions.doc_starts[region], regions.prefix_ends[region]
+        length, before = stop - start, start - doc_start
+        is_causal = mask.causal and not prefix_end
+        if is_causal and (mask.window is None or mask.window >= stop - doc_start):
             counts.append(length * before + length * (length + 1) // 2)
             continue
-        # Keys from `first` on, relative to the region's first query: j - i between these bounds.
-        width = before + (length if high is None else high + 1)
-        low = None if mask.window is None else 1 - mask.window + before
-        counts.append(area(length, width, low, before if high is None else None))
+        # Keys from `doc_start` on, relative to the region's first query: j - i between these bounds.
+        end = stop if is_causal else prefix_end if mask.causal else regions.doc_ends[region]
+        lo = None if mask.window is None else 1 - mask.window + before
+        counts.append(area(length, end - doc_start, lo, before if is_causal else None))
     return list(itertools.accumulate(counts))
 
 
-def _add_part(
-    row: list[int],
+def _add_region_work(
+    work_row: list[int],
     chunks: list[_Chunk],
-    starts: list[int],
+    chunk_starts: list[int],
     regions: RowRegions,
     mask: Mask,
     region: int,
@@ -174,56 +179,63 @@ def _add_part(
     stop: int,
     rows: int,
 ) -> None:
-    """Pairs of the queries `first..stop - 1` of one region with the keys of every chunk."""
-    low = _low(mask, regions.firsts[region], first)
-    high = _high(mask, regions, region, stop - 1)
-    open_end = not mask.causal or regions.reaches[region] > 0
-    for number in range(bisect.bisect_right(starts, low) - 1, bisect.bisect_right(starts, high)):
-        chunk = chunks[number]
-        key, end = max(chunk.start, regions.firsts[region]), min(chunk.stop, high + 1)
-        hi = None if open_end or end - 1 <= first else first - key
+    """Add the pairs of the queries `first..stop - 1` of one region with the keys of every chunk."""
+    doc_start = regions.doc_starts[region]
+    first_key = _first_key(mask, doc_start, first)
+    last_key = _last_key(mask, regions, region, stop - 1)
+    same_last_key = not mask.causal or regions.prefix_ends[region] > 0  # for all of these queries
+    num_q = stop - first
+    first_chunk = bisect.bisect_right(chunk_starts, first_key) - 1
+    for chunk in chunks[first_chunk : bisect.bisect_right(chunk_starts, last_key)]:
+        key, end = max(chunk.start, doc_start), min(chunk.stop, last_key + 1)
+        hi = None if same_last_key or end - 1 <= first else first - key
         lo = None if mask.window is None or key > stop - 1 - mask.window else first - key - mask.window + 1
-        seen = (stop - first) * (end - key) if lo is None and hi is None else area(stop - first, end - key, lo, hi)
-        row[chunk.place] += seen * rows
+        pairs = num_q * (end - key) if lo is None and hi is None else area(num_q, end - key, lo, hi)
+        work_row[chunk.ring_rank] += pairs * rows
 
 
-def _add_striped(work: Matrix, regions: RowRegions, mask: Mask, rows: int) -> None:
+def _add_striped_work(work: Matrix, regions: RowRegions, mask: Mask, rows: int) -> None:
     size = len(work)
-    for place, row in enumerate(work):
+    for rank, work_row in enumerate(work):
         change = [0] * (size + 1)
 
-        def keys_up_to(token: int, count: int, runs: bool, sign: int, change: list[int] = change) -> None:
-            """Adds the keys up to `token` as `count` queries count them; with `runs` it moves on with the query."""
+        def add_keys_up_to(token: int, count: int, advances: bool, sign: int, change: list[int] = change) -> None:
+            """Add the keys up to `token` for `count` queries; with `advances`, `token` moves on with each query."""
             if count <= 0:
                 return
-            turn, place_of = divmod(token, size)
-            change[0] += sign * (count * turn + (count * (count - 1) // 2 if runs else 0))
-            change[place_of + 1] -= sign * count
+            turn, token_rank = divmod(token, size)
+            change[0] += sign * (count * turn + (count * (count - 1) // 2 if advances else 0))
+            change[token_rank + 1] -= sign * count
 
         for region, (start, stop) in enumerate(itertools.pairwise(regions.starts)):
-            query = start + (place - start) % size
+            query = start + (rank - start) % size
             if query >= stop:
                 continue
             count = (stop - 1 - query) // size + 1
-            first = regions.firsts[region]
-            runs = mask.causal and not regions.reaches[region]
-            keys_up_to(query if runs else _high(mask, regions, region, query), count, runs, 1)
+            doc_start = regions.doc_starts[region]
+            is_causal = mask.causal and not regions.prefix_ends[region]
+            last_key = query if is_causal else _last_key(mask, regions, region, query)
+            add_keys_up_to(last_key, count, is_causal, 1)
             # Queries whose window still reaches back to the first key of the document.
-            early = count
+            num_early = count
             if mask.window is not None:
-                early = min(count, max(0, (first + mask.window - 1 - query) // size + 1))
-                keys_up_to(query + early * size - mask.window, count - early, True, -1)
-            keys_up_to(first - 1, early, False, -1)
-        for source, seen in enumerate(itertools.accumulate(change[:size])):
-            row[source] += seen * rows
+                num_early = min(count, max(0, (doc_start + mask.window - 1 - query) // size + 1))
+                add_keys_up_to(query + num_early * size - mask.window, count - num_early, True, -1)
+            add_keys_up_to(doc_start - 1, num_early, False, -1)
+        for source, pairs in enumerate(itertools.accumulate(change[:size])):
+            work_row[source] += pairs * rows
 
 
-def _striped_intervals(regions: RowRegions, mask: Mask, place: int, size: int) -> list[tuple[int, int]]:
-    """What a stripe sees, without the gaps that a window shorter than the stripe leaves: as `reach.needed` has it."""
-    found = []
+def _striped_intervals(regions: RowRegions, mask: Mask, rank: int, size: int) -> list[tuple[int, int]]:
+    """The keys that a stripe sees, in one interval per region, as in `needed_kv_ranges`.
+
+    Gaps that a window shorter than the stripe's step leaves are included.
+    """
+    intervals = []
     for region, (start, stop) in enumerate(itertools.pairwise(regions.starts)):
-        query = start + (place - start) % size
+        query = start + (rank - start) % size
         if query < stop:
             last = query + (stop - 1 - query) // size * size
-            found.append((_low(mask, regions.firsts[region], query), _high(mask, regions, region, last) + 1))
-    return found
+            first_key = _first_key(mask, regions.doc_starts[region], query)
+            intervals.append((first_key, _last_key(mask, regions, region, last) + 1))
+    return intervals

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from ..costmodel.devices import BACKWARD_FLOPS_RATIO, Hardware, Shape, hardware_of
-from ..costmodel.pass_cost import Problem, pass_cost
+from ..costmodel.pass_cost import WorkMatrices, estimate_pass
 from ..costmodel.timeline import LayerCost
 from ..geometry import Mask, ShardedSequence, auto_ulysses, padded_length
 from .facts import AlgorithmEstimate, AttentionGroup, Diagnosis, Overlap, Query, Speed
@@ -94,9 +94,9 @@ def _cost(
 ) -> tuple[float, float, float, float]:
     length = padded_length(layout, question.sequence, question.ranks, ulysses)
     sequence = ShardedSequence(layout, length, question.ranks, None, None, None, ulysses)
-    problem = Problem.estimate(sequence, Mask(True, layers.window, layers.chunk))
+    matrices = WorkMatrices.estimate(sequence, Mask(True, layers.window, layers.chunk))
     shape = _shape(layers, question.dtype)
-    passes = [pass_cost(problem, shape, hardware, transport, 1, backward) for backward in (False, True)]
+    passes = [estimate_pass(matrices, shape, hardware, transport, 1, backward) for backward in (False, True)]
     return tuple(layers.count * n for n in (*(p.total for p in passes), *(p.exposed for p in passes)))  # type: ignore
 
 

@@ -1,18 +1,17 @@
-"""Which token lives where, who sees whom, and what each rank therefore computes and needs. Pure integers, no torch.
+"""Which token lives where, which tokens see each other, and what each rank computes and needs. Integers, no torch.
 
 Start at `ShardedSequence` (a batch as all ranks see it) and `make_plan` (one rank's work, step by step).
 """
 
 from .balance import balanced_owners
-from .band import Piece, area, split, trim
-from .dependencies import farthest, needed, rank_work, visible
-from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split, most_head_chunks
+from .band import CausalBlock, area, split, trim
+from .dependencies import max_hops, needed_kv_ranges, rank_work, visible_kv_ranges
+from .heads import HeadChunk, HeadShare, auto_ulysses, check_head_chunks, chunk_heads, head_split, max_head_chunks
 from .layout import (
     LAYOUTS,
     Segment,
     check_length,
-    multiple,
-    num_chunks,
+    length_multiple,
     padded_length,
     segments,
     shard_index,
@@ -21,17 +20,17 @@ from .layout import (
 from .plan import Move, Plan, Slice, Step, make_plan, sent_tokens
 from .sequence import Mask, RowRegions, ShardedSequence
 from .spec import TRANSPORTS, AttentionSpec, RingOptions, check_transport, divisors, either_of
-from .tiles import Tile, tiles
+from .tiles import Tile, make_tiles
 
 __all__ = [
     "LAYOUTS",
     "TRANSPORTS",
     "AttentionSpec",
+    "CausalBlock",
     "HeadChunk",
     "HeadShare",
     "Mask",
     "Move",
-    "Piece",
     "Plan",
     "RingOptions",
     "RowRegions",
@@ -49,21 +48,20 @@ __all__ = [
     "chunk_heads",
     "divisors",
     "either_of",
-    "farthest",
     "head_split",
+    "length_multiple",
     "make_plan",
-    "most_head_chunks",
-    "multiple",
-    "needed",
-    "num_chunks",
+    "make_tiles",
+    "max_head_chunks",
+    "max_hops",
+    "needed_kv_ranges",
     "padded_length",
     "rank_work",
     "segments",
     "sent_tokens",
     "shard_index",
     "split",
-    "tiles",
     "trim",
     "unshard_index",
-    "visible",
+    "visible_kv_ranges",
 ]

@@ -3,21 +3,21 @@
 A rank's shard is a list of *segments*, each an arithmetic progression of global token indices. Four layouts:
 contiguous (Ring Attention, Liu et al. 2023, arXiv 2310.01889), zigzag (chunks r and 2R-1-r, the load balance of
 Llama 3's and ring-flash-attention's head-tail order), striped (Brandon et al. 2023, arXiv 2311.09431) and balanced
-(chunks dealt by the work that packed documents make of them, see `balance`). A layout is data: into how many equal
+(chunks assigned by the work that packed documents make of them, see `balance`). A layout is data: into how many equal
 chunks the sequence is cut and which rank owns chunk n. Everything else follows.
 
-Ranks form a ring of R, and every place of the ring may be shared by u ranks that exchange heads instead of keys and
-values (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): the layout deals to the places, and the tokens of a place are
-cut, in local order, into u equal parts. Rank = place * u + part, so that the ranks of one place are neighbours.
+R ring ranks form the ring, and each of them may be a group of u ranks that exchange heads instead of keys and values
+(Ulysses, Jacobs et al. 2023, arXiv 2309.14509). The layout assigns chunks to ring ranks; the tokens of a ring rank are
+cut, in local order, into u equal parts. Rank = ring rank * u + part, so that a Ulysses group has neighbouring ranks.
 
-Letters: s global sequence length, R places of the ring, u ranks of a place. No torch here: pure integers.
+Letters: s global sequence length, R ring ranks, u ranks of a Ulysses group. No torch here: pure integers.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .balance import MOST_CHUNKS, Rows, balanced_owners
+from .balance import MAX_CHUNKS_PER_RANK, IntsPerRow, balanced_owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,11 @@ class Segment:
         return slice(self.start, self.start + self.step * self.length, self.step)
 
 
-def _static(rule: Callable[[int, int], int], chunks_per_rank: int) -> Callable[[int, int, Rows], tuple[int, ...]]:
-    def owners(length: int, ring_size: int, rows: Rows) -> tuple[int, ...]:
+Owners = Callable[[int, int, IntsPerRow], tuple[int, ...]]
+
+
+def _static_owners(rule: Callable[[int, int], int], chunks_per_rank: int) -> Owners:
+    def owners(length: int, ring_size: int, documents: IntsPerRow) -> tuple[int, ...]:
         return tuple(rule(chunk, ring_size) for chunk in range(chunks_per_rank * ring_size))
 
     return owners
@@ -47,36 +50,48 @@ def _static(rule: Callable[[int, int], int], chunks_per_rank: int) -> Callable[[
 
 @dataclass(frozen=True)
 class Layout:
-    """At least `chunks_per_rank` equal chunks per rank; `owners(length, ring size, documents)` says whose each is.
+    """How a layout cuts and assigns a sequence.
 
-    With `interleaved` a chunk is one token and the owners repeat themselves to the end of the sequence.
+    Attributes:
+        chunks_per_rank: equal chunks per ring rank, at least.
+        owners: `owners(length, ring_size, documents)` returns the ring rank of each chunk.
+        interleaved: whether a chunk is one token and the owners repeat to the end of the sequence.
+        max_chunks_per_rank: chunks per ring rank that are worth padding for when the sequence is long; 0 for none.
     """
 
     chunks_per_rank: int
-    owners: Callable[[int, int, Rows], tuple[int, ...]]
+    owners: Owners
     interleaved: bool = False
-    finest: int = 0  # chunks per rank worth padding for when the sequence is long
+    max_chunks_per_rank: int = 0
 
 
-_TABLE = {
-    "contiguous": Layout(1, _static(lambda chunk, ring_size: chunk, 1)),
-    "zigzag": Layout(2, _static(lambda chunk, ring_size: min(chunk, 2 * ring_size - 1 - chunk), 2)),
-    "striped": Layout(1, _static(lambda chunk, ring_size: chunk, 1), interleaved=True),
-    "balanced": Layout(2, balanced_owners, finest=MOST_CHUNKS),
+_LAYOUTS = {
+    "contiguous": Layout(1, _static_owners(lambda chunk, ring_size: chunk, 1)),
+    "zigzag": Layout(2, _static_owners(lambda chunk, ring_size: min(chunk, 2 * ring_size - 1 - chunk), 2)),
+    "striped": Layout(1, _static_owners(lambda chunk, ring_size: chunk, 1), interleaved=True),
+    "balanced": Layout(2, balanced_owners, max_chunks_per_rank=MAX_CHUNKS_PER_RANK),
 }
-LAYOUTS = tuple(_TABLE)
-_PADDING = 64  # finer chunks may cost at most 1 / 64 of the tokens in padding
+LAYOUTS = tuple(_LAYOUTS)
+_MIN_CHUNK_MULTIPLES = 64  # finer chunks may cost at most 1 / 64 of the tokens in padding
 
 
 def layout_rule(name: str) -> Layout:
-    """The rule called `name`. Raises `ValueError` if there is none."""
-    if name not in _TABLE:
+    """Return the rule of a layout.
+
+    Raises:
+        ValueError: if there is no layout of that name.
+    """
+    if name not in _LAYOUTS:
         raise ValueError(f"layout={name!r} is not known. Choose one of {', '.join(LAYOUTS)}.")
-    return _TABLE[name]
+    return _LAYOUTS[name]
 
 
 def ring_size_of(num_ranks: int, ulysses: int) -> int:
-    """Places of the ring. Raises `ValueError` unless `ulysses` divides `num_ranks`."""
+    """Return the number of ring ranks.
+
+    Raises:
+        ValueError: if `ulysses` does not divide `num_ranks`.
+    """
     if ulysses < 1 or num_ranks % ulysses:
         raise ValueError(
             f"ulysses_size={ulysses} does not divide the {num_ranks} ranks that share a sequence. Choose a divisor: "
@@ -85,119 +100,154 @@ def ring_size_of(num_ranks: int, ulysses: int) -> int:
     return num_ranks // ulysses
 
 
-def num_chunks(layout: str, num_ranks: int, ulysses: int = 1) -> int:
-    """Pieces a sequence is dealt in: the fewest tokens that leave no rank empty."""
+def length_multiple(layout: str, num_ranks: int, ulysses: int = 1) -> int:
+    """Return the number of tokens that the global length must be a multiple of (1 when there is one rank).
+
+    This is also the number of chunks that a sequence is cut into at least.
+
+    Raises:
+        ValueError: if there is no such layout, or `ulysses` does not divide `num_ranks`.
+    """
     ring_size = ring_size_of(num_ranks, ulysses)
-    chunks = layout_rule(layout).chunks_per_rank if ring_size > 1 else 1
-    return ring_size * math.lcm(chunks, ulysses)
-
-
-def multiple(layout: str, num_ranks: int, ulysses: int = 1) -> int:
-    """The global length must be a multiple of this (1 when there is one rank)."""
-    return num_chunks(layout, num_ranks, ulysses)
+    chunks_per_rank = layout_rule(layout).chunks_per_rank if ring_size > 1 else 1
+    return ring_size * math.lcm(chunks_per_rank, ulysses)
 
 
 def padded_length(layout: str, num_tokens: int, num_ranks: int, ulysses: int = 1) -> int:
-    """`num_tokens` rounded up to the layout's multiple; in the balanced layout to a larger one if that is cheap."""
-    unit = multiple(layout, num_ranks, ulysses)
-    chunks = layout_rule(layout).chunks_per_rank
-    while num_ranks > ulysses and 2 * chunks <= layout_rule(layout).finest and 2 * unit * _PADDING <= num_tokens:
-        chunks, unit = 2 * chunks, 2 * unit
-    return -(-num_tokens // unit) * unit
+    """Round `num_tokens` up to the layout's multiple, in the balanced layout to a larger one if the padding is small.
+
+    Raises:
+        ValueError: if there is no such layout, or `ulysses` does not divide `num_ranks`.
+    """
+    multiple = length_multiple(layout, num_ranks, ulysses)
+    rule = layout_rule(layout)
+    chunks_per_rank = rule.chunks_per_rank
+    while (
+        num_ranks > ulysses
+        and 2 * chunks_per_rank <= rule.max_chunks_per_rank
+        and 2 * multiple * _MIN_CHUNK_MULTIPLES <= num_tokens
+    ):
+        chunks_per_rank, multiple = 2 * chunks_per_rank, 2 * multiple
+    return -(-num_tokens // multiple) * multiple
 
 
 def check_length(layout: str, length: int, num_ranks: int, ulysses: int = 1) -> None:
-    """Raises `ValueError` unless a sequence of `length` tokens can be dealt to `num_ranks` ranks."""
-    unit = multiple(layout, num_ranks, ulysses)
-    if length <= 0 or length % unit:
-        shared = f"{num_ranks} ranks" + (f" (ring of {num_ranks // ulysses} x ulysses {ulysses})" * (ulysses > 1))
+    """Check that a sequence can be sharded.
+
+    Raises:
+        ValueError: if `length` is not a positive multiple of `length_multiple(...)`.
+    """
+    multiple = length_multiple(layout, num_ranks, ulysses)
+    if length <= 0 or length % multiple:
+        ranks = f"{num_ranks} ranks"
+        if ulysses > 1:
+            ranks += f" (ring of {num_ranks // ulysses} x ulysses {ulysses})"
+        padded = max(multiple, padded_length(layout, length, num_ranks, ulysses))
         raise ValueError(
-            f"A sequence of {length} tokens cannot be dealt to {shared} in the {layout} layout: the length "
-            f"must be a multiple of {unit}. Pad it to {max(unit, padded_length(layout, length, num_ranks, ulysses))} "
-            "(ContextParallelCollator does)."
+            f"A sequence of {length} tokens cannot be sharded over {ranks} in the {layout} layout: the length "
+            f"must be a multiple of {multiple}. Pad it to {padded} (ContextParallelCollator does)."
         )
 
 
 def segments(
-    layout: str, length: int, num_ranks: int, rank: int, ulysses: int = 1, documents: Rows = ()
+    layout: str, length: int, num_ranks: int, rank: int, ulysses: int = 1, documents: IntsPerRow = ()
 ) -> tuple[Segment, ...]:
-    """The shard of `rank`, in local order.
+    """Return the shard of `rank`, in local order.
 
     Args:
-        documents: per batch row the cumulative boundaries; only the balanced layout looks at them.
+        documents: per batch row the cumulative boundaries; only the balanced layout depends on them.
 
     Raises:
-        ValueError: if `length` is not a multiple of `multiple(...)`, or there is no such rank or layout.
+        ValueError: if `length` is not a multiple of `length_multiple(...)`, or there is no such rank or layout.
     """
     check_length(layout, length, num_ranks, ulysses)
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank={rank} is not one of {num_ranks} ranks. Ranks count from 0 to {num_ranks - 1}.")
-    place, part = divmod(rank, ulysses)
-    size = length // num_ranks
-    shard = ring_segments(layout, length, num_ranks // ulysses, place, documents)
-    return slice_segments(shard, part * size, (part + 1) * size)
+    ring_rank, part = divmod(rank, ulysses)
+    shard_length = length // num_ranks
+    ring_shard = ring_segments(layout, length, num_ranks // ulysses, ring_rank, documents)
+    return slice_segments(ring_shard, part * shard_length, (part + 1) * shard_length)
 
 
-def ring_segments(layout: str, length: int, ring_size: int, place: int, documents: Rows = ()) -> tuple[Segment, ...]:
-    """The tokens of one place of the ring, in local order."""
+def ring_segments(
+    layout: str, length: int, ring_size: int, ring_rank: int, documents: IntsPerRow = ()
+) -> tuple[Segment, ...]:
+    """Return the tokens of one ring rank, in local order."""
     if ring_size == 1:
         return (Segment(0, length),)
     rule = layout_rule(layout)
     if rule.interleaved:
-        return (Segment(place, length // ring_size, ring_size),)
-    owners = rule.owners(length, ring_size, documents)
-    size = length // len(owners)
-    found: list[Segment] = []
-    for chunk, owner in enumerate(owners):
-        if owner != place:
-            continue
-        if found and found[-1].start + found[-1].length == chunk * size:
-            found[-1] = Segment(found[-1].start, found[-1].length + size)
+        return (Segment(ring_rank, length // ring_size, ring_size),)
+    chunk_owners = rule.owners(length, ring_size, documents)
+    chunk_size = length // len(chunk_owners)
+    chunks = (
+        Segment(chunk * chunk_size, chunk_size) for chunk, owner in enumerate(chunk_owners) if owner == ring_rank
+    )
+    return tuple(join_segments(chunks))
+
+
+def join_segments(parts: Iterable[Segment]) -> list[Segment]:
+    """Merge each run of consecutive tokens into one segment."""
+    joined: list[Segment] = []
+    for segment in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.step == segment.step == 1 and last.start + last.length == segment.start:
+            joined[-1] = Segment(last.start, last.length + segment.length)
         else:
-            found.append(Segment(chunk * size, size))
-    return tuple(found)
+            joined.append(segment)
+    return joined
 
 
 def slice_segments(shard: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:
-    """Local tokens `start..stop - 1` of a shard, as segments."""
-    found = []
-    place = 0
+    """Return the local tokens `start..stop - 1` of a shard, as segments."""
+    parts = []
+    offset = 0
     for segment in shard:
-        first, last = max(start - place, 0), min(stop - place, segment.length)
+        first, last = max(start - offset, 0), min(stop - offset, segment.length)
         if first < last:
-            found.append(Segment(segment.start + first * segment.step, last - first, segment.step))
-        place += segment.length
-    return tuple(found)
+            parts.append(Segment(segment.start + first * segment.step, last - first, segment.step))
+        offset += segment.length
+    return tuple(parts)
 
 
-def owners(layout: str, length: int, ring_size: int, first: int, last: int, documents: Rows = ()) -> set[int]:
-    """Places of the ring that hold any of the global tokens `first..last` (inclusive)."""
+def owners(layout: str, length: int, ring_size: int, first: int, last: int, documents: IntsPerRow = ()) -> set[int]:
+    """Return the ring ranks that hold any of the global tokens `first..last` (inclusive)."""
     if ring_size == 1:
         return {0}
     rule = layout_rule(layout)
-    dealt = rule.owners(length, ring_size, documents)
     if rule.interleaved:
-        return set(range(ring_size)) if last - first >= ring_size else {n % ring_size for n in range(first, last + 1)}
-    size = length // len(dealt)
-    if (last - first) // size >= len(dealt) - 1:
+        if last - first >= ring_size:
+            return set(range(ring_size))
+        return {token % ring_size for token in range(first, last + 1)}
+    chunk_owners = rule.owners(length, ring_size, documents)
+    chunk_size = length // len(chunk_owners)
+    if (last - first) // chunk_size >= len(chunk_owners) - 1:
         return set(range(ring_size))
-    return set(dealt[first // size : last // size + 1])
+    return set(chunk_owners[first // chunk_size : last // chunk_size + 1])
 
 
 def shard_index(
-    layout: str, length: int, num_ranks: int, rank: int, ulysses: int = 1, documents: Rows = ()
+    layout: str, length: int, num_ranks: int, rank: int, ulysses: int = 1, documents: IntsPerRow = ()
 ) -> list[int]:
-    """Global index (= position) of each local token of `rank`."""
+    """Return the global index (= position) of each local token of `rank`.
+
+    Raises:
+        ValueError: as `segments` does.
+    """
     shard = segments(layout, length, num_ranks, rank, ulysses, documents)
     return [token for segment in shard for token in segment.range]
 
 
-def unshard_index(layout: str, length: int, num_ranks: int, ulysses: int = 1, documents: Rows = ()) -> list[int]:
-    """Where global token n sits in the concatenation of all shards: the inverse of all `shard_index` together."""
+def unshard_index(layout: str, length: int, num_ranks: int, ulysses: int = 1, documents: IntsPerRow = ()) -> list[int]:
+    """Return for each global token its index in the concatenation of all shards, the inverse of all `shard_index`.
+
+    Raises:
+        ValueError: as `segments` does.
+    """
     inverse = [0] * length
-    place = 0
+    offset = 0
     for rank in range(num_ranks):
         for segment in segments(layout, length, num_ranks, rank, ulysses, documents):
-            inverse[segment.slice] = range(place, place + segment.length)
-            place += segment.length
+            inverse[segment.slice] = range(offset, offset + segment.length)
+            offset += segment.length
     return inverse

@@ -1,23 +1,23 @@
-"""Plans: which blocks of keys a rank holds one after the other, what it computes with each, and how blocks get there.
+"""Plans: which blocks of keys a ring rank holds in each step, which tiles it computes, and how blocks get there.
 
-A *transport* is data too: the blocks of a rank's steps, and for those that hand blocks from rank to rank the moves.
+A *transport* is also data: the blocks of a rank's steps and, for those that pass blocks from rank to rank, the moves.
 
-* `ring` and `double_ring`: whole shards, handed on. A ring is a double ring without an outer ring. The inner ring
+* `ring` and `double_ring`: whole shards, passed on. A ring is a double ring without an outer ring. The inner ring
   turns inside a node; for the next turn the block that a turn began with goes to the next node, and has that whole
   turn to get there (the double ring of LoongTrain, Gu et al. 2024, arXiv 2406.18485).
 * `allgather`: one step with everything, in global order, so that a rank runs few large tiles (as Llama 3 does,
   Grattafiori et al. 2024, arXiv 2407.21783, section 3.3.2).
-* `direct`: per step what the rank sees of one other shard, from that shard's owner; nothing if it sees nothing.
+* `direct`: per step the keys of one other shard that the rank sees, from that shard's owner; nothing if it sees none.
 """
 
 import functools
 from dataclasses import dataclass
 
-from .dependencies import farthest, needed
-from .layout import Segment, slice_segments
+from .dependencies import max_hops, needed_kv_ranges
+from .layout import Segment, join_segments, slice_segments
 from .sequence import Mask, ShardedSequence
 from .spec import check_transport
-from .tiles import Tile, tiles
+from .tiles import Tile, make_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class Slice:
     stop: int
 
 
+Block = tuple[Slice, ...]
+
+
 @dataclass(frozen=True)
 class Step:
-    """What a rank computes with one block of keys and values: the concatenation of slices, which the tiles index."""
+    """The tiles that a rank computes with one block of keys and values; they index the concatenated slices."""
 
-    block: tuple[Slice, ...]
+    block: Block
     tiles: tuple[Tile, ...]
 
     @property
@@ -49,104 +52,118 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Something that leaves during one step for the rank `outer` nodes and `inner` places ahead; `due` needs it."""
+    """A block or sum sent from each rank to the rank `outer` nodes and `inner` ranks ahead of it.
 
-    posted: int
-    due: int
+    Attributes:
+        send_step: step during which it is sent.
+        recv_step: step before which the receiver waits for it.
+    """
+
+    send_step: int
+    recv_step: int
     outer: int
     inner: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's steps. `rank` and `num_ranks` count places of the ring; step 0 holds the rank's own keys.
+    """The steps of one ring rank; step 0 holds the rank's own keys.
 
     Attributes:
-        inner: ranks of an inner ring; `num_ranks` unless the transport is a double ring.
-        lent: with `direct`, per step what this rank sends of its own shard to the rank so many places ahead.
+        rank, num_ranks: ring rank and size of the ring.
+        inner_ring_size: ranks of an inner ring; `num_ranks` unless the transport is a double ring.
+        sends: with `direct`, per step the slices of its own shard that this rank sends to the rank that many ranks
+            ahead.
     """
 
     rank: int
     num_ranks: int
     transport: str
-    inner: int
+    inner_ring_size: int
     steps: tuple[Step, ...]
-    lent: tuple[tuple[Slice, ...], ...] = ()
+    sends: tuple[Block, ...] = ()
 
     @property
     def work(self) -> int:
         """Visible pairs of all steps, summed over batch rows."""
         return sum(step.work for step in self.steps)
 
-    def ahead(self, outer: int, inner: int) -> int:
-        """The rank that lies so many places ahead on the outer and on the inner ring."""
-        node, place = divmod(self.rank, self.inner)
-        nodes = self.num_ranks // self.inner
-        return (node + outer) % nodes * self.inner + (place + inner) % self.inner
+    def peer(self, outer: int, inner: int) -> int:
+        """Return the ring rank that is `outer` nodes ahead on the outer ring and `inner` ranks on the inner ring."""
+        node, inner_rank = divmod(self.rank, self.inner_ring_size)
+        num_nodes = self.num_ranks // self.inner_ring_size
+        return (node + outer) % num_nodes * self.inner_ring_size + (inner_rank + inner) % self.inner_ring_size
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """How keys and values travel: what a rank has in step `posted`, its successor has in step `due`."""
-        return tuple(
-            move
-            for step in range(len(self.steps) - 1)
-            for move in (
-                Move(step, step + self.inner, 1, 0) if step % self.inner == 0 else None,
-                Move(step, step + 1, 0, 1) if (step + 1) % self.inner else None,
-            )
-            if move is not None and move.due < len(self.steps)
-        )
+        """Moves of keys and values: the receiver holds in `recv_step` the block that the sender has in `send_step`."""
+        inner, num_steps = self.inner_ring_size, len(self.steps)
+        moves = []
+        for step in range(num_steps - 1):
+            if step % inner == 0 and step + inner < num_steps:
+                moves.append(Move(step, step + inner, 1, 0))
+            if (step + 1) % inner:
+                moves.append(Move(step, step + 1, 0, 1))
+        return tuple(moves)
 
     @property
     def gradient_moves(self) -> tuple[Move, ...]:
-        """How sums of dK and dV travel, one leaving after each step but the first, whose sum is at home already.
+        """Moves of dK and dV sums, one after each step but the first, whose sum already belongs to this rank.
 
-        Within a turn a sum follows its block. At the end of a turn it is handed to the next node, where it is due
-        when that node's own sum is complete; after the last turn it goes home, where `due` is the number of steps.
+        Within a turn a sum follows its block. At the end of a turn it is sent to the next node, which needs it when
+        its own sum is complete; after the last turn it is sent to the owner, with the number of steps as `recv_step`.
         """
-        last = len(self.steps) - 1
+        inner, last = self.inner_ring_size, len(self.steps) - 1
         moves = []
         for step in range(1, last + 1):
             if step == last:
-                moves.append(Move(step, step + 1, -(last // self.inner), -(last % self.inner)))
-            elif (step + 1) % self.inner == 0:
-                moves.append(Move(step, step + self.inner, 1, 0))
+                moves.append(Move(step, step + 1, -(last // inner), -(last % inner)))
+            elif (step + 1) % inner == 0:
+                moves.append(Move(step, step + inner, 1, 0))
             else:
                 moves.append(Move(step, step + 1, 0, 1))
         return tuple(moves)
 
 
-def _relay_blocks(sequence: ShardedSequence, mask: Mask, rank: int, inner: int) -> list[tuple[Slice, ...]]:
-    size = sequence.ring_size
-    outer_far, inner_far = farthest(sequence, mask, inner)
-    steps = [(outer, place) for outer in range(outer_far + 1) for place in range(inner)]
-    if not outer_far:
-        steps = steps[: inner_far + 1]
-    node, place = divmod(rank, inner)
-    sources = ((node - outer) % (size // inner) * inner + (place - n) % inner for outer, n in steps)
+def _ring_blocks(sequence: ShardedSequence, mask: Mask, rank: int, inner_ring_size: int) -> list[Block]:
+    size, inner = sequence.ring_size, inner_ring_size
+    outer_hops, inner_hops = max_hops(sequence, mask, inner)
+    hops = [(outer, hop) for outer in range(outer_hops + 1) for hop in range(inner)]
+    if not outer_hops:
+        hops = hops[: inner_hops + 1]
+    node, inner_rank = divmod(rank, inner)
+    sources = ((node - outer) % (size // inner) * inner + (inner_rank - hop) % inner for outer, hop in hops)
     return [(Slice(source, 0, sequence.length // size),) for source in sources]
 
 
-def _gathered_block(sequence: ShardedSequence) -> tuple[Slice, ...]:
-    found = []
+def _gathered_block(sequence: ShardedSequence) -> Block:
+    slices = []
     for rank in range(sequence.ring_size):
-        place = 0
+        offset = 0
         for segment in sequence.ring_segments(rank):
-            found.append((segment.start, Slice(rank, place, place + segment.length)))
-            place += segment.length
+            slices.append((segment.start, Slice(rank, offset, offset + segment.length)))
+            offset += segment.length
     # Interleaved shards stay whole, in the order of their ranks: in global order they would be no band any more.
-    return tuple(part for _, part in sorted(found, key=lambda item: item[0]))
+    return tuple(part for _, part in sorted(slices, key=lambda item: item[0]))
 
 
-def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inner: int) -> list[tuple[Slice, ...]]:
-    """The blocks of keys that `rank` holds, step by step; the same number of steps on every rank."""
+def _direct_block(sequence: ShardedSequence, mask: Mask, rank: int, source: int) -> Block:
+    return tuple(Slice(source, start, stop) for start, stop in needed_kv_ranges(sequence, mask, rank, source))
+
+
+def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inner_ring_size: int) -> list[Block]:
+    """Return the blocks of keys that a ring rank holds, step by step; the same number of steps on every rank.
+
+    Raises:
+        ValueError: if the transport is unknown or does not fit the ring.
+    """
     size = sequence.ring_size
     check_transport(transport)
     assert transport != "auto", "the caller resolves it"
-    if size % inner or (transport == "double_ring" and inner in (1, size) and size > 1):
+    if size % inner_ring_size or (transport == "double_ring" and inner_ring_size in (1, size) and size > 1):
         raise ValueError(
-            f"inner_ring_size={inner} does not cut a ring of {size} into several equal rings of several ranks. Choose "
-            'a divisor in between, or transport="ring".'
+            f"inner_ring_size={inner_ring_size} does not cut a ring of {size} into several equal rings of several "
+            'ranks. Choose a divisor in between, or transport="ring".'
         )
     if size == 1:
         return [(Slice(0, 0, sequence.length),)]
@@ -154,28 +171,18 @@ def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inn
         return [_gathered_block(sequence)]
     if transport == "direct":
         own = (Slice(rank, 0, sequence.length // size),)
-        _, hops = farthest(sequence, mask, size)
-        sources = [(rank - hop) % size for hop in range(1, hops + 1)]
-        return [own] + [tuple(Slice(s, a, b) for a, b in needed(sequence, mask, rank, s)) for s in sources]
-    return _relay_blocks(sequence, mask, rank, inner if transport == "double_ring" else size)
+        _, num_hops = max_hops(sequence, mask, size)
+        sources = [(rank - hop) % size for hop in range(1, num_hops + 1)]
+        return [own, *(_direct_block(sequence, mask, rank, source) for source in sources)]
+    return _ring_blocks(sequence, mask, rank, inner_ring_size if transport == "double_ring" else size)
 
 
-def _keys(sequence: ShardedSequence, block: tuple[Slice, ...]) -> list[Segment]:
-    """The global tokens of a block, in its order, neighbours joined."""
-    found: list[Segment] = []
+def _key_segments(sequence: ShardedSequence, block: Block) -> list[Segment]:
+    """Return the global tokens of a block, in its order."""
     shards = {part.rank: sequence.ring_segments(part.rank) for part in block}
-    for part in block:
-        for segment in slice_segments(shards[part.rank], part.start, part.stop):
-            before = found[-1] if found else None
-            if (
-                before is not None
-                and before.step == segment.step == 1
-                and before.start + before.length == segment.start
-            ):
-                found[-1] = Segment(before.start, before.length + segment.length)
-            else:
-                found.append(segment)
-    return found
+    return join_segments(
+        segment for part in block for segment in slice_segments(shards[part.rank], part.start, part.stop)
+    )
 
 
 # A step uses one plan per kind of layer; a plan of 10,000 documents holds megabytes.
@@ -187,16 +194,16 @@ def make_plan(
     num_rows: int = 1,
     num_queries: int | None = None,
     transport: str = "ring",
-    inner: int = 1,
+    inner_ring_size: int = 1,
 ) -> Plan:
-    """The plan of one ring rank, cached.
+    """Return the plan of one ring rank, cached.
 
     Args:
-        rank: place on the ring.
+        rank: ring rank.
         num_rows: batch rows B.
         num_queries: with one rank, the queries are the last `num_queries` tokens (decoding with a cache); default all.
         transport: one of `TRANSPORTS`.
-        inner: ranks of an inner ring; for `double_ring` only.
+        inner_ring_size: ranks of an inner ring; for `double_ring` only.
 
     Raises:
         ValueError: if the batch has another number of rows than the sequence describes, or the transport is unknown
@@ -204,7 +211,8 @@ def make_plan(
     """
     if sequence.num_rows not in (None, num_rows):
         raise ValueError(
-            f"The batch has {num_rows} rows, its description {sequence.num_rows}. Build both from the same batch."
+            f"The batch has {num_rows} rows, but its ShardedSequence describes {sequence.num_rows}. Build both from "
+            "the same batch."
         )
     queries = sequence.ring_segments(rank)
     size = sequence.ring_size
@@ -213,39 +221,42 @@ def make_plan(
         queries = (Segment(sequence.length - num_queries, num_queries),)
     groups = list(sequence.row_groups(mask, num_rows))
     steps = []
-    for block in blocks(sequence, mask, rank, transport, inner):
-        keys = _keys(sequence, block)
-        found = [tile for row, rows, regions in groups for tile in tiles(queries, keys, regions, mask, row, rows)]
-        steps.append(Step(block, tuple(found)))
-    lent = []
+    for block in blocks(sequence, mask, rank, transport, inner_ring_size):
+        keys = _key_segments(sequence, block)
+        tiles = [tile for row, rows, regions in groups for tile in make_tiles(queries, keys, regions, mask, row, rows)]
+        steps.append(Step(block, tuple(tiles)))
+    sends: list[Block] = []
     if transport == "direct":
-        others = [(rank + step) % size for step in range(1, len(steps))]
-        lent = [(), *(tuple(Slice(rank, a, b) for a, b in needed(sequence, mask, other, rank)) for other in others)]
-    inner = inner if transport == "double_ring" else size
-    return Plan(rank, size, transport, inner, tuple(steps), tuple(lent))
+        targets = [(rank + step) % size for step in range(1, len(steps))]
+        sends = [(), *(_direct_block(sequence, mask, target, rank) for target in targets)]
+    inner_ring_size = inner_ring_size if transport == "double_ring" else size
+    return Plan(rank, size, transport, inner_ring_size, tuple(steps), tuple(sends))
 
 
-def sent_tokens(sequence: ShardedSequence, mask: Mask, transport: str, inner: int = 1) -> list[list[int]]:
-    """Tokens (keys with their values, of one batch row) that each ring rank sends, by step of the forward pass.
+def sent_tokens(sequence: ShardedSequence, mask: Mask, transport: str, inner_ring_size: int = 1) -> list[list[int]]:
+    """Return `[ring rank][step]`: tokens (keys with their values, of one batch row) sent in the forward pass.
 
-    An all-gather hands on its own shard and those of the others, as a ring of R - 1 hops in one step.
+    In an all-gather each rank passes on its own shard and those of the others, as a ring of R - 1 hops in one step.
     """
-    size, shard = sequence.ring_size, sequence.length // sequence.ring_size
+    size, shard_length = sequence.ring_size, sequence.length // sequence.ring_size
     if size == 1:
         return [[0]]
     if transport == "allgather":
-        return [[(size - 1) * shard] for _ in range(size)]
+        return [[(size - 1) * shard_length] for _ in range(size)]
     if transport == "direct":
-        _, hops = farthest(sequence, mask, size)
-        sent = [[0] * (hops + 1) for _ in range(size)]
+        _, num_hops = max_hops(sequence, mask, size)
+        sent = [[0] * (num_hops + 1) for _ in range(size)]
         for rank in range(size):
-            for hop in range(1, hops + 1):
+            for hop in range(1, num_hops + 1):
                 source = (rank - hop) % size
+                ranges = needed_kv_ranges(sequence, mask, rank, source)
                 # The block of step `hop` travels during the step before.
-                sent[source][hop - 1] = sum(stop - start for start, stop in needed(sequence, mask, rank, source))
+                sent[source][hop - 1] = sum(stop - start for start, stop in ranges)
         return sent
-    inner = inner if transport == "double_ring" else size
-    steps = len(_relay_blocks(sequence, mask, 0, inner))
-    plan = Plan(0, size, transport, inner, (Step((), ()),) * steps)
-    per_step = [shard * sum(1 for move in plan.moves if move.posted == step) for step in range(steps)]
-    return [per_step] * size
+    inner_ring_size = inner_ring_size if transport == "double_ring" else size
+    num_steps = len(_ring_blocks(sequence, mask, 0, inner_ring_size))
+    plan = Plan(0, size, transport, inner_ring_size, (Step((), ()),) * num_steps)
+    sent_by_step = [
+        shard_length * sum(1 for move in plan.moves if move.send_step == step) for step in range(num_steps)
+    ]
+    return [sent_by_step] * size

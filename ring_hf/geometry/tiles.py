@@ -1,4 +1,4 @@
-"""Tiles: what one shard's queries see of one block of keys. The only place where layouts meet masks.
+"""Tiles: which keys of one block the queries of one shard see. The only place where layouts meet masks.
 
 Two segments with the same step p, `q = a + p i` and `k = b + p j`, under "same document, k <= q, q - k < window" leave
 a band `lo <= j - i <= hi` with `hi = floor((a - b) / p)` and `lo = ceil((a - b - window + 1) / p)`; documents,
@@ -19,7 +19,7 @@ from .sequence import Mask, RowRegions
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Local queries `q:q+num_q` of batch rows `row:row+num_rows` against keys `k:k+num_k` of the block at hand.
+    """Local queries `q:q+num_q` of batch rows `row:row+num_rows` against keys `k:k+num_k` of the current block.
 
     Query `q + i` sees key `k + j` iff `lo <= j - i <= hi` (None: no bound).
     """
@@ -35,16 +35,16 @@ class Tile:
 
     @property
     def area(self) -> int:
-        """Visible pairs in one batch row."""
+        """Number of visible pairs in one batch row."""
         return band.area(self.num_q, self.num_k, self.lo, self.hi)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The cut of a segment by one region: local tokens `place..place + length - 1`, global `start + step * i`."""
+class RegionSegment:
+    """The part of a segment in one region: local tokens `offset..offset + length - 1`, global `start + step * i`."""
 
     region: int
-    place: int
+    offset: int
     start: int
     length: int
     step: int
@@ -55,24 +55,24 @@ class Part:
         return self.start + self.step * (self.length - 1)
 
 
-def cut(shard: Iterable[Segment], regions: RowRegions) -> Iterator[Part]:
-    """A shard cut at the starts of regions, in local order."""
+def split_at_regions(shard: Iterable[Segment], regions: RowRegions) -> Iterator[RegionSegment]:
+    """Cut the segments of a shard at the starts of regions, in local order."""
     starts = regions.starts
-    place = 0
+    offset = 0
     for segment in shard:
         begin = 0
         for region in range(bisect_right(starts, segment.start) - 1, len(starts) - 1):
             end = min(segment.length, -((segment.start - starts[region + 1]) // segment.step))
             if end > begin:
                 start = segment.start + segment.step * begin
-                yield Part(region, place + begin, start, end - begin, segment.step)
+                yield RegionSegment(region, offset + begin, start, end - begin, segment.step)
                 begin = end
             if begin == segment.length:
                 break
-        place += segment.length
+        offset += segment.length
 
 
-def tiles(
+def make_tiles(
     q_shard: Iterable[Segment],
     k_block: Iterable[Segment],
     regions: RowRegions,
@@ -80,62 +80,66 @@ def tiles(
     row: int = 0,
     num_rows: int = 1,
 ) -> list[Tile]:
-    """Fused tiles of one shard's queries against one block's keys, for rows that are cut into `regions`."""
-    keys: dict[int, list[Part]] = {}
-    for part in cut(k_block, regions):
-        keys.setdefault(regions.firsts[part.region], []).append(part)
+    """Return the fused tiles of one shard's queries against one block's keys, for rows with these regions."""
 
-    def document(part: Part) -> int:
-        return regions.firsts[part.region]
+    def doc_start(part: RegionSegment) -> int:
+        return regions.doc_starts[part.region]
 
-    found: list[Tile] = []
-    for first, queries in itertools.groupby(sorted(cut(q_shard, regions), key=document), key=document):
-        in_document: list[Tile] = []
-        for q, k in itertools.product(queries, keys.get(first, ())):
-            apart = q.start - k.start
-            mutual = regions.reaches[q.region] and regions.reaches[k.region]
-            hi = apart // q.step if mask.causal and not mutual else None
-            lo = -((mask.window - 1 - apart) // q.step) if mask.window is not None else None
+    keys_by_document: dict[int, list[RegionSegment]] = {}
+    for part in split_at_regions(k_block, regions):
+        keys_by_document.setdefault(doc_start(part), []).append(part)
+    queries_in_order = sorted(split_at_regions(q_shard, regions), key=doc_start)
+
+    tiles: list[Tile] = []
+    for document, queries in itertools.groupby(queries_in_order, key=doc_start):
+        document_tiles: list[Tile] = []
+        for q, k in itertools.product(queries, keys_by_document.get(document, ())):
+            distance = q.start - k.start
+            in_prefix = regions.prefix_ends[q.region] and regions.prefix_ends[k.region]
+            hi = distance // q.step if mask.causal and not in_prefix else None
+            lo = -((mask.window - 1 - distance) // q.step) if mask.window is not None else None
             trimmed = band.trim(q.length, k.length, lo, hi)
             if trimmed is not None:
                 first_q, num_q, first_k, num_k, lo, hi = trimmed
-                in_document.append(Tile(row, num_rows, q.place + first_q, num_q, k.place + first_k, num_k, lo, hi))
-        found += _fuse_all(in_document)
-    return found
+                document_tiles.append(
+                    Tile(row, num_rows, q.offset + first_q, num_q, k.offset + first_k, num_k, lo, hi)
+                )
+        tiles += _fuse_all(document_tiles)
+    return tiles
 
 
-def _fuse_all(parts: list[Tile]) -> list[Tile]:
+def _fuse_all(tiles: list[Tile]) -> list[Tile]:
     fused = True
     while fused:
         fused = False
-        for (m, a), (n, b) in itertools.combinations(enumerate(parts), 2):
+        for (m, a), (n, b) in itertools.combinations(enumerate(tiles), 2):
             joined = _fuse(a, b)
             if joined is not None:
-                parts = [tile for place, tile in enumerate(parts) if place not in (m, n)] + [joined]
+                tiles = [tile for index, tile in enumerate(tiles) if index not in (m, n)] + [joined]
                 fused = True
                 break
-    return parts
+    return tiles
 
 
 def _fuse(a: Tile, b: Tile) -> Tile | None:
-    """One tile over the common bounding box, if a single band there shows exactly the pairs of `a` and `b`."""
+    """Return one tile over the common bounding box, if a single band in it shows exactly the pairs of `a` and `b`."""
     bounds = []
-    for of_a, of_b in ((a.lo, b.lo), (a.hi, b.hi)):
+    for bound_a, bound_b in ((a.lo, b.lo), (a.hi, b.hi)):
         # Relative to the local origin instead of the tile's corner, so that the two can be compared.
-        known = {x + tile.k - tile.q for x, tile in ((of_a, a), (of_b, b)) if x is not None}
-        if len(known) > 1:
+        distinct = {x + tile.k - tile.q for x, tile in ((bound_a, a), (bound_b, b)) if x is not None}
+        if len(distinct) > 1:
             return None
-        bounds.append(known.pop() if known else None)
+        bounds.append(distinct.pop() if distinct else None)
     q, k = min(a.q, b.q), min(a.k, b.k)
     num_q = max(a.q + a.num_q, b.q + b.num_q) - q
     num_k = max(a.k + a.num_k, b.k + b.num_k) - k
 
-    def shown(q: int, num_q: int, k: int, num_k: int) -> int:
+    def visible_area(q: int, num_q: int, k: int, num_k: int) -> int:
         lo, hi = (None if x is None else x + q - k for x in bounds)
         return band.area(num_q, num_k, lo, hi)
 
-    if shown(q, num_q, k, num_k) != a.area + b.area or any(
-        shown(t.q, t.num_q, t.k, t.num_k) != t.area for t in (a, b)
+    if visible_area(q, num_q, k, num_k) != a.area + b.area or any(
+        visible_area(tile.q, tile.num_q, tile.k, tile.num_k) != tile.area for tile in (a, b)
     ):
         return None
     lo, hi = (None if x is None else x + q - k for x in bounds)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ..geometry import Piece, Tile, split
+from ..geometry import CausalBlock, Tile, split
 from .indexing import StridedWindows
 from .kernel import SupportCheck
 
@@ -56,7 +56,7 @@ class CausalBlockKernel:
         value_dim = v_BKSE.shape[-1]
         q_BHCD, k_BKSD, v_BKSE = self.prepare(q_BHCD, k_BKSD, v_BKSE)
 
-        def compute(block: Piece, queries: StridedWindows, keys: StridedWindows) -> Any:
+        def compute(block: CausalBlock, queries: StridedWindows, keys: StridedWindows) -> Any:
             q, k, v = (
                 gather_block(x, block, tokens) for x, tokens in ((q_BHCD, queries), (k_BKSD, keys), (v_BKSE, keys))
             )
@@ -85,7 +85,7 @@ class CausalBlockKernel:
         dout_BHCE, out_BHCE = dout_BHCE.to(q_BHCD.dtype), out_BHCE.to(q_BHCD.dtype)
         q_BHCD, k_BKSD, v_BKSE, dout_BHCE, out_BHCE = self.prepare(q_BHCD, k_BKSD, v_BKSE, dout_BHCE, out_BHCE)
 
-        def compute(block: Piece, queries: StridedWindows, keys: StridedWindows) -> Any:
+        def compute(block: CausalBlock, queries: StridedWindows, keys: StridedWindows) -> Any:
             dout, q, out, lse = (gather_block(x, block, queries) for x in (dout_BHCE, q_BHCD, out_BHCE, lse_BHC))
             k, v = (gather_block(x, block, keys) for x in (k_BKSD, v_BKSE))
             grads = self.backward_block(dout, q, k, v, out, lse, block.kind != "full", scale)
@@ -100,7 +100,7 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return x if x.shape[-1] % multiple == 0 else pad(x, (0, -x.shape[-1] % multiple))
 
 
-def gather_block(x: torch.Tensor, block: Piece, tokens: StridedWindows) -> torch.Tensor:
+def gather_block(x: torch.Tensor, block: CausalBlock, tokens: StridedWindows) -> torch.Tensor:
     """Return these tokens of `x [B, H, S, ...]` as `[rows, H, size, ...]`, a view if the block is not anticausal.
 
     The windows of a run become batch rows, and the tokens of an anticausal block are reversed.
@@ -111,7 +111,7 @@ def gather_block(x: torch.Tensor, block: Piece, tokens: StridedWindows) -> torch
     return windows.flip(2) if block.kind == "anticausal" else windows
 
 
-def _restore_layout(block: Piece, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _restore_layout(block: CausalBlock, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return results in the shape of their index: the inverse of `gather_block`."""
     if block.kind == "anticausal":
         results = tuple(x.flip(2) for x in results)
@@ -122,7 +122,7 @@ def _restore_layout(block: Piece, *results: torch.Tensor) -> tuple[torch.Tensor,
 
 def _blocks(
     tiles: Iterable[Tile], max_query_rows: int | None
-) -> Iterator[tuple[Piece, StridedWindows, StridedWindows]]:
+) -> Iterator[tuple[CausalBlock, StridedWindows, StridedWindows]]:
     """Yield the blocks of all tiles, each with its queries and keys."""
     for tile in tiles:
         for whole in split(tile.num_q, tile.num_k, tile.lo, tile.hi):

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import pad
 
-from ..geometry import Piece, Tile, trim
+from ..geometry import CausalBlock, Tile, trim
 from .indexing import GatherIndex, StridedWindows, TokenIndex
 from .kernel import SupportCheck
 from .merge import accumulate_dtype
@@ -233,7 +233,7 @@ def plan_launches(tiles: Iterable[Tile], device: torch.device, split_tall_tiles:
     for group in _group_tiles(tuple(tiles), split_tall_tiles):
         if len(group) == 1:
             tile = group[0]
-            block = Piece(0, tile.num_q, 0, tile.num_k, "full")
+            block = CausalBlock(0, tile.num_q, 0, tile.num_k, "full")
             queries, keys = StridedWindows.queries(tile, block), StridedWindows.keys(tile, block)
             yield FlashLaunch(queries, keys, *compute_window(tile))
         else:

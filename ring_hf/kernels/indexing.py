@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..geometry import Piece, Tile
+from ..geometry import CausalBlock, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class StridedWindows:
     stride: int = 0
 
     @classmethod
-    def queries(cls, tile: Tile, block: Piece) -> "StridedWindows":
+    def queries(cls, tile: Tile, block: CausalBlock) -> "StridedWindows":
         """Return the queries of a block of a tile."""
         return cls(tile.row, tile.num_rows, tile.q + block.q, block.num_q, block.count, block.stride)
 
     @classmethod
-    def keys(cls, tile: Tile, block: Piece) -> "StridedWindows":
+    def keys(cls, tile: Tile, block: CausalBlock) -> "StridedWindows":
         """Return the keys of a block of a tile."""
         return cls(tile.row, tile.num_rows, tile.k + block.k, block.num_k, block.count, block.stride)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..geometry import Piece, Tile, trim
+from ..geometry import CausalBlock, Tile, trim
 from .indexing import StridedWindows
 from .merge import accumulate_dtype
 
@@ -76,7 +76,7 @@ def backward(
         yield queries, keys, dq, dk, dv
 
 
-def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, StridedWindows, StridedWindows]]:
+def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, CausalBlock, StridedWindows, StridedWindows]]:
     """Split tiles into blocks of at most `_MAX_QUERY_ROWS` queries and the keys visible to any of them."""
     for tile in tiles:
         for start in range(0, tile.num_q, _MAX_QUERY_ROWS):
@@ -85,12 +85,12 @@ def _blocks(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Piece, StridedWindows
             trimmed = trim(num_rows, tile.num_k, lo, hi)
             if trimmed is not None:
                 q, num_q, k, num_k, _, _ = trimmed
-                block = Piece(start + q, num_q, k, num_k, "full")
+                block = CausalBlock(start + q, num_q, k, num_k, "full")
                 yield tile, block, StridedWindows.queries(tile, block), StridedWindows.keys(tile, block)
 
 
 def _masked_scores(
-    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, tile: Tile, block: Piece, scale: float, softcap: float | None
+    q_BHQD: torch.Tensor, k_BKSD: torch.Tensor, tile: Tile, block: CausalBlock, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Return scores `[B, K, G, Q, S]`, -inf where masked, and their derivative by those before soft-capping."""
     dtype = accumulate_dtype(q_BHQD.dtype)
@@ -103,7 +103,7 @@ def _masked_scores(
     return scores.masked_fill_(~_visible_pairs(tile, block, q.device), -torch.inf), slope
 
 
-def _visible_pairs(tile: Tile, block: Piece, device: torch.device) -> torch.Tensor:
+def _visible_pairs(tile: Tile, block: CausalBlock, device: torch.device) -> torch.Tensor:
     """Return the band of a tile within one of its blocks, as a boolean `[num_q, num_k]`."""
     q = torch.arange(block.q, block.q + block.num_q, device=device)
     k = torch.arange(block.k, block.k + block.num_k, device=device)

@@ -1,7 +1,7 @@
 """Blocks fetched from their owners: a rank gets only the keys that it can see, and returns their gradients directly.
 
-Both ends compute from the geometry which part of a shard the other one sees (`geometry.needed`), so nobody asks. A
-sliding window costs its own width at each border; packed documents inside one rank cost nothing.
+Both ends compute from the geometry which part of a shard the other one sees (`geometry.needed_kv_ranges`), so nobody
+asks. A sliding window costs its own width at each border; packed documents inside one rank cost nothing.
 
 Letters: B batch, K key/value heads, C tokens of this rank, D and E head dims.
 """
@@ -50,9 +50,9 @@ class KVBlocks:
     def start_step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Start to fetch the next step's block and to send what others need of this rank's; return this step's."""
         if step + 1 < len(self._plan.steps):
-            theirs, mine = self._plan.lent[step + 1], self._plan.steps[step + 1].block
+            theirs, mine = self._plan.sends[step + 1], self._plan.steps[step + 1].block
             send, receive = self._pack(theirs), self._acquire(mine)
-            to, source = self._plan.ahead(0, step + 1), self._plan.ahead(0, -(step + 1))
+            to, source = self._plan.peer(0, step + 1), self._plan.peer(0, -(step + 1))
             self._pending = self._comm.isend_irecv(send, to, receive, source, KEYS_AND_VALUES)
             if not self._overlap:
                 self._pending.wait()
@@ -124,10 +124,10 @@ class KVGradients:
         self._add_received()
         if step == 0:
             return
-        outgoing, mine = self._outgoing, self._plan.lent[step]
+        outgoing, mine = self._outgoing, self._plan.sends[step]
         if outgoing is not None:
             self._comm.record_use(outgoing)
-        to, source = self._plan.ahead(0, -step), self._plan.ahead(0, step)
+        to, source = self._plan.peer(0, -step), self._plan.peer(0, step)
         exchange = self._comm.isend_irecv(outgoing, to, self._acquire(mine), source, GRADIENTS)
         self._outgoing = None
         if not self._overlap:

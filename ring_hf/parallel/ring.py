@@ -29,7 +29,7 @@ class RingTransport:
     def exchange(self, plan: Plan, move: Move, send: Buffer, receive: Buffer, tag: int) -> PendingExchange:
         """Start a move of the plan."""
         assert self.comm is not None
-        to, source = plan.ahead(move.outer, move.inner), plan.ahead(-move.outer, -move.inner)
+        to, source = plan.peer(move.outer, move.inner), plan.peer(-move.outer, -move.inner)
         between_nodes = bool(move.outer and not move.inner)
         exchange = self.comm.isend_irecv(send, to, receive, source, tag, inter_node=between_nodes)
         if not self.overlap:
@@ -55,10 +55,12 @@ class KVBlocks:
         """Send the block of this step to the ranks that need it next, and return it for this step's compute."""
         block = self._blocks.get(step)
         for move in self._plan.moves:
-            if move.posted == step:
+            if move.send_step == step:
                 assert block is not None and self._comm is not None
                 receive = self._comm.acquire(block.shapes, block.flat.dtype)
-                self._pending[move.due] = self._transport.exchange(self._plan, move, block, receive, KEYS_AND_VALUES)
+                self._pending[move.recv_step] = self._transport.exchange(
+                    self._plan, move, block, receive, KEYS_AND_VALUES
+                )
         if block is None or not step:
             return self._own
         k, v = block.parts
@@ -94,7 +96,7 @@ class KVGradients:
         self._dtype = accumulate_dtype(k.dtype)
         self._own = GradAccumulator(k, self._dtype), GradAccumulator(v, self._dtype)
         self._outgoing: Buffer | None = None
-        self._moves = {move.posted: move for move in plan.gradient_moves}
+        self._moves = {move.send_step: move for move in plan.gradient_moves}
         self._pending: dict[int, list[PendingExchange]] = {}
 
     def for_step(self, step: int) -> tuple[GradAccumulator, GradAccumulator]:
@@ -130,7 +132,7 @@ class KVGradients:
         self._comm.record_use(outgoing)
         move = self._moves[step]
         exchange = self._transport.exchange(self._plan, move, outgoing, self._acquire(), GRADIENTS)
-        self._pending.setdefault(move.due, []).append(exchange)
+        self._pending.setdefault(move.recv_step, []).append(exchange)
 
     def _received(self, exchange: PendingExchange) -> Buffer:
         exchange.wait()

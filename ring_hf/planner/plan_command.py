@@ -199,7 +199,7 @@ def run(options: argparse.Namespace) -> int:
     print(text_of(found))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": options.words, **found.as_dict()}, indent=1))
+        options.json.write_text(json.dumps({"command": options.argv, **found.as_dict()}, indent=1))
     if options.png is not None:
         from .plan_charts import draw_plan
 

@@ -3,7 +3,7 @@
 Model FLOPs are those of one forward and a backward of twice that, causal masks and windows counted exactly: what MFU
 is measured with. Executed FLOPs are what a device runs: a layer's forward again if it was checkpointed, and an
 attention backward of 2.5 times its forward (five products instead of two). Attention and its exchange come from the
-cost model that chooses transports (`geometry.cost`); all else is linear in the tokens.
+cost model that chooses transports (`costmodel`); all else is linear in the tokens.
 
 Letters: s sequence length, c tokens of a rank, P weights that a token meets, N devices.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..costmodel.devices import BACKWARD_FLOPS_RATIO, HOST_MEMORY_BANDWIDTH, Hardware, Shape
-from ..costmodel.pass_cost import Cost, Problem, chunked_cost
+from ..costmodel.pass_cost import PassCost, WorkMatrices, estimate_chunked_pass
 from ..geometry import Mask, ShardedSequence
 from ..text import format_bytes
 from .memory_estimate import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
@@ -61,20 +61,20 @@ def model_flops_per_token(model: Model, length: int) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _problem(sequence: ShardedSequence, window: int | None, rows: int) -> Problem:
-    return Problem.estimate(sequence, Mask(window=window), rows)
+def _matrices(sequence: ShardedSequence, window: int | None, rows: int) -> WorkMatrices:
+    return WorkMatrices.estimate(sequence, Mask(window=window), rows)
 
 
 @functools.lru_cache(maxsize=1024)
 def _passes(
     sequence: ShardedSequence, window: int | None, rows: int, shape: Shape, hardware: Hardware, *how: Any
-) -> tuple[Cost, Cost]:
+) -> tuple[PassCost, PassCost]:
     transport, inner, head_chunks = how
-    settings = _problem(sequence, window, rows), shape, hardware, transport, inner
-    return chunked_cost(*settings, False, head_chunks), chunked_cost(*settings, True, head_chunks)
+    settings = _matrices(sequence, window, rows), shape, hardware, transport, inner
+    return estimate_chunked_pass(*settings, False, head_chunks), estimate_chunked_pass(*settings, True, head_chunks)
 
 
-def attention_passes(job: Job, window: int | None) -> tuple[Cost, Cost]:
+def attention_passes(job: Job, window: int | None) -> tuple[PassCost, PassCost]:
     """Forward and backward of one layer that sees so far."""
     transport, inner = job.chosen(window)
     facts = job.model.shape(E, job.rows), job.hardware

@@ -12,8 +12,8 @@ from ..geometry import (
     Mask,
     ShardedSequence,
     auto_ulysses,
-    most_head_chunks,
-    multiple,
+    length_multiple,
+    max_head_chunks,
     padded_length,
 )
 from .model import Model
@@ -96,7 +96,7 @@ class Job:
                 f"--ulysses {self.ulysses}: {self.model.name} has {self.model.heads} query heads, and every rank "
                 "needs one. Choose a smaller split; the ring takes the rest."
             )
-        most = most_head_chunks(self.model.heads, self.model.kv_heads, self.ulysses)
+        most = max_head_chunks(self.model.heads, self.model.kv_heads, self.ulysses)
         if not 1 <= self.head_chunks <= most:
             raise ValueError(
                 f"--head-chunks {self.head_chunks}: with --ulysses {self.ulysses}, the busiest rank exchanges "
@@ -212,7 +212,7 @@ class Job:
     @property
     def multiple(self) -> int:
         """Lengths the layout can deal are multiples of this."""
-        return multiple(self.layout, self.cp, self.ulysses)
+        return length_multiple(self.layout, self.cp, self.ulysses)
 
     @property
     def padded(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..geometry import most_head_chunks
+from ..geometry import max_head_chunks
 from .engine_bytes import engine_of
 from .memory_estimate import Memory, memory_of
 from .optimizers import DEFAULT, EIGHT_BIT, works_on
@@ -120,7 +120,7 @@ def splits(job: Job) -> Iterator[ParallelDegrees]:
     windows = any(job.model.windows)
     for ulysses in (n for n in range(1, min(job.cp, job.model.heads) + 1) if job.cp % n == 0):
         ring = job.cp // ulysses
-        chunks = min(job.head_chunks, most_head_chunks(job.model.heads, job.model.kv_heads, ulysses))
+        chunks = min(job.head_chunks, max_head_chunks(job.model.heads, job.model.kv_heads, ulysses))
         ways = [("ring", 1)]
         if ring > 1:
             ways += [("allgather", 1)] + [("direct", 1)] * windows
@@ -138,10 +138,10 @@ def ring_step(job: Job) -> dict[str, Any]:
     window = None if None in job.model.windows else max(w for w in job.model.windows if w)
     transport, inner = job.chosen(window)
     forward, backward = attention_passes(job, window)
-    found: dict[str, Any] = {"transport": transport, "inner": inner, "steps": len(forward.sent)}
+    found: dict[str, Any] = {"transport": transport, "inner": inner, "steps": len(forward.max_sent)}
     for name, cost in (("forward", forward), ("backward", backward)):
-        seconds = cost.compute / len(cost.sent)
-        found[name] = {"compute": seconds, "bytes": max(cost.sent), "exposed": cost.exposed}
+        seconds = cost.compute / len(cost.max_sent)
+        found[name] = {"compute": seconds, "bytes": max(cost.max_sent), "exposed": cost.exposed}
     return found
 
 
@@ -179,7 +179,7 @@ def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from _states_on_host(job)
     if works_on(EIGHT_BIT, job.is_deepspeed, False) and job.optimizer == DEFAULT and "optimizer" not in job.offload:
         yield "8-bit optimizer states", f"--optimizer {EIGHT_BIT}", {"optimizer": EIGHT_BIT}
-    most = most_head_chunks(job.model.heads, job.model.kv_heads, job.ulysses)
+    most = max_head_chunks(job.model.heads, job.model.kv_heads, job.ulysses)
     if job.head_chunks < most:
         yield "heads exchanged in chunks", f"--head-chunks {most}", {"head_chunks": most}
     if not job.ffn_block:

@@ -8,30 +8,31 @@ from pathlib import Path
 from ..text import HelpFormatter
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# By name: what it compares. `scripts/bench_<name>.py` runs it and knows the rest of the options.
+# Name -> what it compares. `scripts/bench_<name>.py` runs it and has further options.
 BENCHMARKS = {
     "attention": "ring attention on 2 processes against PyTorch's in one with as many threads: time, peak memory",
     "lengths": "textbook, fused and ring attention over growing lengths: time, peak memory, plot, exponents of growth",
     "algorithms": "every transport, Ulysses and layout side by side, one document and many packed ones",
-    "training": "a training step through the Trainer, one process and two, every lever off and on: time, peak memory",
-    "memory": "peak memory of a training step, every lever of ring_hf.memory off and on, each in its own process",
+    "training": "a training step through the Trainer, one process and two, every memory option off and on: time, "
+    "peak memory",
+    "memory": "peak memory of a training step, every option of ring_hf.memory off and on, each in its own process",
     "longest": "one step at 256K tokens, its loss compared with plain Transformers in one process",
-    "checks": "what the message of every forward pass and the trial step cost: seconds, share of a step",
+    "checks": "time of the message of every forward pass and of the trial step: seconds, share of a step",
     "peers": "this package, PyTorch's own ring and two packages from PyPI: exactness, time, peak memory",
 }
 _EXAMPLES = """examples:
-  what a benchmark does and can be told
+  what a benchmark does, and its options
     ring-hf bench lengths --help
   three lengths, quickly
     ring-hf bench lengths --lengths 512 1024 2048 --repeats 3 --output results/
-  the whole comparison with what else runs on a CPU
+  the whole comparison with other packages that run on a CPU
     ring-hf bench peers --output results/
 """
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command; what follows the name of a benchmark is for its script."""
-    listed = "\n".join(f"  {name:12}{what}" for name, what in BENCHMARKS.items())
+    """Add the command; the arguments after the name of a benchmark are for its script."""
+    listed = "\n".join(f"  {name:12}{description}" for name, description in BENCHMARKS.items())
     command = commands.add_parser(
         "bench",
         help="time and measure attention and training steps on this machine",
@@ -45,7 +46,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the script and returns its exit code.
+    """Run the script and return its exit code.
 
     Raises:
         ValueError: outside a checkout: benchmarks are not part of the installed package.

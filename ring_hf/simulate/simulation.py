@@ -1,22 +1,25 @@
-"""Every layout and every algorithm on one sequence, for up to 1,024 ranks in one process: who waits for whom, and what
-travels. The real geometry, a model of the machine (`geometry.cost`); nothing is computed and nothing is sent."""
+"""Every layout and every algorithm on one sequence, for up to 1,024 ranks in one process: balance, waiting, bytes.
+
+The geometry is that of a real run, the machine is the model of `costmodel`; no attention is computed, nothing is sent.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..costmodel.devices import BACKWARD_FLOPS_RATIO, Hardware, Shape
-from ..costmodel.pass_cost import Problem, pass_cost
+from ..costmodel.pass_cost import WorkMatrices, estimate_pass
 from ..geometry import auto_ulysses, head_split
 from .scenario import Scenario
 
 
 @dataclass(frozen=True)
 class Balance:
-    """How evenly a layout deals the work.
+    """How evenly a layout distributes the work.
 
     Attributes:
-        imbalance: work of the busiest place over the mean; `2 - 1/N` for contiguous causal, 1 for zigzag.
+        tokens: length of the sequence, padding included.
+        imbalance: work of the busiest ring rank over the mean; `2 - 1/N` for contiguous causal, 1 for zigzag.
         lockstep: the same if all ranks waited for the slowest after every step of a ring.
     """
 
@@ -27,15 +30,17 @@ class Balance:
 
 
 @dataclass(frozen=True)
-class Row:
+class AlgorithmCost:
     """One algorithm on one layout; seconds and bytes are of one attention layer, bytes of one rank.
 
     Attributes:
-        steps: blocks of keys and values that a rank works on one after the other.
+        inner: ranks of an inner ring.
+        steps: blocks of keys and values that a rank computes with, one after the other.
         sent_in_a_step: the most that any rank sends while it computes one step of the forward pass.
         sent_forward, sent_backward: means over ranks, Ulysses' exchanges included.
-        efficiency: time of evenly dealt work without anything else, over the predicted time.
-        buffers: keys, values and their gradients of others, held at once in the backward pass.
+        exposed_forward, exposed_backward: seconds in which the last rank to finish does not compute.
+        efficiency: time of evenly distributed work without anything else, over the predicted time.
+        buffers: keys, values and their gradients of other ranks, held at once in the backward pass.
     """
 
     layout: str
@@ -57,121 +62,136 @@ class Row:
         return asdict(self)
 
 
-def balance_of(layout: str, problem: Problem) -> Balance:
-    size = problem.num_places
-    total = sum(map(sum, problem.work))
-    by_step = [max(pairs) for pairs, _ in problem.by_step(size, size)]
-    busiest = max(map(sum, problem.work))
-    return Balance(layout, problem.tokens * size, busiest * size / total, sum(by_step) * size / total)
+def measure_balance(layout: str, matrices: WorkMatrices) -> Balance:
+    """Return the imbalance of a layout."""
+    size = matrices.ring_size
+    total = sum(map(sum, matrices.work))
+    busiest = max(map(sum, matrices.work))
+    busiest_by_step = [max(pairs) for pairs, _ in matrices.by_step(size, size)]
+    num_tokens = matrices.ring_shard_length * size
+    return Balance(layout, num_tokens, busiest * size / total, sum(busiest_by_step) * size / total)
 
 
 def simulate(
-    setting: Scenario,
+    scenario: Scenario,
     layouts: Sequence[str],
     shape: Shape,
     hardware: Hardware,
-    inner: int | None = None,
-    ulysses: Sequence[int] = (),
+    inner_ring_size: int | None = None,
+    ulysses_sizes: Sequence[int] = (),
     advance: Callable[[str], None] = lambda task: None,
-) -> tuple[list[Balance], list[Row]]:
-    """All algorithms that the heads and the number of ranks allow.
+) -> tuple[list[Balance], list[AlgorithmCost]]:
+    """Run all algorithms that the heads and the number of ranks allow.
 
     Args:
-        inner: inner ring of the double ring, by default the ranks of a node (if that divides the ring).
-        ulysses: splits for the hybrid, by default the largest that fits into a node.
-        advance: called with the name of every piece of work before it starts, `num_tasks` times.
+        inner_ring_size: inner ring of the double ring, by default the ranks of a node (if that divides the ring).
+        ulysses_sizes: Ulysses ranks of the hybrids, by default the most that fit into a node.
+        advance: called with the name of every task before it starts, `num_tasks` times.
 
     Raises:
-        ValueError: if a split does not divide the ranks or the heads.
+        ValueError: if an inner ring or a Ulysses size does not divide the ranks or the heads.
     """
-    balances, rows = [], []
+    num_ranks = scenario.num_ranks
+    balances, costs = [], []
     for layout in layouts:
         advance(layout)
-        problem = Problem.of(setting.sequence(layout, 1), setting.mask, shape.num_rows)
-        balances.append(balance_of(layout, problem))
-        for name, transport, width in _transports(setting.num_ranks, hardware, inner):
+        matrices = WorkMatrices.exact(scenario.sequence(layout, 1), scenario.mask, shape.num_rows)
+        balances.append(measure_balance(layout, matrices))
+        for name, transport, inner in _transports(num_ranks, hardware, inner_ring_size):
             advance(f"{layout} {name}")
-            rows.append(_row(layout, name, problem, shape, hardware, transport, width))
-        for split in _splits(setting.num_ranks, shape, hardware, ulysses):
-            advance(f"{layout} hybrid {split}")
-            problem = Problem.of(setting.sequence(layout, split), setting.mask, shape.num_rows)
-            name = f"hybrid, ring of {setting.num_ranks // split} x ulysses {split}"
-            rows.append(_row(layout, name, problem, shape, hardware, "ring", 1))
-    if _even(setting.num_ranks, shape):
+            costs.append(_algorithm_cost(layout, name, matrices, shape, hardware, transport, inner))
+        for ulysses in _hybrid_sizes(num_ranks, shape, hardware, ulysses_sizes):
+            advance(f"{layout} hybrid {ulysses}")
+            matrices = WorkMatrices.exact(scenario.sequence(layout, ulysses), scenario.mask, shape.num_rows)
+            name = f"hybrid, ring of {num_ranks // ulysses} x ulysses {ulysses}"
+            costs.append(_algorithm_cost(layout, name, matrices, shape, hardware, "ring", 1))
+    if _every_rank_has_heads(num_ranks, shape):
         advance("ulysses")
-        problem = Problem.of(setting.sequence("contiguous", setting.num_ranks), setting.mask, shape.num_rows)
-        rows.append(_row("contiguous", "ulysses", problem, shape, hardware, "ring", 1))
-    return balances, rows
+        matrices = WorkMatrices.exact(scenario.sequence("contiguous", num_ranks), scenario.mask, shape.num_rows)
+        costs.append(_algorithm_cost("contiguous", "ulysses", matrices, shape, hardware, "ring", 1))
+    return balances, costs
 
 
 def num_tasks(
-    setting: Scenario,
+    scenario: Scenario,
     layouts: Sequence[str],
     shape: Shape,
     hardware: Hardware,
-    inner: int | None = None,
-    ulysses: Sequence[int] = (),
+    inner_ring_size: int | None = None,
+    ulysses_sizes: Sequence[int] = (),
 ) -> int:
-    """How often `simulate` calls `advance`."""
-    transports = len(list(_transports(setting.num_ranks, hardware, inner)))
-    splits = len(_splits(setting.num_ranks, shape, hardware, ulysses))
-    return len(layouts) * (1 + transports + splits) + _even(setting.num_ranks, shape)
+    """Return how often `simulate` calls `advance`.
+
+    Raises:
+        ValueError: as `simulate` does.
+    """
+    num_transports = len(list(_transports(scenario.num_ranks, hardware, inner_ring_size)))
+    num_hybrids = len(_hybrid_sizes(scenario.num_ranks, shape, hardware, ulysses_sizes))
+    return len(layouts) * (1 + num_transports + num_hybrids) + _every_rank_has_heads(scenario.num_ranks, shape)
 
 
-def _transports(num_ranks: int, hardware: Hardware, inner: int | None) -> Iterator[tuple[str, str, int]]:
-    """`(name, transport, inner)`"""
+def _transports(num_ranks: int, hardware: Hardware, inner_ring_size: int | None) -> Iterator[tuple[str, str, int]]:
+    """Yield `(name, transport, inner ring size)`."""
     yield "ring", "ring", 1
-    width = hardware.ranks_per_node if inner is None else inner
-    if inner is not None and (num_ranks % inner or not 1 < inner < num_ranks):
+    inner = hardware.ranks_per_node if inner_ring_size is None else inner_ring_size
+    if inner_ring_size is not None and (num_ranks % inner or not 1 < inner < num_ranks):
         raise ValueError(
             f"--inner {inner} does not cut a ring of {num_ranks} into several equal rings of several ranks. Choose a "
             "divisor in between."
         )
-    if 1 < width < num_ranks and num_ranks % width == 0:
-        yield f"double ring of {width}", "double_ring", width
+    if 1 < inner < num_ranks and num_ranks % inner == 0:
+        yield f"double ring of {inner}", "double_ring", inner
     yield "all-gather", "allgather", 1
     yield "direct", "direct", 1
 
 
-def _splits(num_ranks: int, shape: Shape, hardware: Hardware, ulysses: Sequence[int]) -> list[int]:
-    if not ulysses:
+def _hybrid_sizes(num_ranks: int, shape: Shape, hardware: Hardware, ulysses_sizes: Sequence[int]) -> list[int]:
+    if not ulysses_sizes:
         auto = auto_ulysses(shape.num_heads, shape.num_kv_heads, num_ranks, hardware.ranks_per_node)
         return [auto] if 1 < auto < num_ranks else []
-    for split in ulysses:
-        if split < 1 or num_ranks % split or not _even(split, shape):
+    for ulysses in ulysses_sizes:
+        if ulysses < 1 or num_ranks % ulysses or not _every_rank_has_heads(ulysses, shape):
             raise ValueError(
-                f"--ulysses {split} does not fit {num_ranks} ranks and {shape.num_heads} query heads: it must divide "
-                "the ranks, and no rank may be left without a head."
+                f"--ulysses {ulysses} does not fit {num_ranks} ranks and {shape.num_heads} query heads: it must "
+                "divide the ranks, and every rank needs a head. Choose another divisor."
             )
-    return [split for split in ulysses if 1 < split < num_ranks]
+    return [ulysses for ulysses in ulysses_sizes if 1 < ulysses < num_ranks]
 
 
-def _even(split: int, shape: Shape) -> bool:
-    """Whether every one of `split` ranks has a query head."""
-    return split > 1 and all(share.num_q for share in head_split(shape.num_heads, shape.num_kv_heads, split))
+def _every_rank_has_heads(ulysses: int, shape: Shape) -> bool:
+    """Whether there are several Ulysses ranks and each of them has a query head."""
+    return ulysses > 1 and all(share.num_q for share in head_split(shape.num_heads, shape.num_kv_heads, ulysses))
 
 
-def _row(
-    layout: str, name: str, problem: Problem, shape: Shape, hardware: Hardware, transport: str, inner: int
-) -> Row:
-    forward, backward = (pass_cost(problem, shape, hardware, transport, inner, back) for back in (False, True))
-    ranks = problem.num_places * problem.ulysses
-    slow = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
-    flops = 2 * shape.num_heads * (shape.head_dim + shape.v_head_dim) * sum(map(sum, problem.work)) / ranks * slow
+def _algorithm_cost(
+    layout: str,
+    name: str,
+    matrices: WorkMatrices,
+    shape: Shape,
+    hardware: Hardware,
+    transport: str,
+    inner_ring_size: int,
+) -> AlgorithmCost:
+    forward = estimate_pass(matrices, shape, hardware, transport, inner_ring_size)
+    backward = estimate_pass(matrices, shape, hardware, transport, inner_ring_size, backward=True)
+    num_ranks = matrices.ring_size * matrices.ulysses
+    slowdown = hardware.full_precision if shape.bytes_per_element >= 4 else 1.0
+    pairs = sum(map(sum, matrices.work))
+    flops = 2 * shape.num_heads * (shape.head_dim + shape.v_head_dim) * pairs / num_ranks * slowdown
     ideal = flops / hardware.flops + BACKWARD_FLOPS_RATIO * flops / hardware.backward_flops
-    return Row(
-        layout,
-        name,
-        problem.ulysses,
-        inner,
-        problem.num_steps(transport, inner),
-        max(forward.sent),
-        forward.mean_sent,
-        backward.mean_sent,
-        forward.exposed,
-        backward.exposed,
-        forward.total,
-        backward.total,
-        ideal / (forward.total + backward.total),
-        backward.buffers,
+    return AlgorithmCost(
+        layout=layout,
+        algorithm=name,
+        ulysses=matrices.ulysses,
+        inner=inner_ring_size,
+        steps=matrices.num_steps(transport, inner_ring_size),
+        sent_in_a_step=max(forward.max_sent),
+        sent_forward=forward.mean_sent,
+        sent_backward=backward.mean_sent,
+        exposed_forward=forward.exposed,
+        exposed_backward=backward.exposed,
+        forward=forward.total,
+        backward=backward.total,
+        efficiency=ideal / (forward.total + backward.total),
+        buffers=backward.buffer_bytes,
     )

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, multiple
+from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, length_multiple
 from ring_hf.parallel import cut, register_group, ring_attention
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.harness import rms_ratio
@@ -41,7 +41,7 @@ class Case:
     @property
     def length(self) -> int:
         # About the same number of tokens for every layout, and per chunk an odd one.
-        unit = multiple(self.layout, self.num_ranks, self.ulysses)
+        unit = length_multiple(self.layout, self.num_ranks, self.ulysses)
         return self.units * unit * (1 if self.layout in ("zigzag", "balanced") and unit > 2 else 3)
 
     @property

@@ -68,7 +68,9 @@ def _outer_block_is_the_last_of_the_turn(patch):
 
     def moves(self):
         return tuple(
-            Move(min(move.due - 1, move.posted + 1), move.due, move.outer, move.inner) if move.outer else move
+            Move(min(move.recv_step - 1, move.send_step + 1), move.recv_step, move.outer, move.inner)
+            if move.outer
+            else move
             for move in original(self)
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ring_hf.geometry import Piece
+from ring_hf.geometry import CausalBlock
 from ring_hf.kernels import KERNELS, causal_blocks, cuda_cudnn, cuda_efficient, routed
 from scripts import fuzz
 from tests.aten_stand_ins import aten_stand_in
@@ -98,7 +98,7 @@ original_split = causal_blocks.split
 def _split_bottom_right(num_q, num_k, lo, hi):
     """Treat bands that end at the last query and key as causal, as in flash-attn."""
     if lo is None and hi == num_k - num_q:
-        return [Piece(0, num_q, 0, num_k, "causal")]
+        return [CausalBlock(0, num_q, 0, num_k, "causal")]
     return original_split(num_q, num_k, lo, hi)
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from ring_hf import kernels
-from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, Tile, multiple, trim
+from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, Tile, length_multiple, trim
 from ring_hf.kernels import reference
 from ring_hf.parallel import local_attention
 from scripts import fuzz
@@ -53,7 +53,7 @@ def run():
 def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ranks: int = 3) -> fuzz.Case:
     """Return a problem of the matrix: about 40 tokens and two rows on `num_ranks` ranks."""
     mask_rule, packed, prefix = MASKS[mask]
-    length = multiple(layout, num_ranks, 1) * (7 if layout in ("zigzag", "balanced") else 13)
+    length = length_multiple(layout, num_ranks, 1) * (7 if layout in ("zigzag", "balanced") else 13)
     bounds = ((0, 1, 6, length // 2 + 3, length - 1, length), (0, length // 3, length // 3 + 1, length))
     prefixes = tuple(tuple(min(prefix, b - a) for a, b in itertools.pairwise(row)) for row in bounds) if prefix else ()
     sequence = ShardedSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)

@@ -17,12 +17,12 @@ from tests.harness import ROOT, run_command
 COMMAND = [sys.executable, "-m", "ring_hf.cli"]
 
 
-def table(text, heading):
-    """Rows of the Markdown table whose first column is called `heading` and second as given, as dicts."""
-    lines = text.splitlines()
-    first = next(n for n, line in enumerate(lines) if [c.strip() for c in line.split("|")[1:3]] == heading)
-    names, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first:] if line.startswith("|"))
-    return [dict(zip(names, row, strict=True)) for row in rows[1:] if len(row) == len(names)]
+def read_table(text, first_columns):
+    """Return the rows, as dicts, of the Markdown table whose first two columns have these names."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    start = next(n for n, cells in enumerate(lines) if cells[:2] == first_columns)
+    names, _, *rows = (cells for cells in lines[start:] if cells)
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
 
 def test_the_command_is_an_entry_point():
@@ -30,7 +30,7 @@ def test_the_command_is_an_entry_point():
     assert scripts == {"ring-hf": "ring_hf.cli:main"}
 
 
-def test_show_writes_a_small_picture_and_says_what_is_in_it(tmp_path):
+def test_show_writes_a_small_picture_and_prints_its_numbers(tmp_path):
     path = tmp_path / "new" / "zigzag.png"
     done = run_command(
         [*COMMAND, "show", "--layout", "zigzag", "contiguous", "--cp", "8", "--seq", "64K", "--output", str(path)]
@@ -42,7 +42,7 @@ def test_show_writes_a_small_picture_and_says_what_is_in_it(tmp_path):
 
 
 def colours(path):
-    """The colours of a picture in 16 shades of red, green and blue, as one number each: those sort 20 times faster."""
+    """Return the colours of a picture in 16 shades of red, green and blue, as one number each, which sort faster."""
     rgb = numpy.asarray(Image.open(path).convert("RGB")).astype(int)
     return numpy.unique(rgb // 16 @ [256, 16, 1])
 
@@ -64,38 +64,38 @@ def test_every_layout_mask_and_transport_can_be_drawn(arguments, tmp_path, capsy
     assert main(["show", "--layout", *LAYOUTS, "--cp", "4", *arguments.split(), "--output", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": busiest / mean ")[0] for line in lines[:-1]] == list(LAYOUTS)
-    assert len(colours(path)) > 12  # the hues of the places, in shades
+    assert len(colours(path)) > 12  # the hues of the ranks, in shades
 
 
-def test_a_picture_shows_who_computes_what(tmp_path):
+def test_a_picture_shows_which_rank_computes_what(tmp_path):
     from ring_hf.geometry import Mask
     from ring_hf.simulate.scenario import Scenario
     from ring_hf.simulate.schedule_drawing import _owner, _visible
     from tests.dense import dense_mask
 
     tokens = numpy.arange(64)
-    setting = Scenario(4, 64, Mask(window=20), (10, 30), (4,))
+    scenario = Scenario(4, 64, Mask(window=20), (10, 30), (4,))
     for layout in LAYOUTS:
-        sequence = setting.sequence(layout)
-        assert numpy.array_equal(_visible(sequence, setting.mask, tokens), dense_mask(sequence, setting.mask, 1)[0])
-        held = {place: [n for s in sequence.ring_segments(place) for n in s.range] for place in range(4)}
+        sequence = scenario.sequence(layout)
+        assert numpy.array_equal(_visible(sequence, scenario.mask, tokens), dense_mask(sequence, scenario.mask, 1)[0])
+        shards = {rank: [n for s in sequence.ring_segments(rank) for n in s.range] for rank in range(4)}
         owners = _owner(sequence, tokens.tolist())
-        assert all(n in held[place] for n, place in enumerate(owners))
+        assert all(n in shards[rank] for n, rank in enumerate(owners))
 
 
 def test_simulate_prints_tables_and_writes_json(tmp_path):
-    path = tmp_path / "found.json"
+    path = tmp_path / "simulation.json"
     done = run_command(
         [*COMMAND, "simulate", "--cp", "32", "--seq", "32K", "--flops", "593.4e12", "--json", str(path)]
     )
     assert done.stdout.startswith(
         "32,768 tokens, causal; 32 ranks; 32 / 8 heads x 128, 2 bytes; h100, 8 ranks per node"
     )
-    balance = table(done.stdout, ["layout", "tokens, padded"])
+    balance = read_table(done.stdout, ["layout", "tokens, padded"])
     assert {row["layout"]: row["busiest / mean"] for row in balance} == {
         "contiguous": "1.9687", "zigzag": "1.0000", "striped": "1.0009", "balanced": "1.0000",
     }  # fmt: skip
-    rows = table(done.stdout, ["layout", "algorithm"])
+    rows = read_table(done.stdout, ["layout", "algorithm"])
     algorithms = ["ring", "double ring of 8", "all-gather", "direct", "hybrid, ring of 4 x ulysses 8"]
     assert [row["algorithm"] for row in rows] == algorithms * 4 + ["ulysses"]
     saved = json.loads(path.read_text())
@@ -110,7 +110,7 @@ def test_simulate_prints_tables_and_writes_json(tmp_path):
 
 def test_a_thousand_ranks_are_simulated_in_seconds(capsys):
     assert main(["simulate", "--cp", "1024", "--seq", "1M", "--layout", "zigzag", "--num-documents", "300"]) == 0
-    (row,) = table(capsys.readouterr().out, ["layout", "tokens, padded"])
+    (row,) = read_table(capsys.readouterr().out, ["layout", "tokens, padded"])
     assert row["tokens, padded"] == "1,048,576"
 
 
@@ -123,10 +123,10 @@ def test_help_teaches_by_examples_that_run(command, tmp_path, monkeypatch, capsy
     assert len(examples) >= 4
     monkeypatch.chdir(tmp_path)
     for example in examples:
-        words = shlex.split(example.replace("--cp 1024", "--cp 128"))  # the full one takes a minute
-        assert words[1] == command and main(words[1:]) == 0
+        argv = shlex.split(example.replace("--cp 1024", "--cp 128"))  # the full one takes a minute
+        assert argv[1] == command and main(argv[1:]) == 0
         for option in ("--output", "--json"):
-            assert option not in words or (tmp_path / words[words.index(option) + 1]).is_file()
+            assert option not in argv or (tmp_path / argv[argv.index(option) + 1]).is_file()
 
 
 REFUSED = [
@@ -138,8 +138,11 @@ REFUSED = [
     ("show --seq 1K --documents 800,300", "The documents hold 1100 tokens, the sequence 1024. Make --seq larger"),
     ("show --seq 1K --documents 800,0", "Document 1 has 0 tokens. Give every document at least one."),
     ("show --seq 16 --num-documents 17", "num_documents=17 do not fit into 16 tokens"),
-    ("show --documents 4 --num-documents 2", "--documents and --num-documents both say what is packed. Give one"),
-    ("show --full --prefix 4", "softened by. Drop the prefixes or use such a mask."),
+    (
+        "show --documents 4 --num-documents 2",
+        "--documents and --num-documents both describe the packed documents. Give one",
+    ),
+    ("show --full --prefix 4", "Prefixes need a causal mask without chunks: drop the prefixes or use such a mask."),
     ("simulate --heads 6 --kv-heads 4", "--kv-heads 4 does not divide --heads 6"),
     ("simulate --inner 3", "--inner 3 does not cut a ring of 8 into several equal rings"),
     ("simulate --ulysses 3", "--ulysses 3 does not fit 8 ranks and 32 query heads"),
@@ -148,28 +151,30 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[arguments for arguments, _ in REFUSED])
-def test_what_does_not_fit_is_refused_in_one_line(arguments, message, tmp_path, capsys):
-    words = arguments.split()
-    output = ["--output", str(tmp_path / "picture.png")] if words[0] == "show" else []
+def test_options_that_cannot_work_are_refused_in_one_line(arguments, message, tmp_path, capsys):
+    argv = arguments.split()
+    output = ["--output", str(tmp_path / "picture.png")] if argv[0] == "show" else []
     try:
-        code = main([*words, *output])
-    except SystemExit as stop:  # argparse, for what is wrong in a single argument
+        code = main([*argv, *output])
+    except SystemExit as stop:  # argparse refuses a single argument
         code = stop.code
     assert code == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
     assert not (tmp_path / "picture.png").exists()
 
 
-@pytest.mark.parametrize("words", ["show --output {}/plan.png", "plan --model Qwen3-8B --seq 1M --json {}/plan.json"])
-def test_a_file_that_cannot_be_written_is_named(words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments", ["show --output {}/plan.png", "plan --model Qwen3-8B --seq 1M --json {}/plan.json"]
+)
+def test_a_file_that_cannot_be_written_is_named(arguments, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(words.format(tmp_path / "file").split()) == 2
+    assert main(arguments.format(tmp_path / "file").split()) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and error.endswith(". Name another file.\n") and "Traceback" not in error
 
 
-def test_other_failures_of_the_system_keep_their_traceback(monkeypatch):
+def test_other_os_errors_keep_their_traceback(monkeypatch):
     def failing(options):
         raise ConnectionRefusedError(111, "Connection refused")
 

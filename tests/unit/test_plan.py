@@ -1,4 +1,4 @@
-"""Plans against the dense boolean mask, and the way blocks and gradients travel; the speed class at 1,024 ranks."""
+"""Plans against the dense boolean mask, the routes of blocks and gradients, and plans of 1,024 ranks."""
 
 import itertools
 
@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from ring_hf.geometry import (
     LAYOUTS,
+    CausalBlock,
     Mask,
     ShardedSequence,
+    length_multiple,
     make_plan,
-    multiple,
-    needed,
+    needed_kv_ranges,
     rank_work,
     sent_tokens,
     split,
@@ -25,7 +26,7 @@ from tests.dense import dense_mask
 def batches(draw):
     """A sequence, a mask and a number of rows; every feature of the geometry, alone and together."""
     layout, ring_size, ulysses = draw(st.sampled_from(LAYOUTS)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
-    unit = multiple(layout, ring_size * ulysses, ulysses)
+    unit = length_multiple(layout, ring_size * ulysses, ulysses)
     length = unit * draw(st.integers(1, max(1, 30 // unit)))
     rows = draw(st.integers(1, 3))
     documents = tokens = prefixes = chunk = None
@@ -59,8 +60,16 @@ def keys_of(sequence: ShardedSequence, block) -> list[int]:
     return [token for part in block for token in shards[part.rank][part.start : part.stop]]
 
 
+def visible_pairs(block: CausalBlock) -> torch.Tensor:
+    """Boolean `[num_q, num_k]` of one rectangle."""
+    distance = torch.arange(block.num_k)[None, :] - torch.arange(block.num_q)[:, None]
+    if block.kind == "full":
+        return torch.ones_like(distance, dtype=torch.bool)
+    return distance <= 0 if block.kind == "causal" else (distance <= 0).flip(0, 1)
+
+
 def covered_pairs(plan, sequence, rows: int) -> torch.Tensor:
-    """How often each (row, query, key) is computed by a rank's plan, tile by tile and piece by piece."""
+    """Count how often a rank's plan computes each (row, query, key), tile by tile and block by block."""
     counts = torch.zeros(rows, sequence.length, sequence.length, dtype=torch.int32)
     queries = torch.tensor(tokens_of(sequence, plan.rank))
     for step in plan.steps:
@@ -68,20 +77,16 @@ def covered_pairs(plan, sequence, rows: int) -> torch.Tensor:
         assert len(keys) == step.num_keys
         for tile in step.tiles:
             in_tile = torch.zeros(tile.num_q, tile.num_k, dtype=torch.int32)
-            for piece, n in ((p, n) for p in split(tile.num_q, tile.num_k, tile.lo, tile.hi) for n in range(p.count)):
-                apart = torch.arange(piece.num_k)[None, :] - torch.arange(piece.num_q)[:, None]
-                seen = torch.ones_like(apart, dtype=torch.bool)
-                if piece.kind == "causal":
-                    seen = apart <= 0
-                elif piece.kind == "anticausal":
-                    seen = (apart <= 0).flip(0, 1)
-                q, k = piece.q + n * piece.stride, piece.k + n * piece.stride
-                assert q >= 0 and k >= 0 and q + piece.num_q <= tile.num_q and k + piece.num_k <= tile.num_k
-                in_tile[q : q + piece.num_q, k : k + piece.num_k] += seen.int()
+            for block in split(tile.num_q, tile.num_k, tile.lo, tile.hi):
+                visible = visible_pairs(block).int()
+                for n in range(block.count):
+                    q, k = block.q + n * block.stride, block.k + n * block.stride
+                    assert q >= 0 and k >= 0 and q + block.num_q <= tile.num_q and k + block.num_k <= tile.num_k
+                    in_tile[q : q + block.num_q, k : k + block.num_k] += visible
             assert in_tile.sum() == tile.area
-            at = queries[tile.q : tile.q + tile.num_q, None], keys[None, tile.k : tile.k + tile.num_k]
+            global_index = queries[tile.q : tile.q + tile.num_q, None], keys[None, tile.k : tile.k + tile.num_k]
             for row in range(tile.row, tile.row + tile.num_rows):
-                counts[row][at] += in_tile
+                counts[row][global_index] += in_tile
     return counts
 
 
@@ -90,43 +95,46 @@ def covered_pairs(plan, sequence, rows: int) -> torch.Tensor:
 def test_plans_cover_every_visible_pair_exactly_once(case, data):
     sequence, mask, rows = case
     transport, inner = data.draw(st.sampled_from(transports(sequence.ring_size)))
-    seen = dense_mask(sequence, mask, rows)
-    total = torch.zeros_like(seen, dtype=torch.int32)
+    visible = dense_mask(sequence, mask, rows)
+    total = torch.zeros_like(visible, dtype=torch.int32)
     plans = [make_plan(sequence, mask, rank, rows, None, transport, inner) for rank in range(sequence.ring_size)]
     for plan in plans:
         counts = covered_pairs(plan, sequence, rows)
         total += counts
         assert plan.work == counts.sum() == rank_work(sequence, mask, plan.rank, rows)
-    assert torch.equal(total, seen.int())
+    assert torch.equal(total, visible.int())
     # All ranks exchange in the same steps.
     assert len({len(plan.steps) for plan in plans}) == 1
 
 
 @pytest.mark.parametrize("window", [None, 3, 20])
-@pytest.mark.parametrize("ring_size, transport, inner", [(n, *way) for n in range(1, 9) for way in transports(n)])
-def test_moves_bring_every_block_and_take_every_gradient_home(ring_size, transport, inner, window):
-    """Follows what leaves each rank: blocks must be what the plan says, and each shard's sum gets every share once."""
+@pytest.mark.parametrize(
+    "ring_size, transport, inner", [(n, *transport) for n in range(1, 9) for transport in transports(n)]
+)
+def test_moves_bring_every_block_and_return_every_gradient(ring_size, transport, inner, window):
+    """Follow all messages: blocks must be those of the plan, and each shard's sum must get every rank's share once."""
     sequence, mask = ShardedSequence("contiguous", 8 * ring_size, ring_size), Mask(window=window)
     plans = [make_plan(sequence, mask, rank, 1, None, transport, inner) for rank in range(ring_size)]
     if transport not in ("ring", "double_ring"):
         assert all(plan.steps[0].block[0].rank == plan.rank or transport == "allgather" for plan in plans)
         return
-    last = len(plans[0].steps)
+    num_steps = len(plans[0].steps)
     arrived = {(plan.rank, 0): plan.steps[0].block for plan in plans}
-    for move in sorted(plans[0].moves, key=lambda move: move.posted):
+    for move in sorted(plans[0].moves, key=lambda move: move.send_step):
         for plan in plans:
-            key = plan.ahead(move.outer, move.inner), move.due
+            key = plan.peer(move.outer, move.inner), move.recv_step
             assert key not in arrived
-            arrived[key] = arrived[plan.rank, move.posted]
+            arrived[key] = arrived[plan.rank, move.send_step]
     assert arrived == {(plan.rank, n): step.block for plan in plans for n, step in enumerate(plan.steps)}
+    # Shares (owner, rank that computed it) of the sums that arrive at a rank for a step.
     sums: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for move in plans[0].gradient_moves:
-        leaving = {}
+        sent = {}
         for plan in plans:
-            share = (plan.steps[move.posted].block[0].rank, plan.rank)
-            leaving[plan.ahead(move.outer, move.inner)] = [share, *sums.pop((plan.rank, move.posted), [])]
-        for rank, shares in leaving.items():
-            sums.setdefault((rank, move.due), []).extend(shares)
+            share = (plan.steps[move.send_step].block[0].rank, plan.rank)
+            sent[plan.peer(move.outer, move.inner)] = [share, *sums.pop((plan.rank, move.send_step), [])]
+        for rank, shares in sent.items():
+            sums.setdefault((rank, move.recv_step), []).extend(shares)
     visitors = {
         plan.rank: [
             other.rank
@@ -135,7 +143,7 @@ def test_moves_bring_every_block_and_take_every_gradient_home(ring_size, transpo
         ]
         for plan in plans
     }
-    assert sums == {} if last == 1 else set(sums) == {(rank, last) for rank in range(ring_size)}
+    assert sums == {} if num_steps == 1 else set(sums) == {(rank, num_steps) for rank in range(ring_size)}
     for (rank, _), shares in sums.items():
         assert sorted(shares) == [(rank, visitor) for visitor in visitors[rank]]
 
@@ -144,17 +152,17 @@ def test_moves_bring_every_block_and_take_every_gradient_home(ring_size, transpo
 @given(batches())
 def test_needed_keys_are_exactly_those_that_are_seen(case):
     sequence, mask, rows = case
-    seen = dense_mask(sequence, mask, rows).any(0)
+    visible_to_query = dense_mask(sequence, mask, rows).any(0)
     for rank, source in itertools.product(range(sequence.ring_size), repeat=2):
-        theirs = torch.tensor(tokens_of(sequence, source))
-        visible = seen[tokens_of(sequence, rank)][:, theirs].any(0)
-        asked = torch.zeros_like(visible)
-        for start, stop in needed(sequence, mask, rank, source):
-            assert 0 <= start < stop <= len(theirs)
-            asked[start:stop] = True
-        assert not (visible & ~asked).any()
+        source_tokens = torch.tensor(tokens_of(sequence, source))
+        visible = visible_to_query[tokens_of(sequence, rank)][:, source_tokens].any(0)
+        needed = torch.zeros_like(visible)
+        for start, stop in needed_kv_ranges(sequence, mask, rank, source):
+            assert 0 <= start < stop <= len(source_tokens)
+            needed[start:stop] = True
+        assert not (visible & ~needed).any()
         if sequence.layout != "striped":
-            assert torch.equal(visible, asked)
+            assert torch.equal(visible, needed)
 
 
 def test_direct_sends_what_the_mask_needs():
@@ -174,20 +182,20 @@ def test_direct_sends_what_the_mask_needs():
 
 def test_gathered_keys_in_global_order_make_few_tiles():
     plan = make_plan(ShardedSequence("zigzag", 128, 8), Mask(), 3, transport="allgather")
-    found = [(tile.q, tile.num_q, tile.k, tile.num_k, tile.hi) for tile in plan.steps[0].tiles]
-    assert found == [(0, 8, 0, 32, 24), (8, 8, 0, 104, 96)]
+    tiles = [(tile.q, tile.num_q, tile.k, tile.num_k, tile.hi) for tile in plan.steps[0].tiles]
+    assert tiles == [(0, 8, 0, 32, 24), (8, 8, 0, 104, 96)]
 
 
 def test_zigzag_steps_are_the_published_ones():
     # Own block one causal call; earlier ranks: all queries x half the keys; later ranks: half the queries x all keys.
     steps = make_plan(ShardedSequence("zigzag", 80, 4), Mask(), 1).steps
     assert [step.block[0].rank for step in steps] == [1, 0, 3, 2]
-    found = [[(t.q, t.num_q, t.k, t.num_k, t.lo, t.hi) for t in step.tiles] for step in steps]
-    assert found == [[(0, 20, 0, 20, None, 0)], [(0, 20, 0, 10, None, None)], *[[(10, 10, 0, 20, None, None)]] * 2]
+    tiles = [[(t.q, t.num_q, t.k, t.num_k, t.lo, t.hi) for t in step.tiles] for step in steps]
+    assert tiles == [[(0, 20, 0, 20, None, 0)], [(0, 20, 0, 10, None, None)], *[[(10, 10, 0, 20, None, None)]] * 2]
 
 
 def test_striped_steps_are_the_published_ones():
-    # Visible iff y <= x when the queries' rank is not before the keys' rank, else y < x: a row and a column fewer.
+    # Key y is visible to query x iff y <= x, or y < x (a row and a column fewer) if the queries' rank is smaller.
     sequence = ShardedSequence("striped", 40, 4)
     plans = [make_plan(sequence, Mask(), rank) for rank in range(4)]
     for rank, step in [(plan.rank, step) for plan in plans for step in plan.steps]:
@@ -224,7 +232,9 @@ def test_plans_of_1024_ranks_have_the_right_total_work(layout):
 def test_window_ends_the_ring_early():
     steps = {w: len(make_plan(ShardedSequence("contiguous", 64, 8), Mask(window=w), 3).steps) for w in (1, 8, 10)}
     assert steps == {1: 1, 8: 2, 10: 3}
-    double = make_plan(ShardedSequence("contiguous", 64, 8), Mask(window=10), 3, transport="double_ring", inner=2)
+    double = make_plan(
+        ShardedSequence("contiguous", 64, 8), Mask(window=10), 3, transport="double_ring", inner_ring_size=2
+    )
     assert len(double.steps) == 4
 
 

@@ -1,4 +1,4 @@
-"""The table of traps in tests/README.md names tests that exist."""
+"""The table of traps in tests/README.md must name existing tests."""
 
 import re
 
@@ -12,6 +12,6 @@ def test_every_trap_names_tests_that_exist():
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 71
     for row in rows:
-        named = re.findall(r"`(test_\w+)`", row)
-        assert named, f"no test in: {row}"
-        assert set(named) <= defined, f"unknown test in: {row}"
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, f"no test in: {row}"
+        assert set(names) <= defined, f"unknown test in: {row}"
