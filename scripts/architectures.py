@@ -1,5 +1,5 @@
-"""Writes what the tests prove of architectures to where it is read: the table in the README, and the names of classes
-that need no trial step in `ring_hf/hf/runtime/proven_classes.py`.
+"""Write what the tests prove of architectures to where it is read: the table in docs/models.md, and the names of
+classes that need no trial step in `ring_hf/hf/runtime/proven_classes.py`.
 
 python scripts/architectures.py
 """
@@ -10,18 +10,18 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PROVEN = ROOT / "README.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven_classes.py"
+PAGE, PROVEN = ROOT / "docs" / "models.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven_classes.py"
 BEGIN, END = "<!-- generated: architectures -->", "<!-- end generated -->"
 NAMES_BEGIN, NAMES_END = '_NAMES = """\n', '\n"""'
 WIDTH = 115
 
 
-def with_table(readme: str) -> str:
-    """Return the README with the table between its markers made from the tests' data."""
+def with_table(page: str) -> str:
+    """Return the page of models with the table between its markers made from the tests' data."""
     sys.path.insert(0, str(ROOT))
     from tests.hf.architectures import markdown
 
-    return _replace_between(readme, BEGIN, END, f"\n{markdown()}\n", "README.md")
+    return _replace_between(page, BEGIN, END, f"\n{markdown()}\n", "docs/models.md")
 
 
 def with_names(module: str) -> str:
@@ -45,5 +45,5 @@ def _replace_between(text: str, begin: str, end: str, content: str, name: str) -
 
 
 if __name__ == "__main__":
-    for path, renew in ((README, with_table), (PROVEN, with_names)):
+    for path, renew in ((PAGE, with_table), (PROVEN, with_names)):
         path.write_text(renew(path.read_text()))

@@ -3,7 +3,7 @@
 `EXACT` maps a family (a `model_type`, with a variant after a slash) to the fields in which its tiny random config
 differs from `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED`
 maps a key of `REASONS` to families; the test asserts the message. Every family of Transformers must be in one of them,
-or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into the README and `exact_classes()`
+or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into docs/models.md and `exact_classes()`
 into `ring_hf/hf/runtime/proven_classes.py`.
 """
 
@@ -246,7 +246,7 @@ ROUTER_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "aux_l
 
 
 class Reason(NamedTuple):
-    """Why families are refused: the title in the README, and a regular expression of the message."""
+    """Why families are refused: the title in docs/models.md, and a regular expression of the message."""
 
     title: str
     message: str
@@ -388,7 +388,7 @@ def refused_families() -> dict[str, str]:
 
 
 def markdown() -> str:
-    """Return the table for the README."""
+    """Return the table of docs/models.md."""
     rows = [("exact", list(EXACT))]
     rows += [(f"refused: {reason.title}", REFUSED[key].split()) for key, reason in REASONS.items()]
     cells = [["", "", "families of Transformers, by `model_type`"]]

@@ -95,9 +95,10 @@ def test_auxiliary_losses_of_routers_are_unchanged():
     assert [message for message in found if message] == []
 
 
-def test_readme_counts_what_these_tables_hold():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_page_of_memory_options_counts_these_tables():
+    text = " ".join((ROOT / "docs" / "memory.md").read_text().split())
     save, ffn, loss = (len(EXACT) - len(REFUSED[lever]) for lever in ("save", "ffn", "loss"))
     assert loss == len(EXACT)
-    assert f"Of the {len(EXACT)} configurations below, one process finds saved attention exact for {save}," in text
-    assert f"feed-forward blocks for {ffn} and the loss in blocks for all" in text
+    table = f"Of the {len(EXACT)} configurations in [the table of models](models.md)"
+    assert f"{table}, one process finds saved attention exact for {save}," in text
+    assert f"chunked feed-forward layers for {ffn} and the chunked loss for all" in text

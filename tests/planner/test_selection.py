@@ -99,7 +99,7 @@ def test_published_runs_are_faster_with_saved_attention_and_fit_their_devices():
 
 @pytest.mark.parametrize(("table", "make"), [("fit", selection_table), ("million", million_table)])
 def test_the_page_has_the_tables_that_the_planner_makes(table, make):
-    text = (ROOT / "docs" / "levers.md").read_text()
+    text = (ROOT / "docs" / "memory_options.md").read_text()
     begin, end = f"<!-- planned: --table {table} -->\n", "\n<!-- end planned -->"
     assert text.count(begin) == 1
     assert text.split(begin)[1].split(end)[0] == make()

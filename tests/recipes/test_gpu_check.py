@@ -18,8 +18,8 @@ from scripts.gpu_check import SECTIONS, main
 from tests import aten_stand_ins, flash_stand_ins
 from tests.harness import ROOT, run_command
 
-README = (ROOT / "README.md").read_text()
-(COMMAND,) = re.findall(r"^python (scripts/gpu_check.py .*)$", README, re.MULTILINE)
+PAGE = (ROOT / "docs" / "check_your_machine.md").read_text()
+(COMMAND,) = re.findall(r"^python (scripts/gpu_check.py .*)$", PAGE, re.MULTILINE)
 QUICK = ["--emulate", "--quick"]
 STEPS_ROWS = ["agreement", "sdpa, 64 tokens", "ring_zigzag, 64 tokens", "ring_zigzag, memory options, 64 tokens"]
 STEPS_ROWS += ["one rank of 8, one layer's attention, 128 tokens", "one rank of 8, 128 tokens"]
@@ -80,7 +80,7 @@ def test_everything_runs_on_a_cpu_and_is_written(tmp_path):
     ours = ["ring_zigzag", "ring_zigzag, memory options"]
     assert compared == [(run, against) for against in ("fp32", "sdpa") for run in ours]
 
-    excerpt = re.search(r"<!-- checked: (.*?) -->\n(.*?)<!-- end checked -->", README, re.DOTALL)
+    excerpt = re.search(r"<!-- checked: (.*?) -->\n(.*?)<!-- end checked -->", PAGE, re.DOTALL)
     assert excerpt is not None and excerpt[1] == " ".join(QUICK)
     shown = first_columns(excerpt[2])
     assert len(shown) >= 8 and all(row in first_columns(text) for row in shown)
