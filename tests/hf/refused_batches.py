@@ -144,7 +144,9 @@ COLLATORS: dict[str, Refusal] = {
     ),
 }
 
-SHARD_METADATA = ContextParallelMetadata(ShardedSequence("zigzag", 16, 2), "none", 0, RingOptions(), 16, None, "")
+SHARD_METADATA = ContextParallelMetadata(
+    ShardedSequence("zigzag", 16, 2), "none", 0, RingOptions(ulysses_size=1), 16, None, ""
+)
 SHARDED = {METADATA_KEY: SHARD_METADATA}
 WHOLE_METADATA = ContextParallelMetadata(
     ShardedSequence("zigzag", 8, 1, prefixes=((3,),)), "", 0, RingOptions(), 8, None, ""

@@ -72,7 +72,8 @@ def make_trial_inputs(model: PreTrainedModel, inputs: dict[str, Any], context: p
     _mask_targets_unevenly(examples, metadata, is_packed)
     sharded = collate(examples)
     # The kernel of the batch may support half precision only.
-    sharded[METADATA_KEY] = replace(sharded[METADATA_KEY], kernel="auto")
+    metadata = sharded[METADATA_KEY]
+    sharded[METADATA_KEY] = replace(metadata, options=replace(metadata.options, kernel="auto"))
     with process.whole_sequences():
         whole = dict(collate(examples))
     whole["shift_labels"] = shift_left(whole["labels"])
