@@ -73,6 +73,9 @@ class LossMonitor:
             num_ranks: ranks that share the sequence.
             has_labels: whether the first item of a tuple is the loss.
             allowed: names of outputs that a trial step has proven, so that they may be used outside the model.
+
+        Raises:
+            ValueError: later, in the backward pass, if another output has a gradient from outside.
         """
         if isinstance(output, tuple):
             names = ["loss" if n == 0 and has_labels else f"output {n}" for n in range(len(output))]
