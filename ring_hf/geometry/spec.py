@@ -1,8 +1,8 @@
 """The settings of attention over a shared sequence, as two frozen objects that everything else holds.
 
 `AttentionSpec` is the maths of a layer: the mask and the transformation of the scores. `RingOptions` is the algorithm:
-how the ranks that share a sequence compute it. Neither knows a batch, a model or a process group, and no rule about
-them is checked anywhere else.
+how the ranks that share a sequence compute it. Neither depends on a batch, a model or a process group, and their rules
+are checked here only.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TRANSPORTS = ("ring", "double_ring", "allgather", "direct")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a layer computes.
+    """The maths of an attention layer.
 
     Attributes:
         causal, window, chunk: the mask, see `Mask`.
@@ -22,7 +22,7 @@ class AttentionSpec:
         softcap: bends the scores to `softcap * tanh(scores / softcap)`; None leaves them as they are.
 
     Raises:
-        ValueError: if the softcap is not positive, or for what `Mask` refuses.
+        ValueError: if the softcap is not positive, or `Mask` refuses the window or the chunk.
     """
 
     causal: bool = True
@@ -34,7 +34,7 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap={self.softcap} must be positive. Use None for no soft-capping.")
-        self.mask  # noqa: B018 (raises for a mask that makes no sense)
+        self.mask  # noqa: B018 (raises if the mask is invalid)
 
     @property
     def mask(self) -> Mask:
@@ -46,19 +46,19 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class RingOptions:
-    """How the ranks that share a sequence compute attention.
+    """The algorithm by which the ranks that share a sequence compute attention.
 
     Attributes:
-        transport: how keys and values travel, one of `TRANSPORTS`, or "auto" for the cheapest by estimate.
-        inner_ring_size: ranks of an inner ring of a double ring; 1 means that there is none, or that it is chosen.
+        transport: route of keys and values, one of `TRANSPORTS`, or "auto" for the one with the lowest estimated cost.
+        inner_ring_size: ranks of an inner ring of a double ring; 1 for none, or for an automatic choice.
         ulysses_size: neighbouring ranks that exchange heads for tokens. "auto": as many as the model allows; None:
-            1, or all ranks if the model attends with "ulysses".
-        head_chunks: with Ulysses, in how many chunks the heads of a rank are exchanged and attended with.
+            1, or all ranks if the model's attention is "ulysses".
+        head_chunks: with Ulysses, the number of chunks in which a rank's heads are exchanged and computed.
         kernel: the attention kernel: "auto", or a name from `ring_hf.kernels.KERNELS` or `FAMILIES`.
-        overlap: exchange the next keys and values during the compute of the present ones.
+        overlap: exchange the next keys and values while the current ones are computed.
 
     Raises:
-        ValueError: if options contradict each other, whatever the model and the number of ranks are.
+        ValueError: if options contradict each other for every model and number of ranks.
     """
 
     transport: str = "auto"
@@ -74,7 +74,11 @@ class RingOptions:
             raise ValueError(f'ulysses_size={self.ulysses_size!r} must be a whole number of at least 1, or "auto".')
 
     def check_size(self, size: int) -> None:
-        """Raise ValueError if these options fit no model on `size` ranks per sequence."""
+        """Check the options against the ranks per sequence.
+
+        Raises:
+            ValueError: if they fit no model on `size` ranks per sequence.
+        """
         ulysses_size = self.ulysses_size
         if isinstance(ulysses_size, int) and size % ulysses_size:
             raise ValueError(
@@ -90,10 +94,14 @@ class RingOptions:
             )
 
     def check_rings(self, size: int, ulysses_size: int) -> None:
-        """Raise ValueError if the ring of `size / ulysses_size` members cannot be cut into inner rings as asked."""
+        """Check the inner rings against a ring of `size / ulysses_size` ring ranks.
+
+        Raises:
+            ValueError: if the ring cannot be cut into inner rings of `inner_ring_size`.
+        """
         inner = self.inner_ring_size
         if size == 1 and inner == 1:
-            return  # whole sequences: nothing travels
+            return  # each rank has whole sequences
         ring = size // ulysses_size
         possible = [divisor for divisor in divisors(ring) if 1 < divisor < ring]
         if (inner > 1 or self.transport == "double_ring") and not possible:
@@ -111,7 +119,11 @@ class RingOptions:
 
 
 def check_transport(transport: str, inner_ring_size: int = 1) -> None:
-    """Raise ValueError if there is no such transport, or it would ignore `inner_ring_size`."""
+    """Check a transport.
+
+    Raises:
+        ValueError: if the transport is unknown, or would ignore `inner_ring_size`.
+    """
     if transport not in ("auto", *TRANSPORTS):
         raise ValueError(f"transport={transport!r} is not known. Choose one of auto, {', '.join(TRANSPORTS)}.")
     if inner_ring_size > 1 and transport not in ("auto", "double_ring"):
