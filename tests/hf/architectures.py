@@ -2,9 +2,8 @@
 
 `EXACT` maps a family (a `model_type`, with a variant after a slash) to the fields in which its tiny random config
 differs from `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED`
-maps a key of `REASONS` to families; the test asserts the message. Every family of Transformers must be in one of them,
-or in `UNTESTED` with the reason. `scripts/architectures.py` writes `markdown()` into docs/models.md and
-`exact_classes()` into `ring_hf/hf/runtime/proven_classes.py`.
+maps a key of `REASONS` to families; the test asserts the message. Every family is in one of them or in `UNTESTED` with
+the reason. `scripts/architectures.py` writes `markdown()` to docs/models.md, `exact_classes()` to proven_classes.py.
 """
 
 from typing import Any, NamedTuple
