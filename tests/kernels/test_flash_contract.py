@@ -57,8 +57,21 @@ def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ran
     bounds = ((0, 1, 6, length // 2 + 3, length - 1, length), (0, length // 3, length // 3 + 1, length))
     prefixes = tuple(tuple(min(prefix, b - a) for a, b in itertools.pairwise(row)) for row in bounds) if prefix else ()
     sequence = ShardedSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)
-    inner = 2 if transport == "double_ring" else 1
-    return fuzz.Case(sequence, mask_rule, 2, *HEADS[heads], None, False, "auto", transport, inner, True, 1)
+    num_heads, head_dims = HEADS[heads]
+    return fuzz.Case(
+        sequence=sequence,
+        mask=mask_rule,
+        rows=2,
+        heads=num_heads,
+        head_dims=head_dims,
+        softcap=None,
+        sinks=False,
+        kernel="auto",
+        transport=transport,
+        inner=2 if transport == "double_ring" else 1,
+        overlap=True,
+        head_chunks=1,
+    )
 
 
 @pytest.mark.parametrize("adapter, layout, mask", MATRIX)
