@@ -126,13 +126,17 @@ class KVGradients:
             return
         assert self._comm is not None
         outgoing, self._outgoing = self._packed(), None
-        for exchange in self._pending.pop(step, ()):
-            outgoing.flat.add_(self._received(exchange).flat)
-            self._release(exchange)
+        self._add_received(outgoing, step)
         self._comm.record_use(outgoing)
         move = self._moves[step]
         exchange = self._transport.exchange(self._plan, move, outgoing, self._acquire(), GRADIENTS)
         self._pending.setdefault(move.recv_step, []).append(exchange)
+
+    def _add_received(self, outgoing: Buffer, step: int) -> None:
+        """Add the sums that have arrived for this step, and keep no name of their buffers, which are free then."""
+        for exchange in self._pending.pop(step, ()):
+            outgoing.flat.add_(self._received(exchange).flat)
+            self._release(exchange)
 
     def _received(self, exchange: PendingExchange) -> Buffer:
         exchange.wait()
