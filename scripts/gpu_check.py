@@ -143,10 +143,12 @@ def advance(bar: tqdm, said: str, total: int) -> None:
 
 def describe(device: torch.device, words: Sequence[str]) -> dict[str, Any]:
     """What the results are of."""
-    devices = machine.devices()
-    label = f"{len(devices.names)} x {devices.names[0]}" if device.type == "cuda" else f"CPU, {devices.cores} cores"
-    versions = {one.name: one.found for one in machine.packages() if one.found}
-    libraries = {one.name: one.notes for one in machine.packages() if one.notes}
+    devices, packages = machine.find_devices(), machine.list_packages()
+    label = (
+        f"{len(devices.names)} x {devices.names[0]}" if device.type == "cuda" else f"CPU, {devices.num_cores} cores"
+    )
+    versions = {package.name: package.version for package in packages if package.version}
+    libraries = {package.name: package.notes for package in packages if package.notes}
     return {
         "device": label,
         "date": time.strftime("%Y-%m-%d"),

@@ -1,28 +1,29 @@
-"""`ring-hf doctor`: what this machine has, what it would do with a model, and what to change before training.
+"""`ring-hf doctor`: what this machine has, how it would run a model, and what to change before training.
 
-`Diagnosis` is what was found out, `diagnose` finds it out, `advise` is a table of pure functions of it.
+`diagnose` inspects and measures the machine and returns a `MachineReport`; `advise` applies a table of pure rules to
+the report.
 """
 
 from typing import TYPE_CHECKING
 
 from ..exports import export_lazily
 
-__all__ = ["Advice", "Diagnosis", "Query", "advise", "diagnose", "render"]
+__all__ = ["Advice", "MachineReport", "Query", "advise", "diagnose", "render"]
 
 if TYPE_CHECKING:
     from .advice import Advice, advise
     from .diagnosis import diagnose
     from .diagnosis_report import render
-    from .facts import Diagnosis, Query
+    from .machine_report import MachineReport, Query
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
         {
             "advice": ("Advice", "advise"),
             "diagnosis": ("diagnose",),
-            "facts": ("Diagnosis", "Query"),
-            "machine": (),
-            "rank_launch": (),
             "diagnosis_report": ("render",),
+            "machine": (),
+            "machine_report": ("MachineReport", "Query"),
+            "rank_launch": (),
         },
     )

@@ -1,4 +1,4 @@
-"""The facts and the advice as plain text, aligned and short enough for one screen."""
+"""The report and the advice as plain text, aligned and short enough for one screen."""
 
 import itertools
 import textwrap
@@ -8,137 +8,138 @@ from ..costmodel.devices import BACKWARD_FLOPS_RATIO
 from ..geometry import auto_ulysses
 from ..text import align_columns, format_bytes, format_duration
 from .advice import Advice
-from .facts import Diagnosis
+from .machine_report import MachineReport
 
 _WIDTH = 112
 
 
-def render(facts: Diagnosis, advice: Sequence[Advice]) -> str:
-    """The whole report."""
-    question = facts.question
-    ranks = f"{question.ranks} ranks" if question.ranks > 1 else "1 rank"
-    title = f"{question.model}, {question.sequence:,} tokens on {ranks}, {question.layout}, {question.dtype}"
-    parts = [title, *_versions(facts), *_devices(facts), *_kernels(facts)]
-    parts += [*_engines(facts), *_links(facts), *_speed(facts), *_overlap(facts), *_advice(advice)]
-    return "\n".join(line.rstrip() for line in parts)
+def render(report: MachineReport, advice: Sequence[Advice]) -> str:
+    """Return the whole report as text."""
+    query = report.query
+    ranks = f"{query.num_ranks} ranks" if query.num_ranks > 1 else "1 rank"
+    title = f"{query.model}, {query.seq_length:,} tokens on {ranks}, {query.layout}, {query.dtype}"
+    lines = [title, *_versions(report), *_devices(report), *_kernels(report), *_engines(report), *_links(report)]
+    lines += [*_attention_speed(report), *_overlap(report), *_advice(advice)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _head(name: str, words: str = "") -> str:
-    return f"\n{name:<11} {words}"
+def _heading(name: str, text: str = "") -> str:
+    return f"\n{name:<11} {text}"
 
 
-def _wrapped(words: str, indent: int) -> list[str]:
-    return textwrap.wrap(words, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
-def _versions(facts: Diagnosis) -> list[str]:
-    rows = [["", "found", "needs", "tested", ""]]
-    for one in facts.packages:
-        found = one.found or ("missing" if one.required else "-")
-        mark = "" if one.fits else "does not fit"
-        rows.append([one.name, found, one.needs, one.tested or "", one.notes or mark])
-    return [_head("versions"), *align_columns(rows)]
+def _versions(report: MachineReport) -> list[str]:
+    rows = [["", "installed", "supported", "tested", ""]]
+    for package in report.packages:
+        version = package.version or ("missing" if package.is_required else "-")
+        notes = package.notes or ("" if package.is_supported else "not supported")
+        rows.append([package.name, version, package.version_range, package.tested_version or "", notes])
+    return [_heading("versions"), *align_columns(rows)]
 
 
-def _devices(facts: Diagnosis) -> list[str]:
-    devices = facts.devices
+def _devices(report: MachineReport) -> list[str]:
+    devices = report.devices
     names = ", ".join(f"{devices.names.count(name)} x {name}" for name in dict.fromkeys(devices.names))
-    words = [names if devices.kind == "cuda" else f"{devices.cores} CPU cores, {devices.names[0]}"]
-    words.append(f"{format_bytes(devices.memory)} of memory")
-    words += [f"compute capability {'.'.join(map(str, devices.capability))}"] if devices.capability else []
-    if devices.peers is not None:
-        words.append("every GPU reaches every other one" if devices.peers else "some GPUs do not reach each other")
-    variables = " ".join(f"{name}={value}" for name, value in facts.environment.items())
-    return [_head("device", ", ".join(words)), *([f"  {variables}"] if variables else [])]
-
-
-def _kernels(facts: Diagnosis) -> list[str]:
-    words = "no attention layers found" if not facts.layers else "layers as the configuration names them"
-    lines = [_head("kernels", "" if facts.probed and facts.layers else words)]
-    for _, group in itertools.groupby(facts.layers, lambda one: (one.kernel, tuple(one.kernels.items()))):
-        alike = list(group)
-        for one in alike:
-            count = "1 layer" if one.count == 1 else f"{one.count} layers"
-            lines.append(f"  {facts.model_type}, {count}: {one.describe()}")
-        rows = []
-        for name, reason in alike[0].kernels.items():
-            verdict = "used" if name == alike[0].kernel else "fits, slower" if reason is None else "no"
-            rows.append(["", name, verdict, reason or ""])
-        lines += align_columns(rows)
-    ranks = facts.question.ranks
-    if facts.layers and ranks > 1:
-        even = min(auto_ulysses(one.num_heads, one.num_kv_heads, ranks, ranks) for one in facts.layers)
-        lines.append(f"  heads divide evenly among {even} of {ranks} ranks (Ulysses)")
+    parts = [names if devices.kind == "cuda" else f"{devices.num_cores} CPU cores, {devices.names[0]}"]
+    parts.append(f"{format_bytes(devices.memory)} of memory")
+    if devices.capability:
+        parts.append(f"compute capability {'.'.join(map(str, devices.capability))}")
+    if devices.has_peer_access is not None:
+        all_peers, no_peers = "every GPU reaches every other one", "some GPUs do not reach each other"
+        parts.append(all_peers if devices.has_peer_access else no_peers)
+    lines = [_heading("device", ", ".join(parts))]
+    if report.environment:
+        lines.append("  " + " ".join(f"{name}={value}" for name, value in report.environment.items()))
     return lines
 
 
-def _engines(facts: Diagnosis) -> list[str]:
-    if not facts.engines:
+def _kernels(report: MachineReport) -> list[str]:
+    groups = report.attention_groups
+    note = "layers as the configuration names them" if groups else "the model has no attention layers"
+    lines = [_heading("kernels", "" if report.probed and groups else note)]
+    for _, same_kernels in itertools.groupby(groups, lambda group: (group.kernel, tuple(group.rejections.items()))):
+        alike = list(same_kernels)
+        for group in alike:
+            count = "1 layer" if group.count == 1 else f"{group.count} layers"
+            lines.append(f"  {report.model_type}, {count}: {group.describe()}")
+        rows = []
+        for name, reason in alike[0].rejections.items():
+            verdict = "used" if name == alike[0].kernel else "fits, slower" if reason is None else "no"
+            rows.append(["", name, verdict, reason or ""])
+        lines += align_columns(rows)
+    num_ranks = report.query.num_ranks
+    if groups and num_ranks > 1:
+        even = min(auto_ulysses(group.num_heads, group.num_kv_heads, num_ranks, num_ranks) for group in groups)
+        lines.append(f"  heads divide evenly among {even} of {num_ranks} ranks (Ulysses)")
+    return lines
+
+
+def _engines(report: MachineReport) -> list[str]:
+    if not report.engines:
         return []
-    rows = [
-        [one.name, format_bytes(one.held), f"no: {one.missing}" if one.missing else "runs here"]
-        for one in facts.engines
-    ]
-    words = f"weights, gradients and fp32 AdamW on a rank of {facts.question.ranks}"
-    return [_head("engines", words), *align_columns(rows)]
+    rows = []
+    for engine in report.engines:
+        verdict = f"no: {engine.unavailable_reason}" if engine.unavailable_reason else "runs here"
+        rows.append([engine.name, format_bytes(engine.state_bytes), verdict])
+    text = f"weights, gradients and fp32 AdamW states on each of {report.query.num_ranks} ranks"
+    return [_heading("engines", text), *align_columns(rows)]
 
 
-def _links(facts: Diagnosis) -> list[str]:
-    links = facts.links
+def _links(report: MachineReport) -> list[str]:
+    links = report.links
+    processes = f"{links.num_processes} processes over {links.backend}"
     if links.error is not None:
-        return [_head("links", f"{links.processes} processes over {links.backend}: failed"), *_wrapped(links.error, 2)]
+        return [_heading("links", f"{processes}: failed"), *_wrapped(links.error, 2)]
     if not links.times:
-        return [_head("links", "one process: nothing to measure")]
-    words = f"{links.processes} processes over {links.backend}, each to its neighbour at once: "
-    words += f"{format_bytes(links.bandwidth)}/s, latency {format_duration(links.latency)}"
+        return [_heading("links", "one process: nothing to measure")]
+    rates = f"{format_bytes(links.bandwidth)}/s, latency {format_duration(links.latency)}"
     sizes = "   ".join(f"{format_bytes(size)} in {format_duration(seconds)}" for size, seconds in links.times)
-    return [_head("links", words), f"  {sizes}"]
+    return [_heading("links", f"{processes}, all sending to a neighbour at the same time: {rates}"), f"  {sizes}"]
 
 
-def _speed(facts: Diagnosis) -> list[str]:
-    if not facts.speeds:
+def _attention_speed(report: MachineReport) -> list[str]:
+    if not report.timings:
         return []
     rows = [["tokens", "forward", "", "backward", ""]]
-    for one in facts.speeds:
-        forward, backward = one.flops / one.forward, BACKWARD_FLOPS_RATIO * one.flops / one.backward
-        rates = [_rate(forward), _rate(backward)]
-        rows.append(
-            [f"{one.tokens:,}", format_duration(one.forward), rates[0], format_duration(one.backward), rates[1]]
-        )
-    return [_head("attention", "one causal layer on one device"), *align_columns(rows)]
+    for timing in report.timings:
+        forward, backward = timing.flops / timing.forward, BACKWARD_FLOPS_RATIO * timing.flops / timing.backward
+        cells = [format_duration(timing.forward), _rate(forward), format_duration(timing.backward), _rate(backward)]
+        rows.append([f"{timing.tokens:,}", *cells])
+    return [_heading("attention", "one causal layer on one device"), *align_columns(rows)]
 
 
 def _rate(flops: float) -> str:
     return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
-def _overlap(facts: Diagnosis) -> list[str]:
-    overlap = facts.overlap
+def _overlap(report: MachineReport) -> list[str]:
+    overlap = report.overlap
     if overlap is None:
         return []
-    lines = [
-        _head("overlap", f"predicted for all layers of a step, {overlap.tokens:,} tokens on a rank; {overlap.links}")
-    ]
+    text = f"predicted for all layers of a step, {overlap.tokens:,} tokens per rank; {overlap.links_source}"
     rows = [["", "forward", "exposed", "backward", "exposed", ""]]
-    for way in overlap.ways:
-        cells = [format_duration(way.forward), f"{way.exposed_forward / way.forward:.0%}"]
-        cells += [format_duration(way.backward), f"{way.exposed_backward / way.backward:.0%}"]
-        rows.append([way.name, *cells, "fastest" if way is overlap.best else ""])
-    lines += align_columns(rows)
-    if overlap.least_forward is not None:
+    for algorithm in overlap.algorithms:
+        cells = [format_duration(algorithm.forward), f"{algorithm.exposed_forward / algorithm.forward:.0%}"]
+        cells += [format_duration(algorithm.backward), f"{algorithm.exposed_backward / algorithm.backward:.0%}"]
+        rows.append([algorithm.name, *cells, "fastest" if algorithm is overlap.fastest else ""])
+    lines = [_heading("overlap", text), *align_columns(rows)]
+    if overlap.min_tokens_forward is not None:
         lines.append(
-            f"  a ring hides its messages from {overlap.least_forward:,} tokens on a rank forward, "
-            f"{overlap.least_backward:,} backward"
+            f"  a ring hides its messages from {overlap.min_tokens_forward:,} tokens per rank on in the forward, "
+            f"{overlap.min_tokens_backward:,} in the backward"
         )
     return lines
 
 
 def _advice(advice: Sequence[Advice]) -> list[str]:
     if not advice:
-        return [_head("advice", "nothing to change")]
-    lines = [_head("advice")]
-    for number, one in enumerate(advice, 1):
-        mark = "must: " if one.refuses else ""
-        lines += textwrap.wrap(f"{number}. {mark}{one.action}", _WIDTH, initial_indent="  ", subsequent_indent="     ")
-        lines += _wrapped(one.reason, 5)
+        return [_heading("advice", "nothing to change")]
+    lines = [_heading("advice")]
+    for number, item in enumerate(advice, 1):
+        action = f"{number}. {'must: ' if item.blocks_training else ''}{item.action}"
+        lines += textwrap.wrap(action, _WIDTH, initial_indent="  ", subsequent_indent="     ")
+        lines += _wrapped(item.reason, 5)
     return lines

@@ -1,7 +1,7 @@
-"""The processes that measure: doctor's own, one per GPU or a few on a CPU, or those that a launcher has started.
+"""The processes that measure: doctor's own, one per GPU or a few on a CPU, or the ranks that a launcher has started.
 
-A rank that hangs must not leave the user in front of a silent terminal: every rank says what it is about to do, and
-when time is up the last words of each are in the message.
+A rank that hangs must not leave the user in front of a silent terminal. Every rank therefore reports its status before
+each measurement, and after a timeout the error shows the last status of every rank.
 """
 
 import multiprocessing
@@ -16,95 +16,114 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-CHECKS = {
+LINK_CHECKS = {
     "cuda": "Set NCCL_DEBUG=INFO and look for the interface and the transport it chooses; try NCCL_P2P_DISABLE=1 "
     "(a wrong ACS or IOMMU setting stops GPUs from reaching each other) and NCCL_SOCKET_IFNAME (several networks); "
-    "see with nvidia-smi whether another process holds a GPU.",
+    "check with nvidia-smi whether another process uses a GPU.",
     "cpu": "Check that the host name resolves (set GLOO_SOCKET_IFNAME=lo on one machine), that no firewall "
-    "stands between the ranks, and that there is memory for all of them.",
+    "blocks the ranks, and that there is memory for all of them.",
 }
+STARTING = "starting"
+RENDEZVOUS = "meeting the other ranks"
+TIMING_ATTENTION = "measuring attention"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every rank measures: which attention, at which lengths, and which messages."""
+class RankJob:
+    """The measurements of every rank.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: name of a torch dtype.
+        head_dim, v_head_dim: head dims of queries and keys, and of values.
+        lengths: sequence lengths in tokens at which attention is timed, in ascending order.
+        message_sizes: bytes of the messages with which links are timed.
+        repeats: timed exchanges per message size.
+        timeout: seconds until a rank that does not answer is given up.
+    """
 
     device: str
     dtype: str
-    heads: tuple[int, int, int, int]  # query heads, key/value heads, head dim of both, of the values
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
     softcap: float | None
     lengths: tuple[int, ...]
-    messages: tuple[int, ...]
+    message_sizes: tuple[int, ...]
     repeats: int
-    seconds: float  # until a rank that does not answer is given up
+    timeout: float
 
 
-MEETING = "meeting the other ranks"
-ATTENDING = "measuring attention"
-
-
-def hint(device: str, words: str) -> str:
-    """What to check after a failure at these words."""
-    if words.startswith(ATTENDING):
-        return "The kernel itself fails here: see the section on kernels, and try another dtype or version."
-    return CHECKS[device]
-
-
-Work = Callable[[int, int, Job, str | None, Callable[[str], None]], Any]
+# (rank, number of ranks, job, file for the rendezvous or None under a launcher, report_status) -> result
+RankFunction = Callable[[int, int, RankJob, str | None, Callable[[str], None]], Any]
 
 
 class RankTimeout(RuntimeError):
-    """A rank failed or did not come back."""
+    """A rank failed or did not answer in time."""
 
 
-def under_launcher() -> bool:
-    """Whether torchrun or `accelerate launch` has started several processes."""
+def suggest_check(device: str, status: str) -> str:
+    """Return what to check if a rank on this kind of device failed with this last status."""
+    if status.startswith(TIMING_ATTENTION):
+        return "The kernel itself fails here: see the section on kernels, and try another dtype or version."
+    return LINK_CHECKS[device]
+
+
+def is_under_launcher() -> bool:
+    """Return whether torchrun or `accelerate launch` has started several processes."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def run_here(work: Work, job: Job) -> Any:
-    """This process's part, as one of a launcher's ranks; a hang ends the process with a message."""
+def run_launched_rank(function: RankFunction, job: RankJob) -> Any:
+    """Run `function` in this process, one of a launcher's ranks; after a timeout, print a message and exit.
+
+    Raises:
+        RankTimeout: if `function` raises a `RuntimeError`; the message has this rank's last status.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    words = ["starting"]
+    statuses = [STARTING]
 
     def give_up() -> None:
-        message = f"rank {rank} of {size} waited {job.seconds:g} s, {words[-1]}. {hint(job.device, words[-1])}"
+        status = statuses[-1]
+        message = f"rank {rank} of {size} waited {job.timeout:g} s, {status}. {suggest_check(job.device, status)}"
         sys.stderr.write(f"ring-hf doctor: {message}\n")
         sys.stderr.flush()
         os._exit(1)  # the rank hangs inside a collective, which no exception reaches
 
-    timer = threading.Timer(job.seconds, give_up)
+    timer = threading.Timer(job.timeout, give_up)
     timer.daemon = True
     timer.start()
     try:
-        return work(rank, size, job, None, words.append)
+        return function(rank, size, job, None, statuses.append)
     except RuntimeError as error:
+        status = statuses[-1]
         raise RankTimeout(
-            f"rank {rank} of {size} failed, {words[-1]}: {error}. {hint(job.device, words[-1])}"
+            f"rank {rank} of {size} failed, {status}: {error}. {suggest_check(job.device, status)}"
         ) from error
     finally:
         timer.cancel()
 
 
-def run_ranks(work: Work, size: int, job: Job) -> list[Any]:
-    """Starts `size` processes and returns what `work` returned in each, in rank order.
+def launch_ranks(function: RankFunction, size: int, job: RankJob) -> list[Any]:
+    """Start `size` processes and return the result of `function` in each, in rank order.
 
     Raises:
-        Unanswered: if one fails or does not answer in time; with the last words of every rank.
+        RankTimeout: if a rank fails or does not answer in time; the message has the last status of every such rank.
     """
     context = multiprocessing.get_context("spawn")
     folder = tempfile.TemporaryDirectory(prefix="ring-hf-doctor-")
     pipes, processes = [], []
-    threads = max(1, (os.cpu_count() or 1) // size)
+    num_threads = max(1, (os.cpu_count() or 1) // size)
     for rank in range(size):
         ours, theirs = context.Pipe()
-        arguments = (work, rank, size, job, str(Path(folder.name) / "store"), threads, theirs)
-        processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+        arguments = (function, rank, size, job, str(Path(folder.name) / "store"), num_threads, theirs)
+        processes.append(context.Process(target=_run_rank, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
     try:
-        return _listen(pipes, job)
+        return _collect(pipes, job)
     finally:
         for process in processes:
             process.join(0.5)
@@ -113,16 +132,16 @@ def run_ranks(work: Work, size: int, job: Job) -> list[Any]:
         folder.cleanup()
 
 
-def _listen(pipes: list[Connection], job: Job) -> list[Any]:
-    words = dict.fromkeys(range(len(pipes)), "starting")
+def _collect(pipes: list[Connection], job: RankJob) -> list[Any]:
+    statuses = dict.fromkeys(range(len(pipes)), STARTING)
     results: dict[int, Any] = {}
-    deadline = time.monotonic() + job.seconds
+    deadline = time.monotonic() + job.timeout
     while len(results) < len(pipes):
         open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(open_pipes, max(0.0, deadline - time.monotonic()))
         if not ready:
-            seen = "; ".join(f"rank {rank} was {words[rank]}" for rank in words if rank not in results)
-            raise RankTimeout(f"no answer in {job.seconds:g} s: {seen}. {CHECKS[job.device]}")
+            unfinished = "; ".join(f"rank {rank} was {statuses[rank]}" for rank in statuses if rank not in results)
+            raise RankTimeout(f"no answer in {job.timeout:g} s: {unfinished}. {LINK_CHECKS[job.device]}")
         for rank, pipe in enumerate(pipes):
             if pipe not in ready:
                 continue
@@ -131,20 +150,23 @@ def _listen(pipes: list[Connection], job: Job) -> list[Any]:
             except EOFError:
                 kind, value = "failed", "the process ended"
             if kind == "failed":
-                raise RankTimeout(f"rank {rank} failed, {words[rank]}: {value}. {hint(job.device, words[rank])}")
+                status = statuses[rank]
+                raise RankTimeout(f"rank {rank} failed, {status}: {value}. {suggest_check(job.device, status)}")
             if kind == "done":
                 results[rank] = value
             else:
-                words[rank] = value
+                statuses[rank] = value
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(work: Work, rank: int, size: int, job: Job, store: str, threads: int, pipe: Connection) -> None:
+def _run_rank(
+    function: RankFunction, rank: int, size: int, job: RankJob, store: str, num_threads: int, pipe: Connection
+) -> None:
     import torch
 
     if job.device == "cpu":
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
     try:
-        pipe.send(("done", work(rank, size, job, store, lambda words: pipe.send(("says", words)))))
+        pipe.send(("done", function(rank, size, job, store, lambda status: pipe.send(("status", status)))))
     except Exception as error:
         pipe.send(("failed", f"{type(error).__name__}: {error}"))

@@ -1,12 +1,12 @@
-"""What a run will need, before it is started: memory item by item, time part by part, the longest sequence.
+"""`ring-hf plan`: predicts memory, time and the longest sequence of a training run before it starts.
 
-Pure formulas on the sizes of a model and the published rates of devices; no torch, nothing measured here. Start at
-`plan`; `published` holds the predictions against what others have published.
+Pure formulas of model sizes and published device rates; nothing is measured here, and torch is not imported. Start at
+`plan`; `published` compares predictions with runs that others have published.
 """
 
 from .model import Model
-from .model_config import read_keys, read_model
-from .training_job import Job
-from .training_plan import Plan, longest, plan
+from .model_config import read_config, read_model
+from .training_job import TrainingJob
+from .training_plan import TrainingPlan, find_max_length, plan
 
-__all__ = ["Job", "Model", "Plan", "longest", "plan", "read_keys", "read_model"]
+__all__ = ["Model", "TrainingJob", "TrainingPlan", "find_max_length", "plan", "read_config", "read_model"]

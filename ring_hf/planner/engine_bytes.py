@@ -1,23 +1,23 @@
-"""The engine a plan assumes: who holds weights, gradients and optimizer states, and how a launch asks for it.
+"""The training engine that a plan assumes: who holds weights, gradients and optimizer states, and its launch options.
 
-A table, because the planner imports nothing of the Transformers side; `tests/planner/test_engines.py` compares it with
-the engines that `ContextParallelConfig` accepts. A `Job` that no engine can run is refused when it is made.
+The planner imports nothing of the Transformers side, so this is a table; `tests/planner/test_engines.py` compares it
+with the engines that `ContextParallelConfig` accepts. `TrainingJob` refuses settings that no engine can run.
 """
 
 from dataclasses import dataclass
 
-from .training_job import Job
+from .training_job import TrainingJob
 
 
 @dataclass(frozen=True)
-class Engine:
-    """An engine of training.
+class PlannedEngine:
+    """A training engine.
 
     Attributes:
-        name: as its users call it.
-        states: what a device holds of weights, gradients and optimizer states.
-        family: how the files in `configs/accelerate` that start it begin; "" for one process.
-        offload: by what `--offload` names, the options of `accelerate launch` that ask for it.
+        name: the name its users know it by.
+        states: who holds weights, gradients and optimizer states, in words.
+        family: prefix of the files in `configs/accelerate` that start it; "" for one process.
+        offload: pairs of a state that `--offload` names and the options of `accelerate launch` that offload it.
     """
 
     name: str
@@ -26,24 +26,26 @@ class Engine:
     offload: tuple[tuple[str, str], ...] = ()
 
 
-_ZERO = ("zero3", (("optimizer", "--offload_optimizer_device cpu"), ("weights", "--offload_param_device cpu")))
-ONE_PROCESS = Engine("one process", "the device holds all weights, gradients and optimizer states")
-DDP = Engine("DDP", "every device holds all weights, gradients and optimizer states", "ddp")
-FSDP2 = Engine(
-    "FSDP2",
-    "weights, gradients and optimizer states are sharded over all devices",
-    "fsdp2",
-    (("weights", "--fsdp_offload_params true"),),
+_ZERO_OFFLOAD = (
+    ("optimizer", "--offload_optimizer_device cpu"),
+    ("weights", "--offload_param_device cpu"),
 )
-ZERO = {  # by stage
-    1: Engine("DeepSpeed ZeRO-1", "optimizer states are sharded over all devices", *_ZERO),
-    2: Engine("DeepSpeed ZeRO-2", "gradients and optimizer states are sharded over all devices", *_ZERO),
-    3: Engine("DeepSpeed ZeRO-3", "weights, gradients and optimizer states are sharded over all devices", *_ZERO),
+_ZERO_STATES = {
+    1: "optimizer states are sharded over all devices",
+    2: "gradients and optimizer states are sharded over all devices",
+    3: "weights, gradients and optimizer states are sharded over all devices",
+}
+ONE_PROCESS = PlannedEngine("one process", "the device holds all weights, gradients and optimizer states")
+DDP = PlannedEngine("DDP", "every device holds all weights, gradients and optimizer states", "ddp")
+FSDP2 = PlannedEngine("FSDP2", _ZERO_STATES[3], "fsdp2", (("weights", "--fsdp_offload_params true"),))
+ZERO = {
+    stage: PlannedEngine(f"DeepSpeed ZeRO-{stage}", states, "zero3", _ZERO_OFFLOAD)
+    for stage, states in _ZERO_STATES.items()
 }
 ENGINES = (ONE_PROCESS, DDP, FSDP2, *ZERO.values())
 
 
-def engine_of(job: Job) -> Engine:
+def select_engine(job: TrainingJob) -> PlannedEngine:
     """Return the engine that a job assumes."""
     if job.is_deepspeed:
         return ZERO[job.zero]
@@ -52,15 +54,15 @@ def engine_of(job: Job) -> Engine:
     return ONE_PROCESS if job.devices == 1 else DDP
 
 
-def engine_line(job: Job) -> str:
-    """Say which engine a plan assumes, and what of its states is in host memory."""
-    engine = engine_of(job)
-    option = "" if engine is ONE_PROCESS else f" (--zero {job.zero})"
-    offload = [option for name, option in engine.offload if name in job.offload]
-    host = f"; in host memory by {' '.join(offload)}: {', '.join(_on_host(job))}" if offload else ""
-    return f"engine: {engine.name}{option}; {engine.states}{host}"
-
-
-def _on_host(job: Job) -> list[str]:
-    names = ["gradients", "optimizer states"]
-    return ["weights", *names] if "weights" in job.offload else names
+def describe_engine(job: TrainingJob) -> str:
+    """Return a line with the engine of a job, who holds its states, and which of them are in host memory."""
+    engine = select_engine(job)
+    zero_option = "" if engine is ONE_PROCESS else f" (--zero {job.zero})"
+    line = f"engine: {engine.name}{zero_option}; {engine.states}"
+    offload_options = [option for state, option in engine.offload if state in job.offload]
+    if not offload_options:
+        return line
+    states = ["gradients", "optimizer states"]
+    if "weights" in job.offload:
+        states.insert(0, "weights")
+    return f"{line}; in host memory by {' '.join(offload_options)}: {', '.join(states)}"

@@ -1,94 +1,116 @@
-"""How a job is run: a file of `configs/accelerate`, options beside it, and the YAML of `recipes/finetune.py`.
+"""How to run a job: a file of `configs/accelerate` with options, and the YAML of `recipes/finetune.py`.
 
-Keys are those of `recipes/arguments.py` and of Transformers' `TrainingArguments`; `tests/planner/test_launch.py` has
-the recipe's own parser and Accelerate's read what is printed.
+The keys are those of `recipes/arguments.py` and of Transformers' `TrainingArguments`. `tests/planner/test_launch.py`
+reads the printed text with the recipe's own parser and with Accelerate's.
 """
 
 from typing import Any
 
-from .engine_bytes import ONE_PROCESS, engine_of
-from .training_job import Job
+from .engine_bytes import ONE_PROCESS, select_engine
+from .training_job import TrainingJob
 
-# The file that starts a family of engines, by the number of machines and of devices on each; others take the last one
-# of the family with other numbers.
+# The file that starts a family of engines, by the number of machines and of devices on each. Other sizes take the last
+# file of the family and override its numbers.
 FILES = {
     "ddp": {(1, 2): "ddp_2gpu.yaml", (1, 8): "ddp_8gpu.yaml"},
     "fsdp2": {(4, 8): "hsdp_4x8gpu.yaml", (1, 8): "fsdp2_8gpu.yaml"},
     "zero3": {(1, 8): "zero3_8gpu.yaml"},
 }
-_ATTENTION = {"none": "none", "full": "recompute", "save-attention": "save"}
-_FROM_OTHER_MACHINES = "--machine_rank <0, 1, ...> --main_process_ip <address of machine 0> --main_process_port 29500"
+_MEMORY_ATTENTION = {"none": "none", "full": "recompute", "save-attention": "save"}
+_MULTI_NODE_OPTIONS = "--machine_rank <0, 1, ...> --main_process_ip <address of machine 0> --main_process_port 29500"
 
 
-def run_of(job: Job) -> dict[str, Any]:
-    """Return what the YAML of `recipes/finetune.py` says, key by key.
+def make_recipe_config(job: TrainingJob) -> dict[str, Any]:
+    """Return the YAML of `recipes/finetune.py` as a dict.
 
-    Length, batch, optimizer and memory options are always there; what is automatic is left out.
+    Length, batch size, optimizer and memory options are always present; settings that stay automatic are left out.
     """
-    replicas = 1 if engine_of(job).family == "fsdp2" else job.dp
-    run: dict[str, Any] = {"model": job.model.name, "max_length": job.length, "per_device_train_batch_size": job.rows}
-    run["attn_implementation"] = f"ring_{job.layout}"
-    run |= {"context_parallel_size": job.cp, "dp_replicate_size": replicas}
+    config: dict[str, Any] = {
+        "model": job.model.name,
+        "max_length": job.length,
+        "per_device_train_batch_size": job.batch_size,
+        "attn_implementation": f"ring_{job.layout}",
+        "context_parallel_size": job.cp,
+        "dp_replicate_size": 1 if select_engine(job).family == "fsdp2" else job.dp,
+    }
     if job.ulysses > 1:
-        run["ulysses_size"] = job.ulysses
+        config["ulysses_size"] = job.ulysses
     if job.inner > 1:
-        run["inner_ring_size"] = job.inner
+        config["inner_ring_size"] = job.inner
     if job.transport != "auto":
-        run["transport"] = job.transport
+        config["transport"] = job.transport
     if job.kernel != "auto":
-        run["kernel"] = job.kernel
-    run["memory_attention"] = _ATTENTION[job.checkpoint]
-    kept = [name for name in ("layers", "attention") if name in job.offload]
-    if kept:
-        run["memory_offload"] = "all" if len(kept) == 2 else kept[0]
-    run |= {key: size for key, size in (("ffn_block", job.ffn_block), ("loss_block", job.loss_block)) if size}
-    if job.fused:  # its fused loss is no part of the plan, and refused on sharded weights
-        run |= {"use_liger_kernel": True, "liger_kernel_config": "{fused_linear_cross_entropy: false}"}
-    run["optim"] = job.optimizer
-    # With bf16: true, Accelerate makes all weights fp32 that FSDP2 trains.
-    return run | ({"dtype": "bfloat16", "bf16": False} if job.precision == "bf16" else {"bf16": True})
+        config["kernel"] = job.kernel
+    config["memory_attention"] = _MEMORY_ATTENTION[job.checkpoint]
+    activations = [name for name in ("layers", "attention") if name in job.offload]
+    if activations:
+        config["memory_offload"] = "all" if len(activations) == 2 else activations[0]
+    if job.ffn_block:
+        config["ffn_block"] = job.ffn_block
+    if job.loss_block:
+        config["loss_block"] = job.loss_block
+    if job.fused:  # without its fused loss, which the plan does not count and training refuses on sharded weights
+        config["use_liger_kernel"] = True
+        config["liger_kernel_config"] = "{fused_linear_cross_entropy: false}"
+    config["optim"] = job.optimizer
+    if job.precision == "bf16":
+        config["dtype"] = "bfloat16"
+        config["bf16"] = False  # with bf16: true, Accelerate converts all weights that FSDP2 trains to fp32
+    else:
+        config["bf16"] = True
+    return config
 
 
-def gaps_of(job: Job) -> list[str]:
-    """Return what the recipe cannot be told of a job, or training refuses of it."""
-    gaps = []
+def list_unsupported_settings(job: TrainingJob) -> list[str]:
+    """Return the settings of a job that the recipe has no option for, or that training refuses."""
+    unsupported = []
     if job.lora:
-        gaps.append(f"adapters of rank {job.lora}: the recipe trains all parameters; add them with PEFT in a script")
+        unsupported.append(
+            f"adapters of rank {job.lora}: the recipe trains all parameters; add them with PEFT in a script"
+        )
     if job.fp8:
-        gaps.append("linear layers in fp8")
+        unsupported.append("linear layers in fp8")
     if job.fused and (job.ffn_block or job.loss_block):
-        gaps.append("use_liger_kernel beside ffn_block or loss_block, which training refuses: leave one of them out")
-    return gaps
+        unsupported.append(
+            "use_liger_kernel with ffn_block or loss_block: training refuses the combination, leave one of them out"
+        )
+    return unsupported
 
 
-def launch_of(job: Job) -> str:
+def make_launch_command(job: TrainingJob) -> str:
     """Return the program that starts the recipe: `accelerate launch` with a file and options, or plain Python."""
-    engine, num_machines = engine_of(job), -(-job.devices // job.per_node)
+    engine, num_machines = select_engine(job), -(-job.devices // job.per_node)
     if engine is ONE_PROCESS:
         return "python"
     files = FILES[engine.family]
     sizes = num_machines, -(-job.devices // num_machines)
-    several = {key: name for key, name in files.items() if (key[0] > 1) == (num_machines > 1)} or files
-    words = ["accelerate launch --config_file configs/accelerate/" + files.get(sizes, [*several.values()][-1])]
+    is_multi_node = num_machines > 1
+    same_kind = [name for (machines, _), name in files.items() if (machines > 1) == is_multi_node]
+    file = files.get(sizes, (same_kind or [*files.values()])[-1])
+    options = [f"--config_file configs/accelerate/{file}"]
     if sizes not in files:
-        words.append(f"--num_processes {job.devices}")
-        words += [f"--num_machines {num_machines}"] if num_machines > 1 else []
-    if num_machines > 1:
-        words.append(_FROM_OTHER_MACHINES)
-        words += ["--deepspeed_multinode_launcher standard"] if engine.family == "zero3" else []
+        options.append(f"--num_processes {job.devices}")
+        if is_multi_node:
+            options.append(f"--num_machines {num_machines}")
+    if is_multi_node:
+        options.append(_MULTI_NODE_OPTIONS)
+        if engine.family == "zero3":
+            options.append("--deepspeed_multinode_launcher standard")
     if engine.family == "zero3" and job.zero < 3:
-        words.append(f"--zero_stage {job.zero}")
-    return " ".join(words + [option for name, option in engine.offload if name in job.offload])
+        options.append(f"--zero_stage {job.zero}")
+    options += [option for state, option in engine.offload if state in job.offload]
+    return " ".join(["accelerate launch", *options])
 
 
-def launch_text(job: Job, name: str = "plan.yaml") -> str:
+def format_launch(job: TrainingJob, name: str = "plan.yaml") -> str:
     """Return the YAML of a job and the command that runs it, for copying."""
-    values = ((key, str(value).lower() if isinstance(value, bool) else value) for key, value in run_of(job).items())
-    lines = [f"to run it, as {name}:", *(f"  {key}: {value}" for key, value in values)]
-    lines += [f"  # not in it: {gap}" for gap in gaps_of(job)]
+    lines = [f"to run this plan, save as {name}:"]
+    for key, value in make_recipe_config(job).items():
+        lines.append(f"  {key}: {str(value).lower() if isinstance(value, bool) else value}")
+    lines += [f"  # not included: {setting}" for setting in list_unsupported_settings(job)]
     lines += [
-        "and with it",
-        f"  {launch_of(job)} \\",
+        "and launch it with:",
+        f"  {make_launch_command(job)} \\",
         f"    recipes/finetune.py {name} --data <files> --output_dir <folder>",
     ]
     return "\n".join(lines)

@@ -1,46 +1,50 @@
-"""Published runs at a million tokens and more, beside what saved attention would make of them, and the files to run.
+"""Published runs at a million tokens and more, compared with the same runs with saved attention.
 
-Changed are the transport, which is this package's choice, blocks of tokens in MLPs and loss, and attention, which is
-saved in host memory instead of computed again. Engine, offload of states, kernel and devices are those of the run.
+The second prediction changes the transport (this package chooses it), blocks of tokens in MLPs and loss, and
+attention, which is saved in host memory instead of recomputed. Engine, offload of states, kernel and devices stay
+those of the run.
 """
 
 from collections.abc import Iterator
 
 from ..costmodel.devices import GIB, HOST_MEMORY
 from ..text import markdown_table, wrap_prose
-from .launch_command import launch_text
-from .memory_estimate import memory_of
-from .published import RUNS, Run
-from .step_times import times_of
-from .training_job import Job
+from .launch_command import format_launch
+from .memory_estimate import estimate_memory
+from .published import RUNS, PublishedRun
+from .step_times import estimate_times
+from .training_job import TrainingJob
 
-COMPARED = ("Qwen3-8B, 1M, 8", "Qwen3-8B, 4M, 32", "Qwen3-30B-A3B, 1M, 8", "Qwen3-32B, 1M, 8")
-SAVED = {"checkpoint": "save-attention", "ffn_block": 4096, "loss_block": 2048, "transport": "auto"}
-
-
-def compared_runs() -> Iterator[tuple[Run, Job]]:
-    """Yield each run with the job that saves attention."""
-    for name in COMPARED:
-        (run,) = [run for run in RUNS if run.name == f"TRL #6845, {name} x H100"]
-        job = run.build()
-        yield run, job.but(offload=(*job.offload, "attention"), **SAVED)
+COMPARED_RUNS = ("Qwen3-8B, 1M, 8", "Qwen3-8B, 4M, 32", "Qwen3-30B-A3B, 1M, 8", "Qwen3-32B, 1M, 8")
+SAVED_ATTENTION = {"checkpoint": "save-attention", "ffn_block": 4096, "loss_block": 2048, "transport": "auto"}
 
 
-def million_table() -> str:
-    """Return the comparison, and for each run the YAML and the command that ask for it."""
-    rows = [["run", "seconds", "GB", "predicted s", "GB", "saved attention s", "GB", "GiB of a host"]]
-    texts, too_much = [], []
-    for run, saved in compared_runs():
-        job = run.build()
+def iter_compared_runs() -> Iterator[tuple[PublishedRun, TrainingJob]]:
+    """Yield each run and its job with saved attention."""
+    runs = {run.name: run for run in RUNS}
+    for name in COMPARED_RUNS:
+        run = runs[f"TRL #6845, {name} x H100"]
+        job = run.build_job()
+        yield run, job.replace(offload=(*job.offload, "attention"), **SAVED_ATTENTION)
+
+
+def make_million_table() -> str:
+    """Return the comparison as Markdown, and for each run the YAML and the command that launch it."""
+    rows = [
+        ["run", "seconds", "GB", "predicted s", "GB", "saved attention s", "GB", "host GiB per node"],
+    ]
+    launches, too_large = [], []
+    for run, saved in iter_compared_runs():
         published = [f"{run.published[name]:,.4g}" if name in run.published else "" for name in ("seconds", "GB")]
-        figures = [text for each in (job, saved) for text in (f"{times_of(each).step:,.0f}", _gigabytes(each))]
-        on_node = memory_of(saved).host * min(saved.devices, saved.per_node)
-        too_much += [run.name] if on_node > HOST_MEMORY else []
-        rows.append([run.name, *published, *figures, f"{on_node / GIB:,.0f}"])
-        texts.append(f"{run.name}:\n\n```text\n{launch_text(saved)}\n```")
-    note = f"More than the {HOST_MEMORY / 1e12:g} TB of a node: {', '.join(too_much) or 'none of them'}."
-    return "\n\n".join((markdown_table(rows), wrap_prose(note), *texts))
+        predictions = [*_predict(run.build_job()), *_predict(saved)]
+        host_per_node = estimate_memory(saved).host * min(saved.devices, saved.per_node)
+        if host_per_node > HOST_MEMORY:
+            too_large.append(run.name)
+        rows.append([run.name, *published, *predictions, f"{host_per_node / GIB:,.0f}"])
+        launches.append(f"{run.name}:\n\n```text\n{format_launch(saved)}\n```")
+    note = f"More than the {HOST_MEMORY / 1e12:g} TB of a node: {', '.join(too_large) or 'none of them'}."
+    return "\n\n".join((markdown_table(rows), wrap_prose(note), *launches))
 
 
-def _gigabytes(job: Job) -> str:
-    return f"{memory_of(job).allocated / 1e9:.1f}"
+def _predict(job: TrainingJob) -> list[str]:
+    return [f"{estimate_times(job).step:,.0f}", f"{estimate_memory(job).allocated / 1e9:.1f}"]

@@ -1,4 +1,4 @@
-"""A decoder as the planner sees it: sizes, what kind of layers, and from them parameters and attention shapes.
+"""Sizes of a decoder and the kinds of its layers; from these, its parameters, FLOPs and attention shapes.
 
 Letters: h hidden size, H and K query and key/value heads, D and E head dims of queries and values, V vocabulary.
 """
@@ -14,14 +14,17 @@ class Model:
     """Sizes of a causal language model.
 
     Attributes:
-        source: where the sizes come from.
+        source: where the sizes come from, in words.
+        hidden: hidden size.
+        tied: whether embedding and head share their weights.
         windows: per layer, the keys that a query sees (its own included), None for all.
-        sparse: per layer, whether experts take the place of the dense MLP.
-        ff: width of the dense MLP, of which every token computes three (gate, up, down).
-        expert_ff, shared_ff: widths of one expert, and of the experts that serve every token.
+        sparse: per layer, whether experts replace the dense MLP.
+        ff: width of the dense MLP, which has three matrices (gate, up, down).
+        expert_ff, shared_ff: widths of one expert, and of the experts that every token passes.
         q_rank, kv_rank, rope_dim: multi-head latent attention (DeepSeek); 0 without.
         qk_norm: "" without, "head" for one per head dim, "whole" for one over all heads.
-        norms: RMS norms of a layer; `wide_norm` if they keep their result in fp32 (Gemma).
+        norms: RMS norms of a layer.
+        wide_norm: whether norms keep their result in fp32 (Gemma).
     """
 
     name: str
@@ -75,7 +78,7 @@ class Model:
 
     @property
     def attention_matrices(self) -> int:
-        """Weights of a layer's projections."""
+        """Weights of the projections of a layer's attention."""
         h, out = self.hidden, self.out_width * self.hidden
         if not self.kv_rank:
             return h * (self.q_width + self.kv_width) + out
@@ -92,7 +95,7 @@ class Model:
         return vectors + {"": 0, "head": 2 * self.head_dim, "whole": self.q_width + keys}[self.qk_norm]
 
     def mlp_matrices(self, layer: int, active: bool = False) -> int:
-        """Weights of a layer's MLP; with `active` those that one token meets."""
+        """Return the weights of a layer's MLP, with `active` only those that one token is multiplied with."""
         if not self.sparse[layer]:
             return 3 * self.hidden * self.ff
         experts = self.experts_per_token if active else self.experts
@@ -106,53 +109,53 @@ class Model:
         return self.experts * (per_expert + self.router_bias)
 
     def layer_parameters(self, layer: int) -> int:
-        """All parameters of one layer."""
+        """Return the number of parameters of one layer."""
         vectors = self._attention_vectors + self._mlp_vectors(layer) + self.norms * self.hidden
         return self.attention_matrices + self.mlp_matrices(layer) + vectors
 
     @property
-    def outside_parameters(self) -> int:
+    def non_layer_parameters(self) -> int:
         """Parameters outside the layers: embedding, head, last norm."""
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
     def parameters(self) -> int:
-        return self.outside_parameters + sum(map(self.layer_parameters, range(self.layers)))
+        return self.non_layer_parameters + sum(map(self.layer_parameters, range(self.layers)))
 
     @property
-    def largest_layer(self) -> int:
+    def largest_layer_parameters(self) -> int:
         return max(map(self.layer_parameters, range(self.layers)))
 
     @property
-    def multiplied(self) -> int:
-        """Weights that a token is multiplied with: all active matrices and the head, not the embedding it looks up."""
+    def matmul_parameters(self) -> int:
+        """Weights that a token is multiplied with: all active matrices and the head, but not the embedding."""
         layers = sum(self.attention_matrices + self.mlp_matrices(n, active=True) for n in range(self.layers))
         return layers + self.vocab * self.hidden
 
     @property
     def window_counts(self) -> Counter[int | None]:
-        """How many layers see how far."""
+        """Number of layers by window, None for layers without one."""
         return Counter(self.windows)
 
-    def pairs(self, length: int) -> int:
-        """Visible pairs of query and key, over all layers: `s (s + 1) / 2` in each without a window."""
-        return sum(count * visible_pairs(length, window) for window, count in self.window_counts.items())
+    def count_pairs(self, length: int) -> int:
+        """Return the visible pairs of query and key in all layers: `s (s + 1) / 2` in each without a window."""
+        return sum(count * count_visible_pairs(length, window) for window, count in self.window_counts.items())
 
     @property
     def flops_per_pair(self) -> int:
-        """Scores and weighted values of one pair, forward: `2 H (D + E)`."""
+        """FLOPs of the score and the weighted value of one pair in the forward: `2 H (D + E)`."""
         return 2 * self.heads * (self.head_dim + self.v_head_dim)
 
     def shape(self, bytes_per_element: int, num_rows: int = 1) -> Shape:
-        """The attention layer for the cost model."""
+        """Return an attention layer for the cost model."""
         return Shape(self.heads, self.kv_heads, self.head_dim, self.v_head_dim, bytes_per_element, num_rows)
 
 
-def visible_pairs(length: int, window: int | None) -> int:
-    """Pairs of a causal sequence; each query sees at most `window` keys.
+def count_visible_pairs(length: int, window: int | None) -> int:
+    """Return the visible pairs of a causal sequence in which each query sees at most `window` keys, None for all.
 
-    >>> visible_pairs(4, None), visible_pairs(4, 2)
+    >>> count_visible_pairs(4, None), count_visible_pairs(4, 2)
     (10, 7)
     """
-    reach = length if window is None else min(window, length)
-    return reach * (reach + 1) // 2 + (length - reach) * reach
+    max_keys = length if window is None else min(window, length)
+    return max_keys * (max_keys + 1) // 2 + (length - max_keys) * max_keys

@@ -1,7 +1,7 @@
-"""From a `config.json` of Transformers to a `Model`: parsed as JSON, nothing imported, nothing downloaded.
+"""Converts a `config.json` of Transformers to a `Model`. The file is parsed as JSON; nothing is downloaded.
 
-The architectures are a table of how they deviate from Llama. A number that is missing in the file takes the value that
-Transformers gives it.
+Architectures are a table of their differences from Llama. A number that the file does not have gets the default that
+Transformers uses.
 """
 
 import difflib
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .model import Model
-from .model_table import KNOWN, known_name
+from .model_table import MODEL_TABLE, find_model_name
 
-# Per model_type: what differs from Llama. `windows` says which layers have the window where the file does not list
-# them: every layer, or all but each n-th (1-based).
+# Differences from Llama per model_type. `windows` says which layers have a window if the file does not list them:
+# every layer, or all but each n-th (1-based).
 _GEMMA = {"wide_norm": True, "tied": True}
 _QWEN = {"windows": "from max_window_layers"}
 _EXPERTS = {"experts": "num_local_experts", "expert_ff": "intermediate_size"}
@@ -42,19 +42,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def read_model(text: str) -> Model:
-    """The model of a folder, of a `config.json`, or of a name in the built-in table.
+    """Return the model of a folder, of a `config.json`, or of a name in the built-in table.
 
     Raises:
-        ValueError: if there is no such file or name, or the architecture is none the planner knows.
+        ValueError: if there is no such file or name, or the planner does not know the architecture.
     """
-    return parse(*read_keys(text))
+    return parse_config(*read_config(text))
 
 
-def read_keys(text: str) -> tuple[Mapping[str, Any], str, str]:
-    """The keys of its `config.json`, its name, and where they are from.
+def read_config(text: str) -> tuple[Mapping[str, Any], str, str]:
+    """Return the `config.json` of a model as a dict, the name of the model, and the source of the config in words.
+
+    Args:
+        text: a folder, a `config.json`, or a name in the built-in table.
 
     Raises:
-        ValueError: if there is no such file or name.
+        ValueError: if there is no such file or name, or the file is not a JSON object.
     """
     path = Path(text)
     file = path / "config.json" if path.is_dir() else path
@@ -63,58 +66,67 @@ def read_keys(text: str) -> tuple[Mapping[str, Any], str, str]:
             config = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(
-                f"{file} is no JSON: {error}. Pass a config.json of Transformers, or its folder."
+                f"{file} is not JSON: {error}. Pass a config.json of Transformers, or its folder."
             ) from None
         if not isinstance(config, dict):
             raise ValueError(
-                f"{file} holds a {type(config).__name__} and no object of keys. Pass a config.json of Transformers, "
-                "or its folder."
+                f"{file} contains a {type(config).__name__}, not an object. Pass a config.json of Transformers, or "
+                "its folder."
             )
         return config, path.name if path.is_dir() else path.parent.name or text, str(file)
     if path.is_dir():
         raise ValueError(f"{path} has no config.json. Pass the folder that save_pretrained wrote, or the file itself.")
-    name = known_name(text)
+    name = find_model_name(text)
     if name is not None:
-        return KNOWN[name], name, f"built-in table: config.json of {name}"
-    close = difflib.get_close_matches(text.lower(), [n.lower() for n in KNOWN], 4, 0.5)
-    tails = difflib.get_close_matches(text.lower().rsplit("/")[-1], [n.lower().rsplit("/")[-1] for n in KNOWN], 4, 0.6)
-    like = [name for name in KNOWN if name.lower() in close or name.lower().rsplit("/")[-1] in tails]
-    hint = f"Close to it: {', '.join(like)}. " if like else f"Known: {', '.join(KNOWN)}. "
+        return MODEL_TABLE[name], name, f"built-in table: config.json of {name}"
+    similar = _similar_names(text)
+    hint = f"Similar names: {', '.join(similar)}. " if similar else f"Known names: {', '.join(MODEL_TABLE)}. "
     raise ValueError(
         f"--model {text!r} is neither a folder, nor a file, nor a name in the built-in table, and nothing is "
         f"downloaded. {hint}For any other model pass its folder or its config.json."
     )
 
 
-def parse(config: Mapping[str, Any], name: str, source: str) -> Model:
-    """A `Model` from the keys of a `config.json`.
+def _similar_names(text: str) -> list[str]:
+    """Return the names of the table that resemble `text`, with or without organisation."""
+
+    def short(name: str) -> str:
+        return name.lower().rsplit("/")[-1]
+
+    full_matches = difflib.get_close_matches(text.lower(), [name.lower() for name in MODEL_TABLE], 4, 0.5)
+    short_matches = difflib.get_close_matches(short(text), [short(name) for name in MODEL_TABLE], 4, 0.6)
+    return [name for name in MODEL_TABLE if name.lower() in full_matches or short(name) in short_matches]
+
+
+def parse_config(config: Mapping[str, Any], name: str, source: str) -> Model:
+    """Return the `Model` of a `config.json`.
 
     Raises:
-        ValueError: if the architecture is none the planner knows, or a size is missing.
+        ValueError: if the planner does not know the architecture, or a size is missing.
     """
     config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else dict(config)
     kind = str(config.get("model_type", "")).removesuffix("_text")
     kind = "gemma3_text" if kind == "gemma3" else kind
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"model_type={config.get('model_type')!r} ({source}): its layers are none the planner can count. It knows "
-            f"{', '.join(ARCHITECTURES)}. For an architecture with the layers of one of them, set model_type to it in "
-            "a copy of config.json."
+            f"model_type={config.get('model_type')!r} ({source}): the planner does not know its layers. It knows "
+            f"{', '.join(ARCHITECTURES)}. If the layers equal those of one of these architectures, set model_type to "
+            "it in a copy of config.json."
         )
-    missing = [key for key in _NEEDED if config.get(key) is None]
-    if missing:
+    missing_keys = [key for key in _REQUIRED_KEYS if config.get(key) is None]
+    if missing_keys:
         raise ValueError(
-            f"{source} lacks {', '.join(missing)}. Pass the whole config.json of a causal language model."
+            f"{source} lacks {', '.join(missing_keys)}. Pass the whole config.json of a causal language model."
         )
     traits = ARCHITECTURES[kind]
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    # Old files say null where a value is the usual one.
+    # Old files have null for default values.
     config = {key: value for key, value in config.items() if value is not None}
     mla = "kv_lora_rank" in config
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
     if mla:
         head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    sparse = _sparse(config, traits, layers)
+    sparse = _sparse_layers(config, traits, layers)
     bias = config.get("attention_bias", kind == "gpt_oss")
     return Model(
         name=name,
@@ -127,12 +139,12 @@ def parse(config: Mapping[str, Any], name: str, source: str) -> Model:
         ff=config["intermediate_size"],
         vocab=config["vocab_size"],
         tied=config.get("tie_word_embeddings", traits.get("tied", False)),
-        windows=_windows(config, traits, layers),
+        windows=_layer_windows(config, traits, layers),
         sparse=sparse,
-        experts=_experts(config, traits) if any(sparse) else 0,
+        experts=_num_experts(config, traits) if any(sparse) else 0,
         experts_per_token=config.get("num_experts_per_tok", 0) if any(sparse) else 0,
         expert_ff=config[traits["expert_ff"]] if any(sparse) else 0,
-        shared_ff=_shared(config) if any(sparse) else 0,
+        shared_ff=_shared_width(config) if any(sparse) else 0,
         shared_gate=traits.get("shared_gate", False),
         router_bias=traits.get("router_bias", False),
         expert_bias=traits.get("expert_bias", False),
@@ -149,28 +161,28 @@ def parse(config: Mapping[str, Any], name: str, source: str) -> Model:
     )
 
 
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
-def _experts(config: Mapping[str, Any], traits: Mapping[str, Any]) -> int:
+def _num_experts(config: Mapping[str, Any], traits: Mapping[str, Any]) -> int:
     # Transformers 5 writes num_local_experts for all of them.
     return config.get(traits["experts"], config.get("num_local_experts", 0))
 
 
-def _shared(config: Mapping[str, Any]) -> int:
-    alone = config.get("shared_expert_intermediate_size", 0)
-    return alone or config.get("n_shared_experts", 0) * config.get("moe_intermediate_size", 0)
+def _shared_width(config: Mapping[str, Any]) -> int:
+    width = config.get("shared_expert_intermediate_size", 0)
+    return width or config.get("n_shared_experts", 0) * config.get("moe_intermediate_size", 0)
 
 
-def _sparse(config: Mapping[str, Any], traits: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    if "experts" not in traits or not _experts(config, traits):
+def _sparse_layers(config: Mapping[str, Any], traits: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    if "experts" not in traits or not _num_experts(config, traits):
         return (False,) * layers
     dense = set(config.get("mlp_only_layers", ())) | set(range(config.get("first_k_dense_replace", 0)))
     step = config.get("decoder_sparse_step", 1)
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
-def _windows(config: Mapping[str, Any], traits: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _layer_windows(config: Mapping[str, Any], traits: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     window, rule = config.get("sliding_window"), traits.get("windows")
     if not window or not config.get("use_sliding_window", rule != _QWEN["windows"]):
         return (None,) * layers

@@ -1,31 +1,31 @@
-"""Optimizers by the names of the Trainer (`TrainingArguments.optim`), and how many bytes of a parameter a run keeps.
+"""Optimizers by the names of the Trainer (`TrainingArguments.optim`), and the bytes of a parameter that each keeps.
 
-A precision says what weights and gradients are; an optimizer, how many numbers it keeps of each parameter and how many
-bits each takes. States of 8 and 4 bits are stored in blocks, each with a scale in fp32 (Dettmers et al. 2021, arXiv
-2110.02861; Li et al. 2023, arXiv 2309.01507); Adafactor keeps sums of rows and columns (Shazeer and Stern 2018, arXiv
-1804.04235). `tests/planner/test_optimizers.py` holds the table against the Trainer's names, and against the states of
-every optimizer that it can make.
+A precision gives the dtypes of weights and gradients; an optimizer gives the numbers it keeps per parameter, and their
+bits. States of 8 and 4 bits are stored in blocks, each with a scale in fp32 (Dettmers et al. 2021, arXiv 2110.02861;
+Li et al. 2023, arXiv 2309.01507); Adafactor keeps sums of rows and columns (Shazeer and Stern 2018, arXiv 1804.04235).
+`tests/planner/test_optimizers.py` compares the table with the Trainer's names, and with the states of every optimizer
+that it can create.
 
 Sources: Transformers' `trainer_optimizer.py` for arguments (blocks of 256 for torchao), and its Trainer for
 embeddings, whose states it has bitsandbytes keep in fp32; bitsandbytes (blocks of 256 since 0.44; issue 1633 for
-DTensors); torchao's `optim/adam.py`; Accelerate's `map_pytorch_optim_to_deepspeed`, which replaces what DeepSpeed
-offloads.
+DTensors); torchao's `optim/adam.py`; Accelerate's `map_pytorch_optim_to_deepspeed`, which replaces the optimizers that
+DeepSpeed offloads.
 """
 
 from dataclasses import dataclass
 
-BLOCK = 256  # numbers that share a scale
-SCALE = 4  # bytes
+BLOCK_SIZE = 256  # numbers that share a scale
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Precision:
-    """What weights and gradients are.
+class PrecisionSpec:
+    """Dtypes of weights and gradients.
 
     Attributes:
-        weights, gradients, master: bytes of a parameter; the optimizer keeps the master weights, where there are any.
+        weights, gradients, master: bytes per parameter; master weights, if there are any, belong to the optimizer.
         element: bytes of a number that an optimizer keeps in the dtype of the weights it updates.
-        text: in words.
+        text: the same in words.
     """
 
     weights: int
@@ -36,70 +36,73 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp32": Precision(4, 4, 0, 4, "fp32 weights and gradients, bf16 compute (bf16: true)"),
-    "bf16-master": Precision(2, 4, 4, 4, "bf16 weights, fp32 gradients and master weights (DeepSpeed)"),
-    "bf16": Precision(2, 2, 0, 2, "bf16 weights, gradients and, with torch's optimizers, states (dtype: bfloat16)"),
+    "fp32": PrecisionSpec(4, 4, 0, 4, "fp32 weights and gradients, bf16 compute (bf16: true)"),
+    "bf16-master": PrecisionSpec(2, 4, 4, 4, "bf16 weights, fp32 gradients and master weights (DeepSpeed)"),
+    "bf16": PrecisionSpec(
+        2, 2, 0, 2, "bf16 weights, gradients and, with torch's optimizers, states (dtype: bfloat16)"
+    ),
 }
 
 _DEEPSPEED, _DEEPSPEED_OFFLOAD = "DeepSpeed", "DeepSpeed with offload"
-_SHARDED = ("FSDP2", "FSDP2 with offload", _DEEPSPEED)
+_FSDP2, _FSDP2_OFFLOAD = "FSDP2", "FSDP2 with offload"
+_SHARDING_ENGINES = (_FSDP2, _FSDP2_OFFLOAD, _DEEPSPEED)
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """One optimizer.
+class OptimizerSpec:
+    """An optimizer.
 
     Attributes:
-        numbers: that it keeps of a parameter.
-        package: that has it.
-        bits: of each number; 0 for the dtype of the weights that it updates.
-        factored: whether it keeps rows and columns of matrices instead.
-        engines: which of those that shard parameters it works on. DDP and one process take all.
+        num_states: numbers that it keeps per parameter.
+        package: the package that implements it.
+        bits: bits of each number; 0 for the dtype of the weights that it updates.
+        is_factored: whether it keeps rows and columns of matrices instead.
+        engines: the engines that shard parameters on which it works. It works on DDP and in one process anyway.
     """
 
-    numbers: int
+    num_states: int
     package: str = "torch"
     bits: int = 0
-    factored: bool = False
-    engines: tuple[str, ...] = _SHARDED
+    is_factored: bool = False
+    engines: tuple[str, ...] = _SHARDING_ENGINES
 
-    def bytes_of(self, precision: Precision) -> float:
-        """Bytes of a parameter in a matrix, without master weights; 0 for a factored optimizer."""
+    def bytes_per_parameter(self, precision: PrecisionSpec) -> float:
+        """Return the bytes of states per parameter in a matrix, without master weights; 0 for a factored optimizer."""
         if not self.bits:
-            return self.numbers * precision.element
-        scale = SCALE / BLOCK if self.bits < 32 else 0
-        return self.numbers * (self.bits / 8 + scale)
+            return self.num_states * precision.element
+        scale = SCALE_BYTES / BLOCK_SIZE if self.bits < 32 else 0
+        return self.num_states * (self.bits / 8 + scale)
 
-    def bytes_in_all(
-        self, precision: Precision, parameters: int, embeddings: int, narrowest: int, hidden: int
+    def total_bytes(
+        self, precision: PrecisionSpec, parameters: int, embeddings: int, shortest_side: int, hidden: int
     ) -> float:
-        """Bytes of all states, without master weights.
+        """Return the bytes of all states, without master weights.
 
         Args:
-            parameters: that are trained.
-            embeddings: of these in embeddings that stay whole; bitsandbytes keeps their states in fp32.
-            narrowest: the shortest side of a matrix; the other is at least `hidden`. A factored optimizer keeps a row
-                and a column of each, which is at most the result.
+            parameters: number of trained parameters.
+            embeddings: how many of these are in whole embeddings, whose states bitsandbytes keeps in fp32.
+            shortest_side: shortest side of all matrices; the other is at least `hidden`. A factored optimizer keeps a
+                row and a column of each, which is at most the result.
         """
-        if self.factored:
-            return 4 * parameters * (1 / narrowest + 1 / hidden)
-        each = self.bytes_of(precision)
+        if self.is_factored:
+            return 4 * parameters * (1 / shortest_side + 1 / hidden)
+        per_parameter = self.bytes_per_parameter(precision)
         if self.package == "bitsandbytes":
-            return each * (parameters - embeddings) + 4 * self.numbers * embeddings
-        return each * parameters
+            return per_parameter * (parameters - embeddings) + 4 * self.num_states * embeddings
+        return per_parameter * parameters
 
 
-def _bitsandbytes(numbers: int, bits: int) -> Optimizer:
-    return Optimizer(numbers, "bitsandbytes", bits, engines=(_DEEPSPEED,))
+def _bitsandbytes(num_states: int, bits: int) -> OptimizerSpec:
+    return OptimizerSpec(num_states, "bitsandbytes", bits, engines=(_DEEPSPEED,))
 
 
-def _torchao(bits: int) -> Optimizer:
-    return Optimizer(2, "torchao", bits)
+def _torchao(bits: int) -> OptimizerSpec:
+    return OptimizerSpec(2, "torchao", bits)
 
 
 OPTIMIZERS = {
-    "adamw_torch": Optimizer(2, engines=(*_SHARDED, _DEEPSPEED_OFFLOAD)),
-    "adamw_torch_fused": Optimizer(2, engines=(*_SHARDED, _DEEPSPEED_OFFLOAD)),
+    "adamw_torch": OptimizerSpec(2, engines=(*_SHARDING_ENGINES, _DEEPSPEED_OFFLOAD)),
+    "adamw_torch_fused": OptimizerSpec(2, engines=(*_SHARDING_ENGINES, _DEEPSPEED_OFFLOAD)),
     "adamw_torch_8bit": _torchao(8),
     "adamw_torch_4bit": _torchao(4),
     "adamw_bnb_8bit": _bitsandbytes(2, 8),
@@ -117,38 +120,42 @@ OPTIMIZERS = {
     "rmsprop_bnb_8bit": _bitsandbytes(1, 8),
     "rmsprop_bnb_32bit": _bitsandbytes(1, 32),
     "rmsprop_bnb": _bitsandbytes(1, 32),
-    "rmsprop": Optimizer(1),
-    "adagrad": Optimizer(1),
-    "adafactor": Optimizer(0, "transformers", factored=True, engines=()),
-    "sgd": Optimizer(0),
+    "rmsprop": OptimizerSpec(1),
+    "adagrad": OptimizerSpec(1),
+    "adafactor": OptimizerSpec(0, "transformers", is_factored=True, engines=()),
+    "sgd": OptimizerSpec(0),
 }
-DEFAULT = "adamw_torch_fused"  # the Trainer's
-EIGHT_BIT = "adamw_torch_8bit"  # of those with 8 bits, the one for FSDP2 as well
+DEFAULT_OPTIMIZER = "adamw_torch_fused"  # the Trainer's
+EIGHT_BIT_OPTIMIZER = "adamw_torch_8bit"  # the 8-bit optimizer that also works on FSDP2
 
 
-def works_on(name: str, deepspeed: bool, offloaded: bool) -> bool:
-    """Return whether an optimizer works on DeepSpeed or FSDP2, with its states in host memory or not."""
-    return _name_of(deepspeed, offloaded) in OPTIMIZERS[name].engines
+def supports_engine(name: str, deepspeed: bool, offloaded: bool) -> bool:
+    """Return whether an optimizer works on DeepSpeed (or FSDP2), with its states in host memory (or not)."""
+    return _engine_name(deepspeed, offloaded) in OPTIMIZERS[name].engines
 
 
 def check_optimizer(name: str, deepspeed: bool, offloaded: bool) -> None:
     """Check an optimizer on an engine that shards parameters.
 
     Raises:
-        ValueError: if it has no states for parts of parameters, or none in host memory.
+        ValueError: if the optimizer cannot update shards of parameters, or not in host memory.
     """
-    if works_on(name, deepspeed, offloaded):
+    if supports_engine(name, deepspeed, offloaded):
         return
-    engine = _name_of(deepspeed, offloaded)
-    others = [other for other in OPTIMIZERS if works_on(other, deepspeed, offloaded)]
+    engine = _engine_name(deepspeed, offloaded)
+    alternatives = [other for other in OPTIMIZERS if supports_engine(other, deepspeed, offloaded)]
     if engine == _DEEPSPEED_OFFLOAD:
         cause = "Accelerate replaces every optimizer that DeepSpeed offloads by DeepSpeed's own Adam"
-    elif OPTIMIZERS[name].factored:
-        cause = "it takes the rows and columns of whole matrices, and ranks have parts of them"
+    elif OPTIMIZERS[name].is_factored:
+        cause = "it needs the rows and columns of whole matrices, and each rank has only a shard of them"
     else:
-        cause = f"{OPTIMIZERS[name].package} updates no DTensors (its issue 1633: illegal memory access)"
-    raise ValueError(f"--optimizer {name} does not work on {engine}: {cause}. Choose one of {', '.join(others)}.")
+        cause = f"{OPTIMIZERS[name].package} does not support DTensors (its issue 1633: illegal memory access)"
+    raise ValueError(
+        f"--optimizer {name} does not work on {engine}: {cause}. Choose one of {', '.join(alternatives)}."
+    )
 
 
-def _name_of(deepspeed: bool, offloaded: bool) -> str:
-    return (_DEEPSPEED if deepspeed else "FSDP2") + " with offload" * offloaded
+def _engine_name(deepspeed: bool, offloaded: bool) -> str:
+    if deepspeed:
+        return _DEEPSPEED_OFFLOAD if offloaded else _DEEPSPEED
+    return _FSDP2_OFFLOAD if offloaded else _FSDP2

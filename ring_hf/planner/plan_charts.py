@@ -1,4 +1,4 @@
-"""Pictures of plans: memory and time of a job, the price of length, predictions beside what was published."""
+"""Pictures of plans: memory and time of a job, the cost of length, and predictions of published runs."""
 
 from io import BytesIO
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 from ..costmodel.devices import GIB
 from ..simulate.schedule_drawing import COLOURS, save_png
 from ..text import format_tokens
-from .engine_bytes import engine_of
+from .engine_bytes import select_engine
 from .paper_tables import APPENDIX_D, APPENDIX_D_LENGTHS, appendix_d_ratio
-from .published import TOLERANCE, comparisons
-from .training_plan import Plan
+from .published import TOLERANCE, compare_runs
+from .training_plan import TrainingPlan
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # imported here: half a second that only pictures need
+    # Imported here because it takes half a second, which only pictures need.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,7 +28,7 @@ def _write(canvas: Any, path: Path) -> None:
     save_png(buffer, path)
 
 
-def _clean(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -36,47 +36,47 @@ def _clean(axes: Any) -> None:
 
 
 def _bars(axes: Any, names: list[str], values: list[float], colours: list[str], unit: str, total: float) -> None:
-    places = range(len(names))
-    axes.barh(places, values, color=colours, height=0.68)
-    axes.set_yticks(list(places), names)
+    rows = range(len(names))
+    axes.barh(rows, values, color=colours, height=0.68)
+    axes.set_yticks(list(rows), names)
     axes.invert_yaxis()
-    most = max(max(values), 1e-9)
-    for place, value in zip(places, values, strict=True):
+    largest = max(max(values), 1e-9)
+    for row, value in zip(rows, values, strict=True):
         label = f"{value:.3g} {unit}" + (f" ({100 * value / total:.0f} %)" if total else "")
-        axes.text(value + 0.012 * most, place, label, va="center", fontsize=8.5, color="#333333")
-    axes.set_xlim(0, 1.3 * most)
-    _clean(axes)
+        axes.text(value + 0.012 * largest, row, label, va="center", fontsize=8.5, color="#333333")
+    axes.set_xlim(0, 1.3 * largest)
+    _style_axes(axes)
 
 
-def draw_plan(plan: Plan, path: Path) -> None:
-    """Left, what takes the memory of a rank; right, what takes the time of a step."""
+def draw_plan(plan: TrainingPlan, path: Path) -> None:
+    """Draw the memory of a rank by item on the left, the time of a step by part on the right."""
     figure, canvas = _figure(12.5, 5.2)
     job, memory, times = plan.job, plan.memory, plan.times
     figure.suptitle(
-        f"{job.model.name}, {format_tokens(job.length)} tokens on {job.devices} x {job.device_facts.name}, "
-        f"ring {job.ring} x ulysses {job.ulysses}, {engine_of(job).name}, checkpoint {job.checkpoint}",
+        f"{job.model.name}, {format_tokens(job.length)} tokens on {job.devices} x {job.device_spec.name}, "
+        f"ring {job.ring} x ulysses {job.ulysses}, {select_engine(job).name}, checkpoint {job.checkpoint}",
         fontsize=12,
     )
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    items = [item for item in memory.items if not item.on_host and item.moment in ("", memory.worst)]
-    names = [item.name for item in items] + ["runtime, fragmentation"]
-    values = [item.num_bytes / GIB for item in items] + [memory.allowance / GIB]
-    colours = [COLOURS[1] if item.moment else COLOURS[0] for item in items] + ["#9AA3AE"]
+    items = [item for item in memory.items if not item.on_host and item.phase in ("", memory.peak_phase)]
+    names = [item.name for item in items] + ["overhead: runtime, fragmentation"]
+    values = [item.num_bytes / GIB for item in items] + [memory.overhead / GIB]
+    colours = [COLOURS[1] if item.phase else COLOURS[0] for item in items] + ["#9AA3AE"]
     _bars(left, names, values, colours, "GiB", 0.0)
     verdict = "fits" if plan.fits else "does not fit"
     left.set_title(
-        f"memory: {memory.total / GIB:.1f} of {plan.room / GIB:.1f} GiB, {verdict}", loc="left", fontsize=11
+        f"memory: {memory.total / GIB:.1f} of {plan.memory_budget / GIB:.1f} GiB, {verdict}", loc="left", fontsize=11
     )
-    left.set_xlabel(f"GiB; blue: all the time, orange: {memory.worst}", fontsize=9)
+    left.set_xlabel(f"GiB; blue: all phases, orange: {memory.peak_phase}", fontsize=9)
     parts = [part for part in times.parts if part.seconds > 0]
     _bars(right, [p.name for p in parts], [p.seconds for p in parts], [COLOURS[2]] * len(parts), "s", times.step)
     right.set_title(f"step: {times.step:,.1f} s, causal MFU {100 * times.mfu:.1f} %", loc="left", fontsize=11)
-    right.set_xlabel(f"seconds; {times.tokens_per_device:,.0f} tokens/s on each device", fontsize=9)
+    right.set_xlabel(f"seconds; {times.tokens_per_device:,.0f} tokens/s per device", fontsize=9)
     _write(canvas, path)
 
 
 def draw_appendix_d(path: Path) -> None:
-    """Heat maps of the price of length, not causal and causal."""
+    """Draw heat maps of the cost of length, without and with a causal mask."""
     from matplotlib.colors import LogNorm
 
     figure, canvas = _figure(12.5, 6.4)
@@ -111,18 +111,19 @@ def draw_appendix_d(path: Path) -> None:
 
 
 def draw_published(path: Path) -> None:
-    """Predicted over published, run by run."""
-    found = list(comparisons())
-    figure, canvas = _figure(9.6, 0.8 + 0.17 * len(found))
+    """Draw the relative error of every prediction of a published run."""
+    comparisons = list(compare_runs())
+    figure, canvas = _figure(9.6, 0.8 + 0.17 * len(comparisons))
     axes = figure.subplots()
-    for place, one in enumerate(found):
-        close = abs(one.error) <= TOLERANCE
-        axes.plot([0, 100 * one.error], [place, place], color="#C9CED6", linewidth=1.4, zorder=1)
-        axes.scatter(100 * one.error, place, color=COLOURS[0] if close else COLOURS[4], s=34, zorder=2)
-        side = 1 if one.error >= 0 else -1
+    for row, comparison in enumerate(comparisons):
+        percent = 100 * comparison.error
+        colour = COLOURS[0] if abs(comparison.error) <= TOLERANCE else COLOURS[4]
+        axes.plot([0, percent], [row, row], color="#C9CED6", linewidth=1.4, zorder=1)
+        axes.scatter(percent, row, color=colour, s=34, zorder=2)
+        side = 1 if percent >= 0 else -1
         axes.annotate(
-            f"{100 * one.error:+.1f} %",
-            (100 * one.error, place),
+            f"{percent:+.1f} %",
+            (percent, row),
             (7 * side, 0),
             textcoords="offset points",
             ha="left" if side > 0 else "right",
@@ -130,12 +131,14 @@ def draw_published(path: Path) -> None:
             fontsize=7,
         )
     axes.axvspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#E8EEF5", zorder=0)
-    axes.set_yticks(range(len(found)), [f"{one.run}: {one.quantity}" for one in found])
+    axes.set_yticks(
+        range(len(comparisons)), [f"{comparison.run}: {comparison.quantity}" for comparison in comparisons]
+    )
     axes.invert_yaxis()
-    errors = [100 * one.error for one in found]
-    axes.set_xlim(min(errors) - 14, max(errors) + 14)
-    _clean(axes)
+    percents = [100 * comparison.error for comparison in comparisons]
+    axes.set_xlim(min(percents) - 14, max(percents) + 14)
+    _style_axes(axes)
     axes.tick_params(labelsize=7.5)
-    axes.set_xlabel("predicted over published, % (band: 15 %; the reasons for the rest are in the table)", fontsize=8)
-    axes.set_title("Predictions from published kernel rates, nothing fitted", loc="left", fontsize=11)
+    axes.set_xlabel("predicted over published, % (band: 15 %; the table explains the others)", fontsize=8)
+    axes.set_title("Predictions from published kernel rates, without fitting", loc="left", fontsize=11)
     _write(canvas, path)

@@ -1,4 +1,4 @@
-"""`ring-hf plan`: will it fit, how long will it take, and which lever saves how much."""
+"""`ring-hf plan`: whether a run fits, how long a step takes, and what each memory option saves."""
 
 import argparse
 import json
@@ -8,60 +8,67 @@ from pathlib import Path
 from ..costmodel.devices import DEVICES
 from ..geometry import LAYOUTS, TRANSPORTS
 from ..text import HelpFormatter, parse_size, wrap_prose
-from .million_tokens import million_table
+from .million_tokens import make_million_table
 from .model_config import read_model
-from .model_table import KNOWN
-from .optimizers import DEFAULT, OPTIMIZERS, PRECISIONS, Optimizer
-from .paper_tables import appendix_d_table, hundred_million_table, ring_attention_1_table, ring_attention_2_table
-from .plan_report import text_of
-from .published import published_table
-from .selection import select_options, selection_table, selection_text
-from .training_job import CHECKPOINTS, OFFLOADS, Job
+from .model_table import MODEL_TABLE
+from .optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, PRECISIONS, OptimizerSpec
+from .paper_tables import (
+    make_appendix_d_table,
+    make_hundred_million_table,
+    make_ring_attention_1_table,
+    make_ring_attention_2_table,
+)
+from .plan_report import format_plan
+from .published import make_published_table
+from .selection import format_selection, make_selection_table, select_options
+from .training_job import CHECKPOINTS, OFFLOADS, TrainingJob
 from .training_plan import plan
 
 TABLES: dict[str, Callable[[], str]] = {
-    "100m": hundred_million_table,
-    "ring-attention-1": ring_attention_1_table,
-    "ring-attention-2": ring_attention_2_table,
-    "appendix-d": appendix_d_table,
-    "published": published_table,
-    "fit": selection_table,
-    "million": million_table,
+    "100m": make_hundred_million_table,
+    "ring-attention-1": make_ring_attention_1_table,
+    "ring-attention-2": make_ring_attention_2_table,
+    "appendix-d": make_appendix_d_table,
+    "published": make_published_table,
+    "fit": make_selection_table,
+    "million": make_million_table,
 }
-# What --fit chooses, by the names of a job, and what it does not go with.
-CHOSEN = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")
+# The settings of a job that --fit chooses; their options cannot be combined with it.
+FIT_SETTINGS = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")
 
-_NAMES = wrap_prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in KNOWN))
+_NAMES = wrap_prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in MODEL_TABLE))
 
 
-def _states(optimizer: Optimizer) -> str:
-    if optimizer.factored:
+def _format_state_bytes(optimizer: OptimizerSpec) -> str:
+    if optimizer.is_factored:
         return "rows and columns"
-    return " / ".join(f"{optimizer.bytes_of(precision):.3g}" for precision in PRECISIONS.values())
+    return " / ".join(f"{optimizer.bytes_per_parameter(precision):.3g}" for precision in PRECISIONS.values())
 
 
 _PRECISIONS = "\n".join(
     f"  {name:12} {p.weights} + {p.gradients} + {p.master}  {p.text}" for name, p in PRECISIONS.items()
 )
-_OPTIMIZERS = "\n".join(f"  {name:20} {_states(row):18} {row.package}" for name, row in OPTIMIZERS.items())
+_OPTIMIZERS = "\n".join(
+    f"  {name:20} {_format_state_bytes(spec):18} {spec.package}" for name, spec in OPTIMIZERS.items()
+)
 _EXAMPLES = f"""examples:
   adapters of Qwen3 8B at one million tokens on one node
     ring-hf plan --model Qwen3-8B --seq 1M --devices 8 --lora 16 --offload layers --loss-block 2048
-  the same without computing attention twice; as JSON and as a picture
+  the same without recomputing attention; as JSON and as a picture
     ring-hf plan --model Qwen3-8B --seq 1M --lora 16 --checkpoint save-attention --offload layers,attention \\
       --loss-block 2048 --json plan.json --png plan.png
   all parameters of a smaller model, on larger devices
     ring-hf plan --model Qwen3-4B --seq 1M --device h200 --offload layers --loss-block 2048
   all parameters of a larger model, sharded over the devices (FSDP2, DeepSpeed ZeRO-3)
     ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --offload layers --loss-block 2048
-  the same without saying how: the cheapest memory options that fit, what each saves and costs, and how to run it
+  the cheapest memory options that fit, what each saves and costs, and how to launch the run
     ring-hf plan --model Qwen3-8B --seq 1M --fit
-  optimizer states of 8 bits, by the Trainer's name; or all states in host memory (fsdp_offload_params)
+  8-bit optimizer states, by the Trainer's name; or all states in host memory (fsdp_offload_params)
     ring-hf plan --model Qwen3-8B --seq 1M --zero 3 --optimizer adamw_torch_8bit --offload layers --loss-block 2048
     ring-hf plan --model Qwen3-32B --seq 256K --zero 3 --offload optimizer,weights,layers --loss-block 2048
-  a model of your own, four nodes, ring across nodes and Ulysses inside
+  your own model on four nodes, a ring across nodes and Ulysses inside
     ring-hf plan --model path/to/folder --seq 4M --devices 32 --ulysses 8 --ffn-block 4096 --loss-block 2048
-  adapters on one card
+  adapters on one GPU
     ring-hf plan --model Llama-3.1-8B --seq 128K --devices 1 --lora 16 --fused --loss-block 2048
   documented examples: {", ".join(TABLES)}
     ring-hf plan --table published
@@ -70,39 +77,39 @@ _EXAMPLES = f"""examples:
 models of the built-in table (with or without organisation, in any case):
 {_NAMES}
 
-precisions, bytes of a parameter for weights + gradients + master weights:
+precisions, bytes per parameter of weights + gradients + master weights:
 {_PRECISIONS}
 
-optimizers by the Trainer's names (optim), bytes of a parameter for states with {" / ".join(PRECISIONS)}:
+optimizers by the Trainer's names (optim), bytes per parameter of states with {" / ".join(PRECISIONS)}:
 {_OPTIMIZERS}
 
-What is assumed: bf16 compute; rates of kernels alone, published for head dim 128 (smaller ones are slower);
-communication as the cost model of `ring-hf simulate` has it; {DEVICES["h100"].source};
+Assumptions: bf16 compute; rates of kernels alone, published for head dim 128 (smaller ones are slower);
+communication as in the cost model of `ring-hf simulate`; {DEVICES["h100"].source};
 B200: {DEVICES["b200"].source}.
-The engine is DDP (--zero 0), which holds everything on every device, unless told otherwise: --zero 1 and 2 are those
-stages of DeepSpeed, --zero 3 is FSDP2, or ZeRO-3 with --precision bf16-master. --offload optimizer is DeepSpeed's,
---offload optimizer,weights also FSDP2's. What no engine does is refused.
+The engine is DDP (--zero 0), which holds everything on every device, unless options say otherwise: --zero 1 and 2 are
+those stages of DeepSpeed, --zero 3 is FSDP2, or ZeRO-3 with --precision bf16-master. --offload optimizer needs
+DeepSpeed, --offload optimizer,weights works with DeepSpeed and FSDP2. Settings that no engine can run are refused.
 """
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command and its options."""
+    """Add the command and its options."""
     command = commands.add_parser(
         "plan",
         help="memory, time and the longest sequence of a training run, before it is started",
-        description="Predicts the memory of a rank item by item, the time of a step part by part, the longest\n"
-        "sequence that fits, how many tokens hide the exchange, the best split, and what every lever saves.",
+        description="Predicts the memory of a rank by item, the time of a step by part, the longest sequence that\n"
+        "fits, how many tokens hide communication, the best split into ring and Ulysses, and what each option saves.",
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
     command.add_argument("--table", choices=TABLES, help="print a documented example instead of a plan")
     command.add_argument("--json", type=Path, help="also write all numbers to this file")
-    command.add_argument("--png", type=Path, help="also draw it")
+    command.add_argument("--png", type=Path, help="also draw it to this file")
     run = command.add_argument_group("the run")
     run.add_argument("--model", help="folder or config.json of Transformers, or a name in the built-in table")
     run.add_argument("--seq", type=parse_size, default=2**20, help="tokens of the sequence, such as 1M (default: 1M)")
     run.add_argument("--rows", type=int, default=1, help="sequences in a batch")
-    run.add_argument("--devices", type=int, default=8, help="devices in all (default: 8)")
+    run.add_argument("--devices", type=int, default=8, help="number of devices (default: 8)")
     run.add_argument("--device", default="h100", choices=DEVICES, help="default: h100")
     run.add_argument("--devices-per-node", type=int, default=8, help="default: 8")
     run.add_argument("--node-bandwidth", type=float, default=0.0, help="bytes/s of a device inside a node, one way")
@@ -110,26 +117,28 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--network-bandwidth", type=float, default=0.0, help="bytes/s of a device to another node, one way"
     )
     run.add_argument("--cp", type=int, default=0, help="devices that share a sequence (default: all)")
-    levers = command.add_argument_group("levers")
-    levers.add_argument(
+    memory = command.add_argument_group("memory options")
+    memory.add_argument(
         "--zero",
         type=int,
         default=0,
         choices=(0, 1, 2, 3),
         help="stage of ZeRO; 0 is DDP, 3 is FSDP2 or ZeRO-3 (default: 0)",
     )
-    levers.add_argument("--optimizer", default=DEFAULT, choices=OPTIMIZERS, help=f"the Trainer's optim ({DEFAULT})")
-    levers.add_argument("--fit", action="store_true", help="choose what follows: the cheapest options that fit")
-    levers.add_argument(
-        "--precision", default="auto", choices=("auto", *PRECISIONS), help="default: auto, as the engine has it"
+    memory.add_argument(
+        "--optimizer", default=DEFAULT_OPTIMIZER, choices=OPTIMIZERS, help=f"the Trainer's optim ({DEFAULT_OPTIMIZER})"
     )
-    levers.add_argument("--offload", default="", help=f"to host memory, a list of {', '.join(OFFLOADS)}")
-    levers.add_argument("--checkpoint", default="full", choices=CHECKPOINTS, help="default: full")
-    levers.add_argument("--ffn-block", type=parse_size, default=0, help="tokens of an MLP at a time")
-    levers.add_argument("--loss-block", type=parse_size, default=0, help="tokens of the head and loss at a time")
-    levers.add_argument("--fused", action="store_true", help="norms and activations that keep only inputs (Liger)")
-    levers.add_argument("--fp8", action="store_true", help="linear layers in fp8")
-    levers.add_argument("--lora", type=int, default=0, help="rank of adapters; everything else frozen")
+    memory.add_argument("--fit", action="store_true", help="choose memory options: the cheapest that fit")
+    memory.add_argument(
+        "--precision", default="auto", choices=("auto", *PRECISIONS), help="default: auto, that of the engine"
+    )
+    memory.add_argument("--offload", default="", help=f"tensors in host memory, a list of {', '.join(OFFLOADS)}")
+    memory.add_argument("--checkpoint", default="full", choices=CHECKPOINTS, help="default: full")
+    memory.add_argument("--ffn-block", type=parse_size, default=0, help="tokens of an MLP at a time")
+    memory.add_argument("--loss-block", type=parse_size, default=0, help="tokens of the head and loss at a time")
+    memory.add_argument("--fused", action="store_true", help="norms and activations that keep only inputs (Liger)")
+    memory.add_argument("--fp8", action="store_true", help="linear layers in fp8")
+    memory.add_argument("--lora", type=int, default=0, help="rank of adapters; all other weights are frozen")
     ring = command.add_argument_group("attention")
     ring.add_argument("--layout", default="zigzag", choices=LAYOUTS, help="default: zigzag")
     ring.add_argument("--transport", default="auto", choices=("auto", *TRANSPORTS), help="default: auto")
@@ -138,33 +147,35 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--head-chunks", type=int, default=1, help="chunks in which heads are exchanged (default: 1, all at once)"
     )
     ring.add_argument("--inner", type=int, default=1, help="ranks of an inner ring")
-    ring.add_argument("--kernel", default="auto", help="whose published rate counts (default: auto, the fastest)")
+    ring.add_argument(
+        "--kernel", default="auto", help="kernel whose published rate is used (default: auto, the fastest)"
+    )
 
 
-def job_of(options: argparse.Namespace) -> Job:
-    """The job that the options describe.
+def make_job(options: argparse.Namespace) -> TrainingJob:
+    """Return the job that the options describe.
 
     Raises:
-        ValueError: if they contradict each other or the model.
+        ValueError: if an option is wrong, or options contradict each other or the model.
     """
     if options.model is None:
         raise ValueError("--model is missing. Name a folder, a config.json or a known model, or ask for a --table.")
     if options.ulysses != "auto" and not (options.ulysses.isdecimal() and int(options.ulysses)):
-        raise ValueError(f'--ulysses {options.ulysses!r} is no number of ranks. Give a divisor of --cp, or "auto".')
+        raise ValueError(f'--ulysses {options.ulysses!r} is not a number of ranks. Pass a divisor of --cp, or "auto".')
     if options.fit:
-        fields = Job.__dataclass_fields__
-        own = [name for name in CHOSEN if getattr(options, name) not in (fields[name].default, "")]
-        if own:
-            words = " ".join(f"--{name.replace('_', '-')}" for name in own)
-            raise ValueError(f"--fit chooses memory options itself, but {words} was given. Leave one of them out.")
-    return Job(
+        fields = TrainingJob.__dataclass_fields__
+        conflicting = [name for name in FIT_SETTINGS if getattr(options, name) not in (fields[name].default, "")]
+        if conflicting:
+            names = " ".join(f"--{name.replace('_', '-')}" for name in conflicting)
+            raise ValueError(f"--fit chooses memory options itself, but {names} was given. Leave one of them out.")
+    return TrainingJob(
         read_model(options.model),
         options.seq,
         devices=options.devices,
         device=options.device,
         per_node=options.devices_per_node,
         cp=options.cp,
-        rows=options.rows,
+        batch_size=options.rows,
         zero=options.zero,
         optimizer=options.optimizer,
         precision=options.precision,
@@ -187,27 +198,31 @@ def job_of(options: argparse.Namespace) -> Job:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan or the table; writes JSON and picture where asked."""
+    """Print the plan or a table, and write the JSON and the picture if their options are set; return 0.
+
+    Raises:
+        ValueError: if options contradict each other or the model, or the run does not fit with `--fit`.
+    """
     if options.table:
-        return _table(options)
-    job = job_of(options)
+        return _print_table(options)
+    job = make_job(options)
     if options.fit:
         selection = select_options(job)
-        print(selection_text(selection), end="\n\n")
+        print(format_selection(selection), end="\n\n")
         job = selection.job
-    found = plan(job)
-    print(text_of(found))
+    training_plan = plan(job)
+    print(format_plan(training_plan))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": options.argv, **found.as_dict()}, indent=1))
+        options.json.write_text(json.dumps({"command": options.argv, **training_plan.as_dict()}, indent=1))
     if options.png is not None:
         from .plan_charts import draw_plan
 
-        draw_plan(found, options.png)
+        draw_plan(training_plan, options.png)
     return 0
 
 
-def _table(options: argparse.Namespace) -> int:
+def _print_table(options: argparse.Namespace) -> int:
     if options.json is not None:
         raise ValueError(f"--json with --table {options.table}: tables are text. Leave --json out, or plan a --model.")
     from .plan_charts import draw_appendix_d, draw_published
@@ -215,8 +230,7 @@ def _table(options: argparse.Namespace) -> int:
     pictures = {"appendix-d": draw_appendix_d, "published": draw_published}
     if options.png is not None and options.table not in pictures:
         raise ValueError(
-            f"--png with --table {options.table}: there is no picture of it, only of {', '.join(pictures)}. Leave "
-            "--png out."
+            f"--png with --table {options.table}: only {', '.join(pictures)} have a picture. Leave --png out."
         )
     print(TABLES[options.table]())
     if options.png is not None:

@@ -1,30 +1,35 @@
-"""How long a step takes: FLOPs at stated rates, and what no compute hides.
+"""Time of a training step: FLOPs at published rates, and the communication and transfers that no compute hides.
 
-Model FLOPs are those of one forward and a backward of twice that, causal masks and windows counted exactly: what MFU
-is measured with. Executed FLOPs are what a device runs: a layer's forward again if it was checkpointed, and an
-attention backward of 2.5 times its forward (five products instead of two). Attention and its exchange come from the
-cost model that chooses transports (`costmodel`); all else is linear in the tokens.
+Model FLOPs are those of one forward and a backward of twice that, with causal masks and windows counted exactly; MFU
+is measured with them. Executed FLOPs are those that a device runs: the forward of a checkpointed layer again, and an
+attention backward of 2.5 times its forward (five products instead of two). Attention and its communication come from
+the cost model that chooses transports (`costmodel.pass_cost`); all else is linear in the tokens.
 
-Letters: s sequence length, c tokens of a rank, P weights that a token meets, N devices.
+Letters: s sequence length, c tokens of a rank, P weights that a token is multiplied with, N devices.
 """
 
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from ..costmodel.devices import BACKWARD_FLOPS_RATIO, HOST_MEMORY_BANDWIDTH, Hardware, Shape
 from ..costmodel.pass_cost import PassCost, WorkMatrices, estimate_chunked_pass
 from ..geometry import Mask, ShardedSequence
 from ..text import format_bytes
-from .memory_estimate import E, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
+from .memory_estimate import BF16, layer_bytes, mlp_bytes, optimizer_bytes, saved_bytes, trained_parameters
 from .model import Model
-from .training_job import Job
+from .training_job import TrainingJob
 
 
 @dataclass(frozen=True)
-class Flops:
-    """FLOPs of a step over all devices: one sequence of each data-parallel group, all rows."""
+class StepFlops:
+    """FLOPs of a step over all devices.
+
+    Attributes:
+        linear, attention: FLOPs of one forward.
+        linear_executed, attention_executed: FLOPs that the devices run in a step.
+    """
 
     linear: float
     attention: float
@@ -33,6 +38,7 @@ class Flops:
 
     @property
     def model(self) -> float:
+        """FLOPs of a forward and a backward without recomputation."""
         return 3 * (self.linear + self.attention)
 
     @property
@@ -40,62 +46,99 @@ class Flops:
         return self.linear_executed + self.attention_executed
 
 
-def flops_of(job: Job) -> Flops:
-    """`linear` and `attention` are one forward."""
-    model, tokens = job.model, job.padded * job.rows * job.dp
-    layers = model.multiplied - model.vocab * model.hidden
-    linear = 2.0 * tokens * model.multiplied
-    attention = float(model.pairs(job.padded) * job.rows * job.dp * model.flops_per_pair)
-    again = 0 if job.checkpoint == "none" else layers
-    if job.ffn_block and not again:  # a checkpointed layer recomputes up to its MLP, whose blocks then run again
-        again = sum(model.mlp_matrices(n, active=True) for n in range(model.layers))
-    backward = 1 if job.lora else 2  # frozen weights get no gradient
-    linear_executed = linear * (1 + backward) + 2.0 * tokens * again
-    attention_executed = attention * (1 + (job.checkpoint == "full") + BACKWARD_FLOPS_RATIO)
-    return Flops(linear, attention, linear_executed, attention_executed)
+def count_flops(job: TrainingJob) -> StepFlops:
+    """Count the FLOPs of a step of a job."""
+    model, num_sequences = job.model, job.batch_size * job.dp
+    tokens = job.padded_length * num_sequences
+    linear = 2.0 * tokens * model.matmul_parameters
+    attention = float(model.count_pairs(job.padded_length) * num_sequences * model.flops_per_pair)
+    if job.checkpoint != "none":
+        recomputed = model.matmul_parameters - model.vocab * model.hidden
+    elif job.ffn_block:  # a checkpointed layer recomputes up to its MLP, whose blocks then run again
+        recomputed = sum(model.mlp_matrices(layer, active=True) for layer in range(model.layers))
+    else:
+        recomputed = 0
+    backward = 1 if job.lora else 2  # frozen weights have no gradient
+    linear_executed = linear * (1 + backward) + 2.0 * tokens * recomputed
+    attention_forwards = 2 if job.checkpoint == "full" else 1
+    return StepFlops(linear, attention, linear_executed, attention * (attention_forwards + BACKWARD_FLOPS_RATIO))
 
 
 def model_flops_per_token(model: Model, length: int) -> float:
-    """Forward and backward, causal and exact."""
-    return 3 * (2 * model.multiplied + model.pairs(length) * model.flops_per_pair / length)
+    """Return the FLOPs per token of a forward and a backward without recomputation, at this sequence length."""
+    return 3 * (2 * model.matmul_parameters + model.count_pairs(length) * model.flops_per_pair / length)
+
+
+def cost_ratio(model: Model, length: int, base: int = 4096) -> float:
+    """Return the model FLOPs of a token at this length over those at `base`."""
+    return model_flops_per_token(model, length) / model_flops_per_token(model, base)
 
 
 @functools.lru_cache(maxsize=256)
-def _matrices(sequence: ShardedSequence, window: int | None, rows: int) -> WorkMatrices:
-    return WorkMatrices.estimate(sequence, Mask(window=window), rows)
+def _work_matrices(sequence: ShardedSequence, window: int | None, batch_size: int) -> WorkMatrices:
+    return WorkMatrices.estimate(sequence, Mask(window=window), batch_size)
 
 
 @functools.lru_cache(maxsize=1024)
-def _passes(
-    sequence: ShardedSequence, window: int | None, rows: int, shape: Shape, hardware: Hardware, *how: Any
+def _pass_costs(
+    sequence: ShardedSequence,
+    window: int | None,
+    shape: Shape,
+    hardware: Hardware,
+    transport: str,
+    inner: int,
+    head_chunks: int,
 ) -> tuple[PassCost, PassCost]:
-    transport, inner, head_chunks = how
-    settings = _matrices(sequence, window, rows), shape, hardware, transport, inner
-    return estimate_chunked_pass(*settings, False, head_chunks), estimate_chunked_pass(*settings, True, head_chunks)
+    matrices = _work_matrices(sequence, window, shape.num_rows)
+    forward = estimate_chunked_pass(matrices, shape, hardware, transport, inner, False, head_chunks)
+    backward = estimate_chunked_pass(matrices, shape, hardware, transport, inner, True, head_chunks)
+    return forward, backward
 
 
-def attention_passes(job: Job, window: int | None) -> tuple[PassCost, PassCost]:
-    """Forward and backward of one layer that sees so far."""
-    transport, inner = job.chosen(window)
-    facts = job.model.shape(E, job.rows), job.hardware
-    return _passes(job.sequence(), window, job.rows, *facts, transport, inner, job.head_chunks)
+def estimate_passes(job: TrainingJob, window: int | None) -> tuple[PassCost, PassCost]:
+    """Return the costs of the forward and the backward of one attention layer with this window, None without one."""
+    transport, inner = job.resolve_transport(window)
+    shape = job.model.shape(BF16, job.batch_size)
+    return _pass_costs(job.make_sequence(), window, shape, job.hardware, transport, inner, job.head_chunks)
 
 
-def attention_seconds(job: Job) -> tuple[float, float, float]:
-    """Over all layers, as often as they run: compute of the busiest rank, what waiting adds, bytes a rank sends."""
-    forwards = 2 if job.checkpoint == "full" else 1
-    compute = exposed = sent = 0.0
-    for window, layers in job.model.window_counts.items():
-        forward, backward = attention_passes(job, window)
-        compute += layers * (forwards * forward.compute + backward.compute)
-        exposed += layers * (forwards * forward.exposed + backward.exposed)
-        sent += layers * (forwards * forward.mean_sent + backward.mean_sent)
-    return compute, exposed, sent
+class AttentionTime(NamedTuple):
+    """Attention of a step over all layers, recomputed forwards included.
+
+    Attributes:
+        compute: seconds that the busiest rank computes.
+        exposed: seconds of communication that compute does not hide.
+        bytes_sent: bytes that a rank sends, on average.
+    """
+
+    compute: float
+    exposed: float
+    bytes_sent: float
+
+
+def estimate_attention(job: TrainingJob) -> AttentionTime:
+    """Estimate the attention of a step of a job."""
+    num_forwards = 2 if job.checkpoint == "full" else 1
+    compute = exposed = bytes_sent = 0.0
+    for window, num_layers in job.model.window_counts.items():
+        forward, backward = estimate_passes(job, window)
+        compute += num_layers * (num_forwards * forward.compute + backward.compute)
+        exposed += num_layers * (num_forwards * forward.exposed + backward.exposed)
+        bytes_sent += num_layers * (num_forwards * forward.mean_sent + backward.mean_sent)
+    return AttentionTime(compute, exposed, bytes_sent)
+
+
+def count_transports(job: TrainingJob) -> Counter[tuple[str, int]]:
+    """Count the layers by their transport and ranks of the inner ring."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for window, num_layers in job.model.window_counts.items():
+        counts[job.resolve_transport(window)] += num_layers
+    return counts
 
 
 @dataclass(frozen=True)
-class Part:
-    """Seconds of a step, and whether something else hides them (then only what is left over is counted)."""
+class StepPart:
+    """Seconds of one part of a step; of transfers that compute hides, only those that remain."""
 
     name: str
     seconds: float
@@ -103,23 +146,30 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Times:
-    """A step, part by part."""
+class StepTimes:
+    """A training step, part by part.
 
-    parts: tuple[Part, ...]
-    flops: Flops
+    Attributes:
+        tokens: tokens of a step over all devices.
+        peak: peak FLOP/s of a device in bf16.
+        bytes_sent: bytes that a rank sends in a step.
+    """
+
+    parts: tuple[StepPart, ...]
+    flops: StepFlops
     tokens: int
     devices: int
     peak: float
-    sent: float
+    bytes_sent: float
 
     @property
     def step(self) -> float:
+        """Seconds of the whole step."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def tokens_per_device(self) -> float:
-        """Tokens a device and second."""
+        """Tokens per second and device."""
         return self.tokens / self.step / self.devices
 
     @property
@@ -131,96 +181,110 @@ class Times:
         return self.flops.executed / self.step / self.devices / self.peak
 
 
-def times_of(job: Job) -> Times:
-    """The parts of a step; a device works on one thing at a time, transfers run beside it."""
-    flops, facts, model = flops_of(job), job.device_facts, job.model
-    head = 2.0 * job.padded * job.rows * job.dp * model.vocab * model.hidden
-    head *= 2.0 if job.lora else 3.0  # in blocks, too: gradients are computed where the logits are
-    rate = facts.gemm_fp8 if job.fp8 else facts.gemm
-    linear = ((flops.linear_executed - head) / rate + head / facts.gemm) / job.devices
-    attention, waiting, sent = attention_seconds(job)
-    elementwise = _traffic(job) / job.hardware.memory_bandwidth
-    compute = linear + attention + elementwise
-    weights, moved = _weights_exchange(job)
-    host, each = _host(job), flops.attention_executed / job.devices / 1e12
-    parts = [
-        Part("linear layers", linear, f"{flops.linear_executed / job.devices / 1e12:,.0f} TFLOP"),
-        Part("attention", attention, f"{each:,.0f} TFLOP on average, seconds of the busiest"),
-        Part("norms, activations, rounding", elementwise, "memory traffic"),
-        Part("exchange not hidden", waiting, "keys, values, gradients, heads"),
-        Part("weights not hidden", max(0.0, weights - compute), f"{weights:.3g} s of gathering beside compute"),
-        Part("offload not hidden", max(0.0, host - compute), f"{host:.3g} s of transfers beside compute"),
-        Part("optimizer", *_optimizer(job)),
-    ]
-    tokens = job.padded * job.rows * job.dp
-    return Times(tuple(parts), flops, tokens, job.devices, facts.peak, sent + moved)
+def estimate_times(job: TrainingJob) -> StepTimes:
+    """Estimate a step of a job. Compute of a device is sequential; transfers run beside it."""
+    flops, device, model = count_flops(job), job.device_spec, job.model
+    tokens = job.padded_length * job.batch_size * job.dp
+    head = 2.0 * tokens * model.vocab * model.hidden
+    head *= 2.0 if job.lora else 3.0  # also in blocks, whose gradients are computed together with their logits
+    rate = device.gemm_fp8 if job.fp8 else device.gemm
+    linear = ((flops.linear_executed - head) / rate + head / device.gemm) / job.devices
+    attention = estimate_attention(job)
+    elementwise = _memory_traffic(job) / job.hardware.memory_bandwidth
+    compute = linear + attention.compute + elementwise
+    weight_seconds, weight_bytes = _weight_communication(job)
+    offload_seconds = _offload_seconds(job)
+    linear_tflop = flops.linear_executed / job.devices / 1e12
+    attention_tflop = flops.attention_executed / job.devices / 1e12
+    parts = (
+        StepPart("linear layers", linear, f"{linear_tflop:,.0f} TFLOP"),
+        StepPart("attention", attention.compute, f"{attention_tflop:,.0f} TFLOP on average, time of the busiest rank"),
+        StepPart("norms, activations, rounding", elementwise, "memory traffic"),
+        StepPart("exposed attention communication", attention.exposed, "keys, values, gradients, heads"),
+        StepPart(
+            "exposed weight communication",
+            max(0.0, weight_seconds - compute),
+            f"{weight_seconds:.3g} s of communication beside compute",
+        ),
+        StepPart(
+            "exposed offload copies",
+            max(0.0, offload_seconds - compute),
+            f"{offload_seconds:.3g} s of copies beside compute",
+        ),
+        _optimizer_part(job),
+    )
+    return StepTimes(
+        parts=parts,
+        flops=flops,
+        tokens=tokens,
+        devices=job.devices,
+        peak=device.peak,
+        bytes_sent=attention.bytes_sent + weight_bytes,
+    )
 
 
-def _traffic(job: Job) -> float:
-    """Bytes that norms and activations move. Every byte a layer keeps was written and read once in each forward;
-    backward reads it and a gradient, writes one. MLPs in blocks keep nothing, but move as much, and run again.
+def _memory_traffic(job: TrainingJob) -> float:
+    """Return the bytes that norms and activations of a rank read and write.
+
+    Every byte that a layer keeps is written and read once in each forward; the backward reads it and a gradient, and
+    writes one. MLPs in blocks keep nothing, but move as much, and run again.
     """
-    whole, layers = job.but(ffn_block=0), range(job.model.layers)
-    again = job.checkpoint != "none"
-    moved = sum(layer_bytes(whole, n) for n in layers) * (2 * (1 + again) + 3)
-    if job.ffn_block and not again:
-        moved += 2 * sum(mlp_bytes(job, n)[0] for n in layers)
-    return moved * job.tokens
+    unblocked, layers = job.replace(ffn_block=0), range(job.model.layers)
+    num_forwards = 1 if job.checkpoint == "none" else 2
+    moved = sum(layer_bytes(unblocked, layer) for layer in layers) * (2 * num_forwards + 3)
+    if job.ffn_block and job.checkpoint == "none":
+        moved += 2 * sum(mlp_bytes(job, layer)[0] for layer in layers)
+    return moved * job.tokens_per_rank
 
 
-def _weights_exchange(job: Job) -> tuple[float, float]:
-    """Seconds and bytes a rank sends for weights and their gradients.
+def _weight_communication(job: TrainingJob) -> tuple[float, float]:
+    """Return the seconds and bytes that a rank sends for weights and their gradients.
 
-    Sharded weights are gathered in bf16 forward and backward, their gradients reduced and scattered. Otherwise
-    gradients are reduced in the dtype of the weights: all of them, or (ZeRO-1 and 2, which comes to the same) each
-    rank's share, and updated weights gathered.
+    Sharded weights are gathered in bf16 in forward and backward, and their gradients are reduce-scattered. Otherwise
+    gradients are all-reduced in the dtype of the weights, or (ZeRO-1 and 2, with the same number of bytes)
+    reduce-scattered, and the updated weights gathered.
     """
     hardware, share = job.hardware, (job.devices - 1) / job.devices
     if job.devices == 1:
         return 0.0, 0.0
     trained = trained_parameters(job.model, job.lora)
-    weight = job.precision_facts.weights
-    sent = share * (E * (2 * job.model.parameters + trained) if job.zero == 3 else 2 * weight * trained)
+    if job.zero == 3:
+        sent = share * (BF16 * (2 * job.model.parameters + trained))
+    else:
+        sent = share * (2 * job.precision_spec.weights * trained)
     bandwidth = hardware.node_bandwidth
     if job.devices > job.per_node:
         bandwidth = min(bandwidth, hardware.network_bandwidth * job.per_node)
     return sent / bandwidth, sent
 
 
-def _host(job: Job) -> float:
-    """Seconds of transfers between device and host that run beside compute."""
-    inputs = E * job.model.hidden * job.tokens * job.model.layers
-    out = saved_bytes(job) * job.tokens * job.model.layers
-    moved = 2.0 * (inputs * ("layers" in job.offload) + out * ("attention" in job.offload))
-    if "weights" in job.offload:  # fetched forward and backward as they are stored; FSDP2 rounds them on the device
-        stored = E if job.lora else job.precision_facts.weights
-        moved += 2 * stored * job.model.parameters / job.devices
-    return moved / job.device_facts.host_bandwidth
+def _offload_seconds(job: TrainingJob) -> float:
+    """Return the seconds of copies between device and host that run beside compute."""
+    num_tokens = job.tokens_per_rank * job.model.layers
+    moved = 0.0
+    if "layers" in job.offload:
+        moved += 2.0 * BF16 * job.model.hidden * num_tokens
+    if "attention" in job.offload:
+        moved += 2.0 * saved_bytes(job) * num_tokens
+    if "weights" in job.offload:  # copied in forward and backward in their own dtype; FSDP2 rounds them on the device
+        element = BF16 if job.lora else job.precision_spec.weights
+        moved += 2 * element * job.model.parameters / job.devices
+    return moved / job.device_spec.host_bandwidth
 
 
-def _optimizer(job: Job) -> tuple[float, str]:
-    """Seconds, and what they are. Every state is read and written once; on the host all ranks of a node share its
-    memory, shards of gradients travel there and, unless they stay, rounded weights back.
+def _optimizer_part(job: TrainingJob) -> StepPart:
+    """Return the time of the optimizer, which reads and writes every state once.
+
+    On the host, all ranks of a node share its memory bandwidth. Shards of gradients are copied there and, unless the
+    weights stay there, rounded weights back.
     """
-    precision, shards = job.precision_facts, job.devices if job.zero else 1
-    trained = trained_parameters(job.model, job.lora) / shards
-    traffic = 2 * (trained * (precision.weights + precision.gradients) + optimizer_bytes(job) / shards)
+    precision, num_shards = job.precision_spec, job.devices if job.zero else 1
+    trained = trained_parameters(job.model, job.lora) / num_shards
+    traffic = 2 * (trained * (precision.weights + precision.gradients) + optimizer_bytes(job) / num_shards)
     if "optimizer" not in job.offload:
-        return traffic / job.hardware.memory_bandwidth, ""
+        return StepPart("optimizer", traffic / job.hardware.memory_bandwidth)
     traffic *= min(job.devices, job.per_node)
-    travels = trained * (precision.gradients + E * ("weights" not in job.offload))
-    note = f"{format_bytes(travels)} between device and host, then {format_bytes(traffic)} of host memory"
-    return traffic / HOST_MEMORY_BANDWIDTH + travels / job.device_facts.host_bandwidth, note
-
-
-def cost_ratio(model: Model, length: int, base: int = 4096) -> float:
-    """Model FLOPs of a token at this length over those at `base`."""
-    return model_flops_per_token(model, length) / model_flops_per_token(model, base)
-
-
-def layer_kinds(job: Job) -> Counter[tuple[str, int]]:
-    """How many layers use which transport and inner ring."""
-    found: Counter[tuple[str, int]] = Counter()
-    for window, layers in job.model.window_counts.items():
-        found[job.chosen(window)] += layers
-    return found
+    copied = trained * (precision.gradients + (0 if "weights" in job.offload else BF16))
+    seconds = traffic / HOST_MEMORY_BANDWIDTH + copied / job.device_spec.host_bandwidth
+    note = f"{format_bytes(copied)} between device and host, then {format_bytes(traffic)} of host memory"
+    return StepPart("optimizer", seconds, note)

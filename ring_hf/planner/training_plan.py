@@ -1,21 +1,30 @@
-"""The plan of a job: memory, time, thresholds, the longest that fits, the best split, what each lever is worth."""
+"""The plan of a job: memory, time, thresholds, the longest sequence that fits, the best degrees, and suggestions."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..geometry import max_head_chunks
-from .engine_bytes import engine_of
-from .memory_estimate import Memory, memory_of
-from .optimizers import DEFAULT, EIGHT_BIT, works_on
-from .ring_thresholds import Threshold, thresholds
-from .step_times import Times, attention_passes, attention_seconds, cost_ratio, times_of
-from .training_job import Job
+from .engine_bytes import select_engine
+from .memory_estimate import MemoryEstimate, estimate_memory
+from .optimizers import DEFAULT_OPTIMIZER, EIGHT_BIT_OPTIMIZER, supports_engine
+from .ring_thresholds import OverlapThreshold, estimate_thresholds
+from .step_times import StepTimes, cost_ratio, estimate_attention, estimate_passes, estimate_times
+from .training_job import TrainingJob
+
+_MIN_SAVING = 0.01  # share of memory or time that a suggestion saves at least
+_MAX_LENGTH = 2**40  # tokens; a job that fits at this length has no limit
 
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """One way to cut `cp` into Ulysses and ring: its attention and exchanges, seconds of a step."""
+    """One way to split `cp` into Ulysses and ring.
+
+    Attributes:
+        inner: ranks of the inner ring; 1 without.
+        seconds: attention and its communication in a step.
+        exposed: seconds of these in which ranks communicate instead of computing.
+    """
 
     ulysses: int
     ring: int
@@ -25,10 +34,28 @@ class ParallelDegrees:
     seconds: float
     exposed: float
 
+    @classmethod
+    def from_job(cls, job: TrainingJob) -> "ParallelDegrees":
+        """Return the degrees of a job, and the time of its attention."""
+        attention = estimate_attention(job)
+        return cls(
+            ulysses=job.ulysses,
+            ring=job.ring,
+            inner=job.inner,
+            transport=job.transport,
+            head_chunks=job.head_chunks,
+            seconds=attention.compute + attention.exposed,
+            exposed=attention.exposed,
+        )
+
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Something to change, and what the plan becomes with it."""
+    """A change of the job, and the memory (bytes) and time (seconds) of a step with it.
+
+    Attributes:
+        options: the options of `ring-hf plan` that make the change.
+    """
 
     name: str
     options: str
@@ -37,184 +64,227 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything `ring-hf plan` says about a job."""
+class TrainingPlan:
+    """Everything that `ring-hf plan` predicts for a job.
 
-    job: Job
-    memory: Memory
-    times: Times
-    thresholds: tuple[Threshold, ...]
-    longest: int
+    Attributes:
+        max_length: tokens of the longest sequence that fits.
+        splits: all ways to split `cp`, the fastest first.
+        suggestions: changes that save memory or time, the largest saving first.
+    """
+
+    job: TrainingJob
+    memory: MemoryEstimate
+    times: StepTimes
+    thresholds: tuple[OverlapThreshold, ...]
+    max_length: int
     splits: tuple[ParallelDegrees, ...]
-    levers: tuple[Suggestion, ...]
+    suggestions: tuple[Suggestion, ...]
 
     @property
-    def room(self) -> float:
-        return self.job.device_facts.memory
+    def memory_budget(self) -> float:
+        """Bytes of the device."""
+        return self.job.device_spec.memory
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.room
+        return self.memory.total <= self.memory_budget
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: plain numbers, bytes and seconds."""
+        """Return a dict for JSON: plain numbers, in bytes and seconds."""
         job, memory, times = self.job, self.memory, self.times
         settings = {key: value for key, value in vars(job).items() if key != "model"}
-        step = {"seconds": times.step, "tokens_per_second_per_device": times.tokens_per_device}
-        step |= {"mfu": times.mfu, "hfu": times.hfu, "bytes_sent_per_rank": times.sent}
-        step |= {"model_flops": times.flops.model, "executed_flops": times.flops.executed}
         return {
             "model": {"name": job.model.name, "source": job.model.source, "parameters": job.model.parameters},
-            "engine": asdict(engine_of(job)),
-            "job": {**settings, "padded": job.padded, "tokens_per_rank": job.tokens, "ring": job.ring},
+            "engine": asdict(select_engine(job)),
+            "job": {
+                **settings,
+                "padded_length": job.padded_length,
+                "tokens_per_rank": job.tokens_per_rank,
+                "ring": job.ring,
+            },
             "memory": {
                 "items": [asdict(item) for item in memory.items],
-                "moment": memory.worst,
+                "peak_phase": memory.peak_phase,
                 "allocated": memory.allocated,
-                "allowance": memory.allowance,
+                "overhead": memory.overhead,
                 "total": memory.total,
-                "device": self.room,
+                "device": self.memory_budget,
                 "host": memory.host,
                 "fits": self.fits,
             },
-            "step": {**step, "parts": [asdict(part) for part in times.parts]},
-            "ring_step": ring_step(job),
+            "step": {
+                "seconds": times.step,
+                "tokens_per_second_per_device": times.tokens_per_device,
+                "mfu": times.mfu,
+                "hfu": times.hfu,
+                "bytes_sent_per_rank": times.bytes_sent,
+                "model_flops": times.flops.model,
+                "executed_flops": times.flops.executed,
+                "parts": [asdict(part) for part in times.parts],
+            },
+            "ring_step": estimate_ring_step(job),
             "thresholds": [asdict(threshold) for threshold in self.thresholds],
-            "longest": self.longest,
+            "longest": self.max_length,
             "splits": [asdict(split) for split in self.splits],
-            "levers": [asdict(lever) for lever in self.levers],
-            "cost_ratio_to_4096": cost_ratio(job.model, job.padded),
+            "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
+            "cost_ratio_to_4096": cost_ratio(job.model, job.padded_length),
         }
 
 
-def plan(job: Job) -> Plan:
-    """All of it."""
-    return Plan(
-        job, memory_of(job), times_of(job), thresholds(job), longest(job), tuple(splits(job)), tuple(levers(job))
+def plan(job: TrainingJob) -> TrainingPlan:
+    """Return the whole plan of a job."""
+    return TrainingPlan(
+        job=job,
+        memory=estimate_memory(job),
+        times=estimate_times(job),
+        thresholds=estimate_thresholds(job),
+        max_length=find_max_length(job),
+        splits=tuple(compare_splits(job)),
+        suggestions=tuple(find_suggestions(job)),
     )
 
 
-def longest(job: Job, taken: float = 0.0) -> int:
-    """The largest length, a multiple of the layout's, that fits beside `taken` bytes; 0 if not even the first does."""
-    unit, room = job.multiple, job.device_facts.memory - taken
+def find_max_length(job: TrainingJob, reserved_bytes: float = 0.0) -> int:
+    """Return the longest sequence that fits, in tokens; 0 if not even the shortest does.
 
-    def fit(count: int) -> bool:
-        return memory_of(job.but(length=count * unit)).total <= room
+    Args:
+        reserved_bytes: bytes of the device that are not available to the job.
+    """
+    unit, budget = job.length_multiple, job.device_spec.memory - reserved_bytes
 
-    if not fit(1):
+    def fits(count: int) -> bool:
+        return estimate_memory(job.replace(length=count * unit)).total <= budget
+
+    if not fits(1):
         return 0
     low, high = 1, 2
-    while fit(high):
+    while fits(high):
         low, high = high, 2 * high
-        if high * unit > 2**40:  # nothing that grows with the length is on the device
+        if high * unit > _MAX_LENGTH:  # nothing on the device grows with the length
             return low * unit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low * unit
 
 
-def splits(job: Job) -> Iterator[ParallelDegrees]:
-    """Every legal split of `cp` and every transport for it, the fastest first."""
-    found = []
-    windows = any(job.model.windows)
+def compare_splits(job: TrainingJob) -> list[ParallelDegrees]:
+    """Return every legal split of `cp` with every transport, the fastest first."""
+    splits = []
     for ulysses in (n for n in range(1, min(job.cp, job.model.heads) + 1) if job.cp % n == 0):
         ring = job.cp // ulysses
-        chunks = min(job.head_chunks, max_head_chunks(job.model.heads, job.model.kv_heads, ulysses))
-        ways = [("ring", 1)]
-        if ring > 1:
-            ways += [("allgather", 1)] + [("direct", 1)] * windows
-            inner = max(1, job.per_node // ulysses)
-            ways += [("double_ring", inner)] if 1 < inner < ring and ring % inner == 0 else []
-        for transport, inner in ways:
-            cut = job.but(ulysses=ulysses, inner=inner, transport=transport, head_chunks=chunks)
-            compute, exposed, _ = attention_seconds(cut)
-            found.append(ParallelDegrees(ulysses, ring, inner, transport, chunks, compute + exposed, exposed))
-    yield from sorted(found, key=lambda split: split.seconds)
+        max_chunks = max_head_chunks(job.model.heads, job.model.kv_heads, ulysses)
+        head_chunks = min(job.head_chunks, max_chunks)
+        for transport, inner in _transports(job, ring, max(1, job.per_node // ulysses)):
+            split = job.replace(ulysses=ulysses, inner=inner, transport=transport, head_chunks=head_chunks)
+            splits.append(ParallelDegrees.from_job(split))
+    return sorted(splits, key=lambda split: split.seconds)
 
 
-def ring_step(job: Job) -> dict[str, Any]:
-    """Exchange beside compute of one ring step of one layer that sees everything, or the farthest that one does."""
+def _transports(job: TrainingJob, ring: int, ring_ranks_per_node: int) -> Iterator[tuple[str, int]]:
+    """Yield transport and ranks of the inner ring, for each transport that a ring of this size can use."""
+    yield "ring", 1
+    if ring == 1:
+        return
+    yield "allgather", 1
+    if any(job.model.windows):
+        yield "direct", 1
+    if 1 < ring_ranks_per_node < ring and ring % ring_ranks_per_node == 0:
+        yield "double_ring", ring_ranks_per_node
+
+
+def estimate_ring_step(job: TrainingJob) -> dict[str, Any]:
+    """Return compute (seconds), bytes sent and exposed seconds of a ring step of one layer, in both passes.
+
+    The layer is one without a window, or else one with the largest window.
+    """
     window = None if None in job.model.windows else max(w for w in job.model.windows if w)
-    transport, inner = job.chosen(window)
-    forward, backward = attention_passes(job, window)
-    found: dict[str, Any] = {"transport": transport, "inner": inner, "steps": len(forward.max_sent)}
+    transport, inner = job.resolve_transport(window)
+    forward, backward = estimate_passes(job, window)
+    ring_step: dict[str, Any] = {"transport": transport, "inner": inner, "steps": len(forward.max_sent)}
     for name, cost in (("forward", forward), ("backward", backward)):
         seconds = cost.compute / len(cost.max_sent)
-        found[name] = {"compute": seconds, "bytes": max(cost.max_sent), "exposed": cost.exposed}
-    return found
+        ring_step[name] = {"compute": seconds, "bytes": max(cost.max_sent), "exposed": cost.exposed}
+    return ring_step
 
 
-def levers(job: Job) -> Iterator[Suggestion]:
-    """Settings that save memory or time, alone, the largest saving first."""
-    memory, seconds = memory_of(job).total, times_of(job).step
-    found = []
-    for name, options, changes in _candidates(job):
-        changed = job.but(**changes)
-        lever = Suggestion(name, options, memory_of(changed).total, times_of(changed).step)
-        if memory - lever.memory > 0.01 * memory or seconds - lever.seconds > 0.01 * seconds:
-            found.append(lever)
-    yield from sorted(found, key=lambda lever: lever.memory / memory + lever.seconds / seconds)
+def find_suggestions(job: TrainingJob) -> list[Suggestion]:
+    """Return the settings that save memory or time, each on its own, the largest saving first."""
+    memory, seconds = estimate_memory(job).total, estimate_times(job).step
+    suggestions = []
+    for name, options, changes in _candidate_changes(job):
+        changed = job.replace(**changes)
+        suggestion = Suggestion(name, options, estimate_memory(changed).total, estimate_times(changed).step)
+        saves_memory = memory - suggestion.memory > _MIN_SAVING * memory
+        if saves_memory or seconds - suggestion.seconds > _MIN_SAVING * seconds:
+            suggestions.append(suggestion)
+    return sorted(suggestions, key=lambda suggestion: suggestion.memory / memory + suggestion.seconds / seconds)
 
 
-def _candidates(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    if job.checkpoint == "none":
-        yield "recompute layers but for attention", "--checkpoint save-attention", {"checkpoint": "save-attention"}
-    if job.checkpoint != "full":
-        rest = tuple(name for name in job.offload if name != "attention")
-        options = "--checkpoint full" + (f" {_offload(rest)}" if rest != job.offload else "")
-        yield "recompute attention, too", options, {"checkpoint": "full", "offload": rest}
-    if job.checkpoint == "full":
-        yield "save attention outputs", "--checkpoint save-attention", {"checkpoint": "save-attention"}
-        both = (*job.offload, "attention")
-        name, options = "save attention outputs on the host", f"--checkpoint save-attention {_offload(both)}"
-        yield name, options, {"checkpoint": "save-attention", "offload": both}
-    for name, what, allowed in (
-        ("layers", "layer inputs", job.checkpoint != "none"),
-        ("attention", "saved attention", job.checkpoint == "save-attention"),
-    ):
-        if allowed and name not in job.offload:
-            more = (*job.offload, name)
-            yield f"{what} to host memory", _offload(more), {"offload": more}
-    yield from _states_on_host(job)
-    if works_on(EIGHT_BIT, job.is_deepspeed, False) and job.optimizer == DEFAULT and "optimizer" not in job.offload:
-        yield "8-bit optimizer states", f"--optimizer {EIGHT_BIT}", {"optimizer": EIGHT_BIT}
-    most = max_head_chunks(job.model.heads, job.model.kv_heads, job.ulysses)
-    if job.head_chunks < most:
-        yield "heads exchanged in chunks", f"--head-chunks {most}", {"head_chunks": most}
+def _candidate_changes(job: TrainingJob) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield name, options and settings of every change that the job allows."""
+    yield from _attention_changes(job)
+    yield from _state_offload_changes(job)
+    has_8bit = supports_engine(EIGHT_BIT_OPTIMIZER, job.is_deepspeed, False)
+    if has_8bit and job.optimizer == DEFAULT_OPTIMIZER and "optimizer" not in job.offload:
+        yield "8-bit optimizer states", f"--optimizer {EIGHT_BIT_OPTIMIZER}", {"optimizer": EIGHT_BIT_OPTIMIZER}
+    max_chunks = max_head_chunks(job.model.heads, job.model.kv_heads, job.ulysses)
+    if job.head_chunks < max_chunks:
+        yield "exchange heads in chunks", f"--head-chunks {max_chunks}", {"head_chunks": max_chunks}
     if not job.ffn_block:
-        yield "MLPs block by block", "--ffn-block 4096", {"ffn_block": 4096}
+        yield "MLPs in blocks of tokens", "--ffn-block 4096", {"ffn_block": 4096}
     if not job.loss_block:
-        yield "head and loss block by block", "--loss-block 2048", {"loss_block": 2048}
+        yield "head and loss in blocks of tokens", "--loss-block 2048", {"loss_block": 2048}
     if not job.fused:
         yield "fused norms and activations", "--fused", {"fused": True}
     deepspeed = job.precision == "bf16-master" or "optimizer" in job.offload  # with --zero 3
-    if job.zero < 3 and job.devices > 1 and works_on(job.optimizer, deepspeed, "optimizer" in job.offload):
+    if job.zero < 3 and job.devices > 1 and supports_engine(job.optimizer, deepspeed, "optimizer" in job.offload):
         yield "shard weights, gradients, states", "--zero 3", {"zero": 3}
     if not job.lora:
         yield "train adapters only", "--lora 16", {"lora": 16}
     if job.layout == "contiguous" and job.ring > 1:
-        yield "deal causal work evenly", "--layout zigzag", {"layout": "zigzag"}
+        yield "balance causal attention", "--layout zigzag", {"layout": "zigzag"}
 
 
-def _states_on_host(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Optimizer states on the host are DeepSpeed's, unless weights are there, too."""
-    alone, both = (*job.offload, "optimizer"), (*job.offload, "optimizer", "weights")
+def _attention_changes(job: TrainingJob) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    save_attention = "--checkpoint save-attention"
+    if job.checkpoint == "none":
+        yield "recompute layers except attention", save_attention, {"checkpoint": "save-attention"}
+    if job.checkpoint != "full":
+        offload = tuple(name for name in job.offload if name != "attention")
+        options = "--checkpoint full" + (f" {_offload_option(offload)}" if offload != job.offload else "")
+        yield "also recompute attention", options, {"checkpoint": "full", "offload": offload}
+    if job.checkpoint == "full":
+        yield "save attention outputs", save_attention, {"checkpoint": "save-attention"}
+        offload = (*job.offload, "attention")
+        changes = {"checkpoint": "save-attention", "offload": offload}
+        yield "save attention outputs in host memory", f"{save_attention} {_offload_option(offload)}", changes
+    if job.checkpoint != "none" and "layers" not in job.offload:
+        offload = (*job.offload, "layers")
+        yield "offload layer inputs", _offload_option(offload), {"offload": offload}
+    if job.checkpoint == "save-attention" and "attention" not in job.offload:
+        offload = (*job.offload, "attention")
+        yield "offload saved attention", _offload_option(offload), {"offload": offload}
+
+
+def _state_offload_changes(job: TrainingJob) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the offload of states. DeepSpeed offloads optimizer states alone, FSDP2 only together with weights."""
     zero = job.zero or 3
-    shard = "" if job.zero else f"--zero {zero} "
-    if "optimizer" in job.offload:
-        both = (*job.offload, "weights")
-    elif job.precision in ("auto", "bf16-master") and works_on(job.optimizer, True, True):
-        yield (
-            "optimizer states and gradients to host memory",
-            shard + _offload(alone),
-            {"zero": zero, "offload": alone},
-        )
-    if zero == 3 and "weights" not in job.offload and works_on(job.optimizer, job.precision == "bf16-master", True):
-        name = "weights, too, to host memory" if "optimizer" in job.offload else "all states to host memory"
-        yield name, shard + _offload(both), {"zero": zero, "offload": both}
+    zero_option = "" if job.zero else f"--zero {zero} "
+    offloads_optimizer = "optimizer" in job.offload
+    can_be_deepspeed = job.precision in ("auto", "bf16-master")
+    if not offloads_optimizer and can_be_deepspeed and supports_engine(job.optimizer, True, True):
+        offload = (*job.offload, "optimizer")
+        changes = {"zero": zero, "offload": offload}
+        yield "offload optimizer states and gradients", zero_option + _offload_option(offload), changes
+    is_deepspeed = job.precision == "bf16-master"
+    if zero == 3 and "weights" not in job.offload and supports_engine(job.optimizer, is_deepspeed, True):
+        name = "also offload weights" if offloads_optimizer else "offload all states"
+        offload = (*job.offload, *(() if offloads_optimizer else ("optimizer",)), "weights")
+        yield name, zero_option + _offload_option(offload), {"zero": zero, "offload": offload}
 
 
-def _offload(names: tuple[str, ...]) -> str:
-    """All of them: of two such options the last one counts."""
+def _offload_option(names: tuple[str, ...]) -> str:
+    """Return the option with all names: of two `--offload` options, the last one counts."""
     return f"--offload {','.join(names) or repr('')}"

@@ -28,10 +28,10 @@ import torch
 from ring_hf import memory
 from ring_hf.costmodel.devices import DEVICES
 from ring_hf.memory.chunked_loss import automatic_block
-from ring_hf.planner import Job, Model, Plan, plan, read_keys
-from ring_hf.planner.memory_estimate import Memory
-from ring_hf.planner.model_config import parse
-from ring_hf.planner.step_times import attention_passes
+from ring_hf.planner import Model, TrainingJob, TrainingPlan, plan, read_config
+from ring_hf.planner.memory_estimate import MemoryEstimate
+from ring_hf.planner.model_config import parse_config
+from ring_hf.planner.step_times import estimate_passes
 
 from . import ring_share
 from .trainer_run import Run, free, make_model, train
@@ -51,7 +51,12 @@ TRIED = 1.25  # a run that the planner gives so many times the device's memory i
 SDPA = {0: "sdpa math", 1: "sdpa flash", 2: "sdpa efficient", 3: "sdpa cudnn"}
 RATES = {"sdpa flash": "flash_attn_2", "cuda_flash": "flash_attn_2", "sdpa cudnn": "cuda_cudnn"}
 # Not there when a rank's share runs alone.
-OF_THE_EXCHANGE = ("exchange not hidden", "weights not hidden", "gradient buckets (DDP)", "idle exchange buffers")
+OF_THE_EXCHANGE = (
+    "exposed attention communication",
+    "exposed weight communication",
+    "gradient buckets (DDP)",
+    "idle exchange buffers",
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Case:
     name: str
     seconds: float
     measure: Callable[[], Row]
-    plan: Plan | None = None
+    plan: TrainingPlan | None = None
 
 
 @dataclass
@@ -106,9 +111,9 @@ class Bench:
     model: Model = field(init=False)
 
     def __post_init__(self) -> None:
-        keys, name, source = read_keys(MODEL)
+        keys, name, source = read_config(MODEL)
         self.keys = {**keys, **TINY} if self.tiny else keys
-        self.model = parse(self.keys, name, source)
+        self.model = parse_config(self.keys, name, source)
         one_layer = {**self.keys, "num_hidden_layers": 1, "vocab_size": 256}
         applied = memory.apply(
             make_model(Run(one_layer, "sdpa", (256,)), torch.device("cpu")), attention="none", loss_block=None
@@ -135,7 +140,7 @@ class Bench:
     def ring_length(self) -> int:
         return 128 if self.tiny else RING_LENGTH
 
-    def plan(self, setting: Scenario, length: int, ranks: int = 1) -> Plan:
+    def plan(self, setting: Scenario, length: int, ranks: int = 1) -> TrainingPlan:
         """The plan of a job, with the blocks that "auto" stands for and the rate of the kernel that will run."""
         kernel = self.kernel if ranks == 1 else self.share_kernel
         rate = RATES.get(kernel, kernel)
@@ -144,7 +149,7 @@ class Bench:
             loss_block = automatic_block(length // ranks, self.model.hidden, self.model.vocab)
             blocks = {"ffn_block": self._ffn_block, "loss_block": loss_block}
         return plan(
-            Job(
+            TrainingJob(
                 self.model,
                 length,
                 devices=ranks,
@@ -212,14 +217,14 @@ def schedule(length: int, seconds: float, whole_warm_up: bool = False) -> tuple[
     return (length if timed > 1 or whole_warm_up else length // 8, *[length] * timed)
 
 
-def _without_exchange(planned: Plan) -> Row:
+def _without_exchange(planned: TrainingPlan) -> Row:
     """The parts of a step and the bytes of a plan, without what a rank alone does not do."""
     parts = {part.name: part.seconds for part in planned.times.parts if part.name not in OF_THE_EXCHANGE}
     items = tuple(item for item in planned.memory.items if item.name not in OF_THE_EXCHANGE)
-    return {"parts": parts, "memory": Memory(items).allocated}
+    return {"parts": parts, "memory": MemoryEstimate(items).allocated}
 
 
-def _steps_case(name: str, bench: Bench, run: Run, setting: Scenario, planned: Plan) -> Case:
+def _steps_case(name: str, bench: Bench, run: Run, setting: Scenario, planned: TrainingPlan) -> Case:
     shared = planned.job.cp > 1
     alone = _without_exchange(planned)
     predicted = {"seconds": sum(alone["parts"].values()), "memory": alone["memory"]}
@@ -258,9 +263,9 @@ def _or_out_of_memory(measure: Callable[[], Row], about: Row) -> Row:
         return {**about, "outcome": "out of memory"}
 
 
-def _attention_row(bench: Bench, length: int, planned: Plan) -> Row:
+def _attention_row(bench: Bench, length: int, planned: TrainingPlan) -> Row:
     taken = ring_share.time_attention(bench.model, length, RANKS, RANK, bench.device, repeats=3)
-    costs = dict(zip(("forward", "backward"), attention_passes(planned.job, None), strict=True))
+    costs = dict(zip(("forward", "backward"), estimate_passes(planned.job, None), strict=True))
     row: Row = {"kind": "attention", "kernel": bench.share_kernel, "tokens": length, "ranks": RANKS, "rank": RANK}
     for (name, cost), flops in zip(costs.items(), taken.pop("flops"), strict=True):
         seconds = statistics.median(taken[name])
@@ -349,8 +354,8 @@ def run(
         progress(case.name, len(todo))
         if case.name in rows:
             continue
-        if case.plan is not None and case.plan.memory.total > TRIED * case.plan.room:
-            gib = [f"{num_bytes / 2**30:,.0f} GiB" for num_bytes in (case.plan.memory.total, case.plan.room)]
+        if case.plan is not None and case.plan.memory.total > TRIED * case.plan.memory_budget:
+            gib = [f"{num_bytes / 2**30:,.0f} GiB" for num_bytes in (case.plan.memory.total, case.plan.memory_budget)]
             left_out[case.name] = f"the planner says {gib[0]}, and the device has {gib[1]}"
             continue
         # What was slower than predicted so far is taken to remain so.

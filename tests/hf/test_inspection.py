@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ring_hf.hf.checks.inspection import AttentionKind, inspect_model, load_config
-from ring_hf.planner import read_keys
+from ring_hf.planner import read_config
 
 # Number of layers of each kind, by model.
 GEMMA_2 = AttentionKind(num_heads=16, num_kv_heads=8, head_dim=256, v_head_dim=256, softcap=50.0)
@@ -20,7 +20,7 @@ KINDS = {
 
 @pytest.mark.parametrize("model_name", KINDS)
 def test_attention_kinds_are_read_without_weights(model_name):
-    keys, name, source = read_keys(model_name)
+    keys, name, source = read_config(model_name)
     inspection = inspect_model(name, load_config(keys, source), "ring_zigzag")
     assert inspection.is_probed and inspection.error is None
     assert list(inspection.kinds) == KINDS[model_name]

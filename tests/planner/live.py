@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once, counted storage by storage while operators run."""
+"""Counts the bytes of all tensors that are alive at once, storage by storage, while operators run."""
 
 import weakref
 
@@ -7,25 +7,32 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
-    """Inside, `now` and `peak` count the bytes of all storages that operators have made; `known` ones are left out."""
+class LiveTensorTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that operators allocate inside this context.
 
-    def __init__(self, *known):
+    Args:
+        excluded: tensors that exist before; their storages are not counted.
+
+    Attributes:
+        now, peak: bytes that are alive now, and the most that were alive at once.
+    """
+
+    def __init__(self, *excluded):
         super().__init__()
         self.now = self.peak = 0
-        self._seen = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self._storages = {tensor.untyped_storage()._cdata: None for tensor in excluded}
 
     def _add(self, tensor):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
 
-        def gone(_):
-            del self._seen[key]
+        def on_free(_):
+            del self._storages[key]
             self.now -= size
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, on_free)
         self.now += size
         self.peak = max(self.peak, self.now)
 
@@ -38,7 +45,7 @@ class Live(TorchDispatchMode):
 
 
 def uncounted(fn):
-    """`fn` without the counting: what a stand-in allocates is nobody's buffer."""
+    """Return `fn` without counting, for fakes of collectives: what they allocate is no buffer of the package."""
 
     def call(*args, **kwargs):
         with _disable_current_modes():

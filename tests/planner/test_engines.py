@@ -1,4 +1,4 @@
-"""A plan assumes an engine that training accepts, says so first, and refuses what no engine does."""
+"""A plan assumes an engine that training accepts, names it first, and refuses settings that no engine can run."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ring_hf import ContextParallelConfig
 from ring_hf.cli import main
-from ring_hf.planner import Job, read_model
-from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, engine_of
-from ring_hf.planner.memory_estimate import memory_of, trained_parameters
+from ring_hf.planner import TrainingJob, read_model
+from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, select_engine
+from ring_hf.planner.memory_estimate import estimate_memory, trained_parameters
 from ring_hf.planner.published import RUNS
 from tests.harness import run_distributed
-from tests.planner.live import Live
+from tests.planner.live import LiveTensorTracker
 
 QWEN = read_model("Qwen3-8B")
-# What Accelerate calls each engine, and the stage of ZeRO.
+# Accelerate's type of each engine, and the stage of ZeRO.
 KINDS = {
     "DDP": (DistributedType.MULTI_GPU, 0),
     "FSDP2": (DistributedType.FSDP, 0),
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def training_accepts(kind, zero):
-    """Whether three processes for a size of two is what a configuration minds, and not the engine."""
+    """Return whether a configuration for 2 ranks refuses 3 processes, instead of the engine."""
     plugins = {"fsdp_plugin": SimpleNamespace(fsdp_version=2), "deepspeed_plugin": SimpleNamespace(zero_stage=zero)}
     plugins["fsdp_plugin"].mixed_precision_policy = None
     state = SimpleNamespace(distributed_type=kind, **plugins)
@@ -63,29 +63,29 @@ def test_training_accepts_every_engine_that_a_plan_assumes():
     ],
 )
 def test_states_and_their_precision_say_which_engine_it_is(settings, engine, weights):
-    job = Job(QWEN, 2**20, **settings)
-    assert engine_of(job) is engine and job.precision_facts.weights == weights
+    job = TrainingJob(QWEN, 2**20, **settings)
+    assert select_engine(job) is engine and job.precision_spec.weights == weights
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"offload": ("optimizer",)}, "--offload optimizer with --zero 0: nothing but DeepSpeed and FSDP2"),
+        ({"offload": ("optimizer",)}, "--offload optimizer with --zero 0: only DeepSpeed and FSDP2"),
         ({"offload": ("weights", "optimizer")}, "--offload optimizer,weights with --zero 0"),
-        ({"zero": 3, "offload": ("weights",)}, "--offload weights needs its optimizer there, too"),
+        ({"zero": 3, "offload": ("weights",)}, "--offload weights needs the optimizer in host memory"),
         ({"precision": "bf16-master"}, "--precision bf16-master is DeepSpeed's, but --zero 0 is DDP"),
         ({"zero": 2, "precision": "fp32"}, "--precision fp32 with --zero 2: DeepSpeed trains with fp32 master"),
-        ({"zero": 3, "precision": "bf16", "offload": ("optimizer",)}, "FSDP2 offloads weights with it"),
+        ({"zero": 3, "precision": "bf16", "offload": ("optimizer",)}, "FSDP2 offloads the weights with the optimizer"),
         ({"precision": "half"}, "--precision 'half' is not known. Choose one of auto, fp32, bf16-master, bf16"),
     ],
 )
-def test_what_no_engine_does_is_refused(settings, message):
+def test_settings_that_no_engine_can_run_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        Job(QWEN, 2**20, **settings)
+        TrainingJob(QWEN, 2**20, **settings)
 
 
 @pytest.mark.parametrize(
-    ("words", "expected", "verdict"),
+    ("options", "expected", "verdict"),
     [
         ("", "engine: DDP (--zero 0); every device holds all weights", "does NOT fit: "),
         ("--lora 16", "engine: DDP (--zero 0); every device", "fits: "),
@@ -106,10 +106,10 @@ def test_what_no_engine_does_is_refused(settings, message):
         ),
     ],
 )
-def test_the_first_lines_name_the_engine_and_its_offload(words, expected, verdict, tmp_path, capsys):
+def test_the_first_lines_name_the_engine_and_its_offload(options, expected, verdict, tmp_path, capsys):
     path = tmp_path / "plan.json"
     command = ["plan", "--model", "Qwen3-8B", "--seq", "1M", "--offload", "layers", "--loss-block", "2048"]
-    assert main([*command, *words.split(), "--json", str(path)]) == 0
+    assert main([*command, *options.split(), "--json", str(path)]) == 0
     text = capsys.readouterr().out
     assert expected in " ".join(" ".join(text.splitlines()[:6]).split())
     assert f"\n{verdict}" in text
@@ -117,25 +117,27 @@ def test_the_first_lines_name_the_engine_and_its_offload(words, expected, verdic
 
 
 def bytes_of_ddp(rank, world_size):
-    """(bytes of the gradients, bytes that DDP allocates before any gradient is there)."""
+    """Return the bytes of the gradients, and the bytes that DDP allocates before there are gradients."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
-    with Live(*layers.parameters()) as live:
-        wrapped = DistributedDataParallel(layers)  # as Accelerate makes it
+    with LiveTensorTracker(*layers.parameters()) as live:
+        wrapped = DistributedDataParallel(layers)  # with Accelerate's arguments
         allocated = live.now
         wrapped(torch.ones(1, 64)).sum().backward()
     return sum(weight.grad.nbytes for weight in layers.parameters()), allocated
 
 
-def test_buckets_are_as_large_as_the_gradients_as_ddp_allocates_them():
+def test_ddp_allocates_buckets_as_large_as_the_gradients():
     for gradients, allocated in run_distributed(2, bytes_of_ddp):
         assert gradients <= allocated <= 1.02 * gradients
     for lora in (0, 16):
-        items = {item.name: item for item in memory_of(Job(QWEN, 2**20, lora=lora)).items}
+        items = {item.name: item for item in estimate_memory(TrainingJob(QWEN, 2**20, lora=lora)).items}
         assert items["gradient buckets (DDP)"].num_bytes == 4 * trained_parameters(QWEN, lora)
-        assert items["gradient buckets (DDP)"].moment == "" and not items["gradient buckets (DDP)"].on_host
+        assert items["gradient buckets (DDP)"].phase == "" and not items["gradient buckets (DDP)"].on_host
     for settings in ({"devices": 1}, {"zero": 1}, {"zero": 3}):
-        assert "gradient buckets (DDP)" not in {item.name for item in memory_of(Job(QWEN, 2**20, **settings)).items}
+        assert "gradient buckets (DDP)" not in {
+            item.name for item in estimate_memory(TrainingJob(QWEN, 2**20, **settings)).items
+        }
 
 
-def test_published_runs_name_the_stage_they_were_made_with():
+def test_published_runs_name_their_stage_of_zero():
     assert {run.job.get("zero") for run in RUNS} == {1, 3}

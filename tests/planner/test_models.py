@@ -1,4 +1,4 @@
-"""Model descriptions: parameters against published counts and against the models that Transformers builds."""
+"""Models: their parameters against published counts and against the models that Transformers builds."""
 
 import json
 
@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hf.planner import read_model
-from ring_hf.planner.model_config import ARCHITECTURES, parse
-from ring_hf.planner.model_table import KNOWN, _short, known_name
+from ring_hf.planner.model_config import ARCHITECTURES, parse_config
+from ring_hf.planner.model_table import MODEL_TABLE, _short_name, find_model_name
 
-# Totals that the hub shows beside each model; 256 numbers a layer of DeepSeek V3 are a buffer of the router.
+# Totals that the hub shows for each model; 256 numbers per layer of DeepSeek V3 are a buffer of the router.
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -38,11 +38,11 @@ PUBLISHED = {
 }
 
 
-def built(config):
-    """Parameters of the model that Transformers makes of such a config.json, without memory."""
+def count_built_parameters(config):
+    """Return the number of parameters of the model that Transformers builds from a config.json, on the meta device."""
     values = {**config, "pad_token_id": 0}
     kind = values.pop("model_type")
-    if kind == "qwen3_moe":  # the name that Transformers 5 gives it; files on the hub say num_experts
+    if kind == "qwen3_moe":  # its name in Transformers 5; files on the hub have num_experts
         values["num_local_experts"] = values["num_experts"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
@@ -54,67 +54,69 @@ def test_parameters_are_the_published_count(name):
     assert read_model(name).parameters == PUBLISHED[name]
 
 
-def test_every_known_model_is_built_with_as_many_parameters_by_transformers():
-    for name, config in KNOWN.items():
+def test_every_known_model_has_the_parameters_of_transformers():
+    for name, config in MODEL_TABLE.items():
         shallow = {**config, "num_hidden_layers": 4}
-        assert parse(shallow, name, "").parameters == built(shallow), name
-    assert len(KNOWN) >= 25
+        assert parse_config(shallow, name, "").parameters == count_built_parameters(shallow), name
+    assert len(MODEL_TABLE) >= 25
 
 
-def test_the_largest_is_counted_whole():
-    config = KNOWN["deepseek-ai/DeepSeek-V3"]
-    assert parse(config, "", "").parameters == built(config)
+def test_the_largest_model_is_counted_with_all_layers():
+    config = MODEL_TABLE["deepseek-ai/DeepSeek-V3"]
+    assert parse_config(config, "", "").parameters == count_built_parameters(config)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_folder_is_read_as_transformers_reads_it(kind, tmp_path):
-    more = {"num_experts_per_tok": 2} if "experts" in ARCHITECTURES[kind] else {}
-    more |= {"head_dim": 128} if kind == "ministral" else {}  # its defaults make no model
-    config = AutoConfig.for_model(kind, num_hidden_layers=7, pad_token_id=0, **more)
+    values = {"num_experts_per_tok": 2} if "experts" in ARCHITECTURES[kind] else {}
+    values |= {"head_dim": 128} if kind == "ministral" else {}  # no model can be built from its defaults
+    config = AutoConfig.for_model(kind, num_hidden_layers=7, pad_token_id=0, **values)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = read_model(str(tmp_path))
-    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert found.layers == 7 and found.name == tmp_path.name and found.source == str(tmp_path / "config.json")
-    assert read_model(str(tmp_path / "config.json")) == found
+    parsed = read_model(str(tmp_path))
+    assert parsed.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert parsed.layers == 7 and parsed.name == tmp_path.name and parsed.source == str(tmp_path / "config.json")
+    assert read_model(str(tmp_path / "config.json")) == parsed
     window = getattr(config, "sliding_window", None)
     for layer, block in enumerate(model.model.layers):
         # Mistral, Mixtral and Phi 3 read it from the configuration in every layer.
-        assert found.windows[layer] == (getattr(block.self_attn, "sliding_window", window) or None), (layer, kind)
+        assert parsed.windows[layer] == (getattr(block.self_attn, "sliding_window", window) or None), (layer, kind)
 
 
 def test_windows_of_known_models_are_those_of_transformers():
     for name in ("google/gemma-2-2b", "google/gemma-3-1b-it", "openai/gpt-oss-20b", "mistralai/Mistral-7B-v0.1"):
-        config = dict(KNOWN[name])
+        config = dict(MODEL_TABLE[name])
         kinds = AutoConfig.for_model(config.pop("model_type"), **config).to_dict().get("layer_types")
         expected = [kind == "sliding_attention" for kind in kinds or ["sliding_attention"] * 32]
         assert [window is not None for window in read_model(name).windows] == expected
 
 
-def test_active_parameters_are_those_one_token_meets():
+def test_active_parameters_are_those_of_one_token():
     model = read_model("Qwen/Qwen3-30B-A3B")
     dense = read_model("Qwen/Qwen3-8B")
-    assert model.multiplied + model.vocab * model.hidden == pytest.approx(3.35e9, rel=0.01)  # "A3B": 3.3B activated
-    assert dense.multiplied == dense.parameters - dense.vocab * dense.hidden - 36 * (2 * 4096 + 2 * 128) - 4096
+    assert model.matmul_parameters + model.vocab * model.hidden == pytest.approx(
+        3.35e9, rel=0.01
+    )  # "A3B": 3.3B activated
+    assert dense.matmul_parameters == dense.parameters - dense.vocab * dense.hidden - 36 * (2 * 4096 + 2 * 128) - 4096
 
 
-def test_multi_head_latent_attention_attends_with_heads_of_192_and_128():
+def test_multi_head_latent_attention_has_heads_of_192_and_128():
     model = read_model("deepseek-ai/DeepSeek-V3")
     assert (model.kv_heads, model.head_dim, model.v_head_dim) == (128, 192, 128)
     assert sum(not sparse for sparse in model.sparse) == 3 and model.shared_ff == 2048
 
 
-def test_names_are_found_in_any_case_with_or_without_organisation_tuned_or_not():
-    assert len({_short(name) for name in KNOWN}) == len(KNOWN)
+def test_names_match_in_any_case_without_organisation_or_suffix():
+    assert len({_short_name(name) for name in MODEL_TABLE}) == len(MODEL_TABLE)
     for text in ("qwen3-8b", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base", "QWEN3-8B"):
-        assert known_name(text) == "Qwen/Qwen3-8B"
-    assert known_name("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B"
+        assert find_model_name(text) == "Qwen/Qwen3-8B"
+    assert find_model_name("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B"
     assert read_model("Llama-2-7b").source == "built-in table: config.json of meta-llama/Llama-2-7b-hf"
 
 
-def test_multimodal_files_are_read_by_their_text_part(tmp_path):
-    text = {key: value for key, value in KNOWN["google/gemma-3-1b-it"].items() if key != "model_type"}
+def test_the_text_part_of_multimodal_files_is_read(tmp_path):
+    text = {key: value for key, value in MODEL_TABLE["google/gemma-3-1b-it"].items() if key != "model_type"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}))
     assert read_model(str(file)).parameters == PUBLISHED["google/gemma-3-1b-it"]
@@ -125,7 +127,7 @@ def test_multimodal_files_are_read_by_their_text_part(tmp_path):
     [
         (
             {"model_type": "mamba"},
-            r"model_type='mamba' .*its layers are none the planner can count.* set model_type to",
+            r"model_type='mamba' .*the planner does not know its layers.* set model_type to",
         ),
         ({"model_type": "llama", "hidden_size": 8}, r"lacks num_hidden_layers, num_attention_heads, .*Pass the whole"),
     ],
@@ -136,18 +138,20 @@ def test_files_are_refused(config, message, tmp_path):
         read_model(str(tmp_path))
 
 
-def test_names_are_refused_with_those_close_to_them(tmp_path):
+def test_errors_of_unknown_names_list_similar_names(tmp_path):
     with pytest.raises(
-        ValueError, match=r"'Qwen/Qwen3-9B' is neither .*nothing is downloaded\. Close to it: .*Qwen3-8B"
+        ValueError, match=r"'Qwen/Qwen3-9B' is neither .*nothing is downloaded\. Similar names: .*Qwen3-8B"
     ):
         read_model("Qwen/Qwen3-9B")
-    with pytest.raises(ValueError, match=r"Known: meta-llama/Llama-2-7b-hf, .*pass its folder or its config\.json"):
+    with pytest.raises(
+        ValueError, match=r"Known names: meta-llama/Llama-2-7b-hf, .*pass its folder or its config\.json"
+    ):
         read_model("zzzz")
     with pytest.raises(ValueError, match=r"has no config\.json\. Pass the folder that save_pretrained wrote"):
         read_model(str(tmp_path))
-    (tmp_path / "config.json").write_text("no json")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON: .*Pass a config\.json of Transformers"):
+    (tmp_path / "config.json").write_text("not json")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: .*Pass a config\.json of Transformers"):
         read_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"config\.json holds a list and no object of keys\. Pass a config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json contains a list, not an object\. Pass a config\.json"):
         read_model(str(tmp_path))

@@ -99,7 +99,7 @@ def test_a_run_that_did_not_fit_leaves_nothing_behind(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
-    keys = {**steps.read_keys(steps.MODEL)[0], **steps.TINY}
+    keys = {**steps.read_config(steps.MODEL)[0], **steps.TINY}
     run = Run(keys, "ring_zigzag", (64, 64), steps.SAVE.options)
     row = steps._or_out_of_memory(lambda: trainer_run.train(run, CPU), {"kind": "steps"})
     trainer_run.free(CPU)
@@ -136,7 +136,7 @@ def planned(device, lengths=steps.LENGTHS):
     found = {}
     for case in steps.cases(bench):
         if case.plan is not None:
-            found[case.name] = (case.plan.job, case.plan.memory.total / case.plan.room)
+            found[case.name] = (case.plan.job, case.plan.memory.total / case.plan.memory_budget)
     return found
 
 
@@ -153,7 +153,7 @@ def test_the_planner_chooses_settings_and_what_is_tried():
     job, _ = planned("a100-40")["ring_zigzag, memory options, 262,144 tokens"]
     assert job.offload == ("layers", "attention")
     job, _ = small["one rank of 8, 131,072 tokens"]
-    assert (job.cp, job.tokens, job.checkpoint) == (8, 16384, "full")
+    assert (job.cp, job.tokens_per_rank, job.checkpoint) == (8, 16384, "full")
 
 
 def test_what_is_too_large_by_the_plan_is_left_out(trained, monkeypatch):
