@@ -11,6 +11,7 @@ from ..text import HelpFormatter, parse_size, wrap_prose
 from .million_tokens import make_million_table
 from .model_config import read_model
 from .model_table import MODEL_TABLE
+from .optimizer_table import make_optimizer_table
 from .optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, PRECISIONS, OptimizerSpec
 from .paper_tables import (
     make_appendix_d_table,
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published": make_published_table,
     "fit": make_selection_table,
     "million": make_million_table,
+    "optimizers": make_optimizer_table,
 }
 # The settings of a job that --fit chooses; their options cannot be combined with it.
 FIT_SETTINGS = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from ring_hf.planner import TrainingJob, read_model
 from ring_hf.planner.memory_estimate import estimate_memory, optimizer_bytes
+from ring_hf.planner.optimizer_table import make_optimizer_table
 from ring_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, PRECISIONS, supports_engine
 from tests.harness import ROOT, run_distributed
 
@@ -149,3 +150,13 @@ def test_every_optimizer_can_be_planned_where_it_works(name):
                 with pytest.raises(ValueError, match=f"--optimizer {name} does not work on "):
                     TrainingJob(LLAMA, 8192, optimizer=name, **settings)
     assert estimate_memory(TrainingJob(LLAMA, 8192, optimizer=name)).total > 0
+
+
+def test_the_table_of_optimizers_has_the_bytes_of_each_engine():
+    lines = [line for line in make_optimizer_table().splitlines() if line.startswith("| ")]
+    rows = {name: cells for name, _, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    assert rows["AdamW (default)"] == ["4 + 4 + 8", "2 + 4 + 12", "2 + 2 + 4", "DDP, FSDP2, ZeRO"]
+    assert rows["8-bit AdamW (bitsandbytes)"] == ["4 + 4 + 2.03", "2 + 4 + 6.03", "2 + 2 + 2.03", "DDP, ZeRO"]
+    assert rows["Adafactor"] == ["4 + 4 + 0.01", "-", "2 + 2 + 0.01", "DDP"]
+    assert rows["AdamW in host memory"] == ["-", "2 (16 in host memory)", "-", "ZeRO"]
+    assert rows["all states in host memory"][-1] == "FSDP2, ZeRO-3"

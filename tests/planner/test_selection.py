@@ -104,7 +104,7 @@ def test_published_runs_are_faster_with_saved_attention_and_fit():
         assert estimate_memory(saved).allocated / 1e9 < run.published.get("GB", 80)
 
 
-@pytest.mark.parametrize("table", ["fit", "million"])
+@pytest.mark.parametrize("table", ["fit", "million", "optimizers"])
 def test_the_page_of_memory_options_has_the_planned_tables(table):
     text = (ROOT / "docs" / "memory_options.md").read_text()
     begin, end = f"<!-- planned: --table {table} -->\n", "\n<!-- end planned -->"
