@@ -14,7 +14,7 @@ import torch
 
 from ..geometry import AttentionSpec, Plan, split
 from ..kernels import GradAccumulator, Kernel, OutLseAccumulator, accumulate_dtype
-from .all_gather import AllGatherTransport
+from .allgather import AllGatherTransport
 from .direct_fetch import DirectFetchTransport
 from .ring import RingTransport
 from .transport import RingComm, Transport

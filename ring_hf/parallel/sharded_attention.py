@@ -171,8 +171,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence) ->
             "second."
         )
     if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
-        found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"q, k and v must agree in dtype and device, got {found}. Cast them to one.")
+        devices = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must agree in dtype and device, got {devices}. Cast them to one.")
     tokens = sequence.shard_length
     if k.shape[2] != tokens or (q.shape[2] != tokens if sequence.num_ranks > 1 else q.shape[2] > tokens):
         raise ValueError(

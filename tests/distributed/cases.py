@@ -107,18 +107,18 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
 
 def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tuple[float, float, float]]]:
     """Per case and tensor of this rank: `(largest difference, rms ratio, rms ratio of one process in that dtype)`."""
-    found = []
+    rows = []
     for case in cases:
         assert case.num_ranks == world_size
         q, k, v, dout = problem(case)
-        seen = dense_mask(case.sequence, case.mask, case.rows)
+        visible = dense_mask(case.sequence, case.mask, case.rows)
         sinks = () if case.sinks is None else (case.sinks.to(q.dtype),)
-        maths = {"seen_BSS": seen, "scale": q.shape[-1] ** -0.5, "softcap": case.softcap}
+        maths = {"seen_BSS": visible, "scale": q.shape[-1] ** -0.5, "softcap": case.softcap}
         exact = with_gradients(partial(dense_attention, **maths), *_double(q, k, v, *sinks), dout=dout.double())
         got = ring_result(rank, case)
         alone = exact
         if case.dtype == "bfloat16":
-            alone = with_gradients(partial(_one_process, seen=seen), q, k, v, dout=dout)
+            alone = with_gradients(partial(_one_process, visible=visible), q, k, v, dout=dout)
         row = {}
         for name, mine, want, single in zip(TENSORS, got, exact, alone, strict=False):
             (want,), (single,) = shards(case, rank, want), shards(case, rank, single)
@@ -129,16 +129,16 @@ def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tupl
             total = got[-1].double()
             dist.all_reduce(total)
             row["dsinks"] = ((total - exact[-1]).abs().max().item(), rms_ratio(total, exact[-1]), 0.0)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _double(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.double() for x in tensors]
 
 
-def _one_process(q, k, v, seen):
+def _one_process(q, k, v, visible):
     """One process in this dtype: the operator behind PyTorch's attention on CPU, under the dense mask."""
-    hidden = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
     scale = q.shape[-1] ** -0.5
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=hidden[:, None], scale=scale)

@@ -27,7 +27,7 @@ def check_exact(cases: list[Case]) -> dict[str, float]:
     worst: dict[str, float] = dict.fromkeys(TENSORS, 0.0)
     for per_case in zip(cases, *run_distributed(cases[0].num_ranks, errors, cases), strict=True):
         case, ranks = per_case[0], per_case[1:]
-        for rank, (name, row) in ((r, item) for r, found in enumerate(ranks) for item in found.items()):
+        for rank, (name, row) in ((r, item) for r, rank_results in enumerate(ranks) for item in rank_results.items()):
             assert _passes(case.dtype, name, *row), (
                 f"{case}, rank {rank}: {name} is off by (max, rms, one process) {row}"
             )
@@ -94,7 +94,7 @@ MASKS = (
     {"window": 30, "packed": True},
     {"prefix": True, "packed": True, "window": 20},
 )
-WAYS = [
+ALGORITHMS = [
     (4, {"transport": "ring"}),
     (4, {"transport": "allgather"}),
     (4, {"transport": "direct"}),
@@ -115,18 +115,21 @@ WAYS = [
 ]
 
 
-def _named(way: dict) -> str:
-    return "-".join(f"{key}={value}" for key, value in way.items())
+def _named(algorithm: dict) -> str:
+    return "-".join(f"{key}={value}" for key, value in algorithm.items())
 
 
-@pytest.mark.parametrize("num_ranks, way", WAYS, ids=[f"{ranks}-{_named(way)}" for ranks, way in WAYS])
+IDS = [f"{ranks}-{_named(algorithm)}" for ranks, algorithm in ALGORITHMS]
+
+
+@pytest.mark.parametrize("num_ranks, algorithm", ALGORITHMS, ids=IDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_way_to_exchange_is_exact_in_every_layout(layout, num_ranks, way):
-    heads = {"heads": 8, "kv_heads": 4} if way.get("ulysses") == 4 else {}
+def test_every_algorithm_is_exact_in_every_layout(layout, num_ranks, algorithm):
+    heads = {"heads": 8, "kv_heads": 4} if algorithm.get("ulysses") == 4 else {}
     # fp64 finds every mistake of a plan or a message; the others judge rounding, on the masks that merge most.
     for dtype, units, masks in (("float64", 5, MASKS), ("float32", 5, MASKS[-3:]), ("bfloat16", 5, MASKS[-3:])):
-        cases = [Case(layout, num_ranks, dtype, units=units, **mask, **way, **heads) for mask in masks]
-        _print(f"{_named(way)} {layout} ranks={num_ranks}", dtype, check_exact(cases))
+        cases = [Case(layout, num_ranks, dtype, units=units, **mask, **algorithm, **heads) for mask in masks]
+        _print(f"{_named(algorithm)} {layout} ranks={num_ranks}", dtype, check_exact(cases))
 
 
 @pytest.mark.parametrize("ulysses", [2, 4])
@@ -175,7 +178,7 @@ MATHS = {
 
 @pytest.mark.parametrize("name", MATHS)
 def test_maths_of_model_families_is_exact(name):
-    ways: tuple[dict, ...] = (
+    algorithms: tuple[dict, ...] = (
         {"transport": "ring"},
         {"transport": "allgather"},
         {"transport": "direct"},
@@ -184,9 +187,9 @@ def test_maths_of_model_families_is_exact(name):
     )
     for dtype in ("float64", "float32"):
         cases = [
-            Case(layout, 4, dtype, **way, **MATHS[name], **mask)
+            Case(layout, 4, dtype, **algorithm, **MATHS[name], **mask)
             for layout in ("zigzag", "striped")
-            for way in ways
+            for algorithm in algorithms
             for mask in ({}, {"packed": True, "window": 9})
         ]
         _print(name, dtype, check_exact(cases))

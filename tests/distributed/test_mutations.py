@@ -10,8 +10,7 @@ import torch
 import ring_hf.kernels.merge
 from ring_hf.geometry import Move, Plan
 from ring_hf.kernels import causal_blocks
-from ring_hf.parallel import all_gather as gather_transport
-from ring_hf.parallel import chunked_ulysses, direct_fetch, ring, sharded_attention, transport
+from ring_hf.parallel import allgather, chunked_ulysses, direct_fetch, ring, sharded_attention, transport
 from tests.distributed.cases import Case, errors
 from tests.harness import run_distributed
 
@@ -83,7 +82,7 @@ def _fetched_gradients_land_at_the_start(patch):
 
 
 def _gathered_in_rank_order(patch):
-    patch.setattr(gather_transport.KVBlocks, "_slices", lambda self, x: list(x))
+    patch.setattr(allgather.KVBlocks, "_slices", lambda self, x: list(x))
 
 
 def _heads_of_a_neighbour(patch):

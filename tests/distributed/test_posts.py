@@ -21,7 +21,7 @@ from tests.harness import rms_ratio, run_distributed
 
 OPERATORS = torch.ops.ring_hf.ring_attention.default, torch.ops.ring_hf.chunked_ulysses.default
 LAYERS, BATCHES = 2, 2
-WAYS = {
+ALGORITHMS = {
     "ring": Case("zigzag", 4, units=1, rows=1),
     "windowed ring": Case("contiguous", 4, units=1, rows=1, window=4),
     "double ring": Case("zigzag", 4, units=1, rows=1, transport="double_ring", inner=2),
@@ -61,11 +61,11 @@ def _step(case: Case, rank: int, checkpointing: str) -> None:
 def posts(rank: int, world_size: int, case: Case, checkpointing: str) -> list[tuple]:
     """What one rank posts, in its order: exchanges, both collectives, exchanges of heads, and the other reductions."""
     warm_up(dist.group.WORLD, torch.device("cpu"), case.ulysses, case.inner)
-    said: list[tuple] = []
+    posted: list[tuple] = []
 
-    def told(name, original, describe):
+    def recording(name, original, describe):
         def call(*args, **kwargs):
-            said.append((name, *describe(*args, **kwargs)))
+            posted.append((name, *describe(*args, **kwargs)))
             return original(*args, **kwargs)
 
         return call
@@ -80,26 +80,26 @@ def posts(rank: int, world_size: int, case: Case, checkpointing: str) -> list[tu
 
     originals = dist.all_to_all_single, dist.all_reduce
     with (
-        mock.patch.object(RingComm, "isend_irecv", told("exchange", RingComm.isend_irecv, hop)),
-        mock.patch.object(transport, "_all_gather", told("gather", transport._all_gather, _sizes)),
-        mock.patch.object(transport, "_reduce_scatter", told("scatter", transport._reduce_scatter, _sizes)),
-        mock.patch.object(dist, "all_to_all_single", told("heads", originals[0], _sizes)),
-        mock.patch.object(dist, "all_reduce", told("weights", originals[1], _sizes)),
+        mock.patch.object(RingComm, "isend_irecv", recording("exchange", RingComm.isend_irecv, hop)),
+        mock.patch.object(transport, "_all_gather", recording("gather", transport._all_gather, _sizes)),
+        mock.patch.object(transport, "_reduce_scatter", recording("scatter", transport._reduce_scatter, _sizes)),
+        mock.patch.object(dist, "all_to_all_single", recording("heads", originals[0], _sizes)),
+        mock.patch.object(dist, "all_reduce", recording("weights", originals[1], _sizes)),
     ):
         _step(case, rank, checkpointing)
-    return said
+    return posted
 
 
 def _sizes(*args, **kwargs) -> list[int]:
     return [x.numel() for x in args if isinstance(x, torch.Tensor)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_all_ranks_post_in_one_order_also_in_recompute_and_accumulation(way):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_ranks_post_in_one_order_also_in_recompute_and_accumulation(algorithm):
     counts = {}
     for checkpointing in ("none", "plain", "reentrant", "selective"):
-        first, *others = run_distributed(4, posts, WAYS[way], checkpointing)
-        assert first and all(other == first for other in others), (way, checkpointing)
+        first, *others = run_distributed(4, posts, ALGORITHMS[algorithm], checkpointing)
+        assert first and all(other == first for other in others), (algorithm, checkpointing)
         counts[checkpointing] = Counter(name for name, *_ in first)
     assert all(count["weights"] == LAYERS * BATCHES for count in counts.values())
     kinds = {"exchange", "gather"} & set(counts["none"])
@@ -110,15 +110,15 @@ def test_all_ranks_post_in_one_order_also_in_recompute_and_accumulation(way):
 
 def exchanges_of_heads(rank: int, world_size: int) -> tuple[int, int]:
     """All-to-alls of a forward pass without and with lse."""
-    case, counts = WAYS["ulysses in a ring"], []
+    case, counts = ALGORITHMS["ulysses in a ring"], []
     q, k, v, _ = shards(case, rank, *problem(case))
     outs = []
     for return_lse in (False, True):
         with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as spy:
-            found = context_attention(q, k, v, ulysses_size=case.ulysses, return_lse=return_lse)
-        outs.append(found[0] if return_lse else found)
+            results = context_attention(q, k, v, ulysses_size=case.ulysses, return_lse=return_lse)
+        outs.append(results[0] if return_lse else results)
         counts.append(spy.call_count)
-    assert torch.equal(*outs) and found[1].shape == q.shape[:3]
+    assert torch.equal(*outs) and results[1].shape == q.shape[:3]
     return counts[0], counts[1]
 
 
@@ -128,7 +128,7 @@ def test_heads_are_exchanged_for_lse_only_where_it_is_asked_for():
 
 def chunks_of_heads(rank: int, world_size: int, case: Case) -> list[tuple[int, int, int, int]]:
     """All-to-alls and elements sent to all ranks, forward and backward, by number of chunks."""
-    found = []
+    results = []
     for count in (1, 2, 4, 8):
         q, k, v, dout = (x.requires_grad_() for x in shards(case, rank, *problem(case)))
         with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as spy:
@@ -136,8 +136,8 @@ def chunks_of_heads(rank: int, world_size: int, case: Case) -> list[tuple[int, i
             forward = list(spy.call_args_list)
             out.backward(dout)
         calls = forward, spy.call_args_list[len(forward) :]
-        found.append(tuple(f([call.args[1].numel() for call in one]) for one in calls for f in (len, sum)))
-    return found
+        results.append(tuple(f([call.args[1].numel() for call in of_kind]) for of_kind in calls for f in (len, sum)))
+    return results
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -152,9 +152,9 @@ def test_chunks_send_each_head_once_and_once_more_for_backward(num_ranks):
 
 
 def differences_from_one_chunk(rank: int, world_size: int, case: Case, counts: tuple[int, ...]) -> list[list[float]]:
-    one = ring_result(rank, case)
+    of_kind = ring_result(rank, case)
     cut = [ring_result(rank, replace(case, head_chunks=count)) for count in counts]
-    return [[rms_ratio(x, y) for x, y in zip(many, one, strict=True)] for many in cut]
+    return [[rms_ratio(x, y) for x, y in zip(many, of_kind, strict=True)] for many in cut]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -174,12 +174,12 @@ def test_chunks_of_heads_change_no_more_than_rounding(num_ranks, dtype):
 def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]:
     """`(buffers taken, buffers allocated)` per layer, forward and backward, of four layers and a longer batch."""
     transport.pool_of(torch.device("cpu")).clear()
-    taken, allocated = 0, 0
+    acquired, allocated = 0, 0
     acquire, record_stream = Pool.acquire, CommStream.record_stream
 
     def count_acquired(self, shapes, dtype):
-        nonlocal taken
-        taken += 1
+        nonlocal acquired
+        acquired += 1
         return acquire(self, shapes, dtype)
 
     def count_empty(self, x):  # the pool calls it for each storage that it allocates, others for other tensors
@@ -187,16 +187,16 @@ def allocations(rank: int, world_size: int, case: Case) -> list[tuple[int, int]]
         allocated += x.ndim == 1 and x.storage_offset() == 0 and x.is_contiguous() and not x.requires_grad
         record_stream(self, x)
 
-    found = []
+    results = []
     with (
         mock.patch.object(Pool, "acquire", count_acquired),
         mock.patch.object(CommStream, "record_stream", count_empty),
     ):
         for units in (1, 1, 1, 1, 2, 1):
-            before = taken, allocated
+            before = acquired, allocated
             _layer(Case(**{**case.__dict__, "units": units, "dtype": "bfloat16"}), rank)
-            found.append((taken - before[0], allocated - before[1]))
-    return found
+            results.append((acquired - before[0], allocated - before[1]))
+    return results
 
 
 def _layer(case: Case, rank: int) -> None:
@@ -206,13 +206,13 @@ def _layer(case: Case, rank: int) -> None:
     context_attention(q, k, v, **settings).backward(dout)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_buffers_are_allocated_for_the_first_layer_alone(way):
-    for rank, layers in enumerate(run_distributed(4, allocations, WAYS[way])):
-        taken, allocated = zip(*layers, strict=True)
-        print(f"BUFFERS {way} rank {rank}: taken per layer {taken}, allocated {allocated}")
-        assert 0 < allocated[0] <= taken[0] and allocated[1:4] == (0, 0, 0)
-        assert taken[:4] == (taken[0],) * 4
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_buffers_are_allocated_for_the_first_layer_alone(algorithm):
+    for rank, layers in enumerate(run_distributed(4, allocations, ALGORITHMS[algorithm])):
+        acquired, allocated = zip(*layers, strict=True)
+        print(f"BUFFERS {algorithm} rank {rank}: taken per layer {acquired}, allocated {allocated}")
+        assert 0 < allocated[0] <= acquired[0] and allocated[1:4] == (0, 0, 0)
+        assert acquired[:4] == (acquired[0],) * 4
 
 
 def _pool() -> Pool:
@@ -236,8 +236,8 @@ def test_idle_buffers_are_bounded_by_what_recent_passes_held_at_once():
 def test_idle_buffers_are_bounded_in_all(monkeypatch):
     monkeypatch.setattr(buffers, "MAX_IDLE_BYTES", 1000)
     pool = _pool()
-    lent = [pool.acquire(((100,),), torch.float32) for _ in range(5)]
-    for buffer in lent:
+    in_use = [pool.acquire(((100,),), torch.float32) for _ in range(5)]
+    for buffer in in_use:
         pool.release(buffer)
     assert 0 < pool.idle_bytes <= 1000
     pool.clear()
@@ -246,22 +246,22 @@ def test_idle_buffers_are_bounded_in_all(monkeypatch):
 
 def test_a_buffer_is_never_in_use_twice_and_a_dropped_one_is_not_counted():
     pool = _pool()
-    lent = [pool.acquire(((8,),), torch.float32) for _ in range(3)]
-    assert len({buffer.storage.data_ptr() for buffer in lent}) == 3
-    pool.release(lent[0])
+    in_use = [pool.acquire(((8,),), torch.float32) for _ in range(3)]
+    assert len({buffer.storage.data_ptr() for buffer in in_use}) == 3
+    pool.release(in_use[0])
     with pytest.raises(AssertionError, match="released twice"):
-        pool.release(lent[0])
+        pool.release(in_use[0])
     again = pool.acquire(((2, 4),), torch.float32)
-    assert again.storage is lent[0].storage and again.parts[0].shape == (2, 4)
+    assert again.storage is in_use[0].storage and again.parts[0].shape == (2, 4)
     assert pool.acquire(((8,),), torch.float64).storage.dtype == torch.float64
-    del lent, again
+    del in_use, again
     pool.release(pool.acquire(((1,),), torch.float32))
     assert pool.idle_bytes == 4
 
 
 def test_threads_share_a_pool():
     pool = _pool()
-    seen = []
+    observed = []
 
     def work(number):
         for _ in range(200):
@@ -269,11 +269,11 @@ def test_threads_share_a_pool():
             filled = buffer.flat.fill_(number)
             assert (filled == number).all()
             pool.release(buffer)
-        seen.append(number)
+        observed.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(seen) == [0, 1, 2, 3] and pool.idle_bytes <= 4 * 64 * 4
+    assert sorted(observed) == [0, 1, 2, 3] and pool.idle_bytes <= 4 * 64 * 4

@@ -16,6 +16,7 @@ from ring_hf.geometry import AttentionSpec, make_plan
 from ring_hf.kernels import reference
 from ring_hf.parallel import buffers, streams, transport
 from ring_hf.parallel.schedule import ring_backward, ring_forward, transport_of
+from ring_hf.parallel.streams import CudaCommStream
 from tests import cuda_streams
 from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.distributed.cases import Case, problem, shards
@@ -110,8 +111,8 @@ def _record(case: Case, collectives: bool = False, **settings):
 @functools.cache
 def _expected(case: Case, layer: int) -> tuple[torch.Tensor, ...]:
     *qkv, dout = _inputs(case, layer)
-    seen = dense_mask(case.sequence, case.mask, case.rows)
-    dense = functools.partial(dense_attention, seen_BSS=seen, scale=qkv[0].shape[-1] ** -0.5, softcap=None)
+    visible = dense_mask(case.sequence, case.mask, case.rows)
+    dense = functools.partial(dense_attention, seen_BSS=visible, scale=qkv[0].shape[-1] ** -0.5, softcap=None)
     return with_gradients(dense, *qkv, dout=dout)
 
 
@@ -119,8 +120,8 @@ def worst(case: Case, results: list[list[tuple[torch.Tensor, ...]]]) -> float:
     """The largest difference from dense attention over ranks, layers and tensors; NaN counts as infinite."""
     apart = 0.0
     for rank, layers in enumerate(results):
-        for layer, found in enumerate(layers):
-            for got, want in zip(found, shards(case, rank, *_expected(case, layer)), strict=True):
+        for layer, results in enumerate(layers):
+            for got, want in zip(results, shards(case, rank, *_expected(case, layer)), strict=True):
                 off = torch.where(got == want, 0.0, (got - want).abs()).max().item()
                 apart = max(apart, float("inf") if off != off else off)
     return apart
@@ -324,23 +325,23 @@ def _races_of_a_failure(name: str) -> list[str]:
 
 # fault -> (what is broken, by what, the case that shows it, how)
 FAULTS = {
-    "compute does not wait for a block": (streams.CudaCommStream, "wait_works", _wait_on_side_only, "ring", _races),
+    "compute does not wait for a block": (CudaCommStream, "wait_works", _wait_on_side_only, "ring", _races),
     "the next hop does not wait for a block": (
-        streams.CudaCommStream,
+        CudaCommStream,
         "wait_works",
         _wait_on_compute_only,
         "double ring of six",
         _races,
     ),
-    "exchanges wait for no event": (streams.CudaCommStream, "on_comm_stream", _side_without_events, "ring", _races),
+    "exchanges wait for no event": (CudaCommStream, "on_comm_stream", _side_without_events, "ring", _races),
     "copies to be fetched wait for no event": (
-        streams.CudaCommStream,
+        CudaCommStream,
         "on_comm_stream",
         _side_without_events,
         "direct",
         _races,
     ),
-    "gathers wait for no event": (streams.CudaCommStream, "on_comm_stream", _side_without_events, "allgather", _races),
+    "gathers wait for no event": (CudaCommStream, "on_comm_stream", _side_without_events, "allgather", _races),
     "compute records no event": (transport.RingComm, "record_use", lambda self, buffer: None, "ring", _races),
     "compute records no event on what it fetched": (
         transport.RingComm,
@@ -358,7 +359,7 @@ FAULTS = {
         _races,
     ),
     "compute acquires buffers without waiting": (
-        streams.CudaCommStream,
+        CudaCommStream,
         "wait_events",
         lambda self, events: None,
         "ring",
@@ -366,21 +367,9 @@ FAULTS = {
     ),
     "fresh memory without an event": (buffers.Pool, "acquire", _fresh_without_events, "ring", _races),
     "exchanges do not hold what they send": (transport.PendingExchange, "__init__", _hold_nothing, "ring", _races),
-    "no record_stream": (streams.CudaCommStream, "record_stream", lambda self, x: None, "direct", _races_of_a_failure),
-    "posted on the compute stream": (
-        streams.CudaCommStream,
-        "on_comm_stream",
-        _side_is_current,
-        "ring",
-        _lost_overlap,
-    ),
-    "fetched on the compute stream": (
-        streams.CudaCommStream,
-        "on_comm_stream",
-        _side_is_current,
-        "direct",
-        _lost_overlap,
-    ),
+    "no record_stream": (CudaCommStream, "record_stream", lambda self, x: None, "direct", _races_of_a_failure),
+    "posted on the compute stream": (CudaCommStream, "on_comm_stream", _side_is_current, "ring", _lost_overlap),
+    "fetched on the compute stream": (CudaCommStream, "on_comm_stream", _side_is_current, "direct", _lost_overlap),
     "one group for near and far": (transport.RingComm, "__init__", _one_group, "double ring of six", _lost_overlap),
 }
 
@@ -389,13 +378,13 @@ FAULTS = {
 def test_each_wait_event_and_hold_is_needed(fault):
     target, attribute, broken, name, judge = FAULTS[fault]
     with mock.patch.object(target, attribute, broken):
-        found = judge(name)
-    assert found
-    print(f"MUTATION {fault} ({name}): {len(found)} found, such as {found[0]}")
+        results = judge(name)
+    assert results
+    print(f"MUTATION {fault} ({name}): {len(results)} found, such as {results[0]}")
 
 
 def test_a_missing_wait_also_shows_in_numbers():
-    with mock.patch.object(streams.CudaCommStream, "wait_works", _wait_on_side_only):
+    with mock.patch.object(CudaCommStream, "wait_works", _wait_on_side_only):
         machines, results = _record(CASES["ring"], hold=True)
     Replay(machines).run(policies(0)["exchanges late"])
     assert worst(CASES["ring"], results) > 1e-3
@@ -403,7 +392,7 @@ def test_a_missing_wait_also_shows_in_numbers():
 
 def test_a_timeout_ends_on_the_device():
     cuda = mock.MagicMock()
-    stream = streams.CudaCommStream(torch.device("cpu"), cuda)
+    stream = CudaCommStream(torch.device("cpu"), cuda)
     stream.wait_works([], timedelta(seconds=60))  # a mock's event has happened
     cuda.Event.return_value.query.return_value = False
     with pytest.raises(RuntimeError, match="timed out on the device"):

@@ -76,9 +76,9 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_warm_up_connects_whoever_will_talk_and_makes_every_group(split):
     case, num_groups = SPLITS[split]
-    found = run_distributed(4, warmed, split, case)
-    assert [row[1:] for row in found] == [(num_groups, num_groups)] * 4
-    pairs = set().union(*(row[0] for row in found))
+    rows = run_distributed(4, warmed, split, case)
+    assert [row[1:] for row in rows] == [(num_groups, num_groups)] * 4
+    pairs = set().union(*(row[0] for row in rows))
     ulysses_size, inner = split
     ring = {("ring_hf ring", a, b) for a in range(4) for b in range(a % ulysses_size, 4, ulysses_size) if a != b}
     between = {("ring_hf between inner rings", a, (a + inner) % 4) for a in range(4)} if inner > 1 else set()
@@ -177,7 +177,7 @@ def test_ranks_in_different_numbers_of_groups_find_each_other():
 
 def one_is_missing(rank: int, world_size: int) -> list[str]:
     """What the others are told when rank 1 does not come, fails in the ring, or fails where heads are exchanged."""
-    said, limit = [], timedelta(seconds=1.5)
+    messages, limit = [], timedelta(seconds=1.5)
     module = importlib.import_module("ring_hf.parallel.group_warm_up")
     for where, ulysses_size in (("store", 1), ("ring", 1), ("heads", world_size)):
         forget_group(dist.group.WORLD)
@@ -189,9 +189,9 @@ def one_is_missing(rank: int, world_size: int) -> list[str]:
         expected = (ValueError, "rank 1 has failed") if rank == 1 else (RuntimeError, "[Tt]he warm-up")
         with failing if rank == 1 else contextlib.nullcontext(), pytest.raises(expected[0], match=expected[1]) as why:
             warm_up(dist.group.WORLD, CPU, ulysses_size, timeout=limit)
-        said.append(str(why.value))
+        messages.append(str(why.value))
         dist.barrier()
-    return said
+    return messages
 
 
 WORDS = (
