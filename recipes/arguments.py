@@ -1,5 +1,5 @@
-"""What a run can be told, as dataclasses, and one parser for all recipes: a YAML file first, then `--key value` for
-whatever differs.
+"""The arguments of all recipes, as dataclasses, and one parser: a YAML file first, then `--key value` for whatever
+differs.
 
 The precedence is dataclass default < YAML < command line. A key that no dataclass has is an error, in the file and on
 the command line, and names the nearest keys that exist.
@@ -19,7 +19,7 @@ import ring_hf
 
 
 def option(default: Any, text: str) -> Any:
-    """A field with a default and its line of --help; a list is copied for each instance."""
+    """Return a field with a default and its line of --help; a list is copied for each instance."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
@@ -27,7 +27,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Which model, and how its positions and its attention are set for the target length."""
+    """The model, and its positions and attention at the target length."""
 
     model: str | None = option(None, "Hub id or folder of a causal language model.")
     model_revision: str = option("main", "Branch, tag or commit of a hub model.")
@@ -41,9 +41,10 @@ class ModelArguments:
         "ring_zigzag", "A backend of ring_hf; in one process also any of Transformers, such as sdpa."
     )
     dtype: str = option("float32", "Type of the weights. For mixed precision keep float32 and set bf16.")
-    rope_theta: float | None = option(None, "RoPE base for the target length; the rest of RoPE stays as it is.")
+    rope_theta: float | None = option(None, "RoPE base for the target length; the rest of RoPE does not change.")
     rope_parameters: dict | str | None = option(
-        None, "All of RoPE as Transformers 5 writes it, such as {rope_type: yarn, factor: 8.0, rope_theta: 10000.0}."
+        None,
+        "All of RoPE in the format of Transformers 5, as {rope_type: yarn, factor: 8.0, rope_theta: 10000.0}.",
     )
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class ModelArguments:
 
 @dataclass
 class SourceArguments:
-    """Which documents, and which of them are held out."""
+    """The documents, and the held-out part of them."""
 
     data: str = option(
         "builtin",
@@ -100,7 +101,7 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class ParallelArguments:
-    """How a sequence is shared."""
+    """Which processes share a sequence, and how."""
 
     context_parallel_size: int | None = option(
         None,
@@ -111,11 +112,11 @@ class ParallelArguments:
         None, "Copies of the weights; with FSDP2 more than one is HSDP. Default: 1 with FSDP2, else one per sequence."
     )
     ulysses_size: str | None = option(
-        None, "How many of them exchange heads instead of keys and values, or `auto` for what the heads allow."
+        None, "Processes that exchange heads instead of keys and values, or `auto` for as many as the heads allow."
     )
     inner_ring_size: int | None = option(None, "Processes of an inner ring (those of a node) of a double ring.")
     head_chunks: int | None = option(
-        None, "In how many chunks heads are exchanged, so that attention holds less. Default: all at once."
+        None, "Number of chunks in which heads are exchanged, to save memory. Default: all at once."
     )
     transport: str | None = option(
         None, "How keys and values travel: ring, double_ring, allgather or direct. Default: auto, by estimate."
@@ -124,7 +125,7 @@ class ParallelArguments:
     kernel: str = option("auto", "Attention kernel of a tile, or a family of them; auto takes the fastest that fits.")
 
     def config(self) -> ring_hf.ContextParallelConfig:
-        """What `TrainingArguments(parallelism_config=...)` takes."""
+        """Return the object for `TrainingArguments(parallelism_config=...)`."""
         ulysses: Any = self.ulysses_size  # text on the command line, perhaps a number in a YAML file
         if isinstance(ulysses, str) and ulysses.isdigit():
             ulysses = int(ulysses)
@@ -133,21 +134,21 @@ class ParallelArguments:
 
 @dataclass
 class MemoryArguments:
-    """How a training step fits; none of it changes a number."""
+    """Memory options of a training step; none changes its results."""
 
     memory_attention: str = option(
         "none",
-        "What a layer keeps for the backward pass: none (everything), recompute (its input) or save (its input and "
+        "Tensors that a layer keeps for the backward pass: none (all), recompute (its input) or save (its input and "
         "the result of attention, so that attention runs once). Leave activation_checkpointing off with it.",
     )
     memory_offload: str | None = option(
-        None, "What of that waits in host memory: attention (its results), layers (the inputs) or all."
+        None, "Which of them are kept in host memory: attention (its results), layers (the inputs) or all."
     )
     ffn_block: str | None = option(None, "Tokens at a time in feed-forward layers, or `auto`. Default: all.")
     loss_block: str | None = option(None, "Tokens at a time in the LM head and the loss, or `auto`. Default: all.")
 
     def config(self) -> ring_hf.memory.MemoryConfig:
-        """What `ring_hf.memory.apply` takes."""
+        """Return the options of `ring_hf.memory.apply`."""
         blocks: list[Any] = [self.ffn_block, self.loss_block]  # text on the command line, perhaps numbers in YAML
         ffn, loss = (int(block) if isinstance(block, str) and block.isdigit() else block for block in blocks)
         return ring_hf.memory.MemoryConfig(self.memory_attention, self.memory_offload, ffn, loss)
@@ -155,7 +156,7 @@ class MemoryArguments:
 
 @dataclass
 class PerplexityArguments:
-    """What to measure, and where to write it."""
+    """The models to measure, the context lengths, and the folder of the results."""
 
     models: list[str] = option(
         [], "Each `name=folder or hub id`, or `name=perplexity.json` of an earlier measurement."
@@ -178,7 +179,10 @@ def parse(
         dataclass_types: their fields are the keys.
         description (`str`): shown by --help.
         argv (*optional*): instead of the command line.
-        defaults: values that replace the dataclasses' own defaults and give way to YAML and command line.
+        defaults: values that replace the dataclasses' own defaults; YAML and command line override them.
+
+    Raises:
+        ValueError: if a key does not exist or a value is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [run.yaml] [--key value ...]"
@@ -189,14 +193,18 @@ def parse(
         parser.set_defaults(**load_yaml(argv.pop(0), keys))
     known, unknown = parser.parse_known_args(argv)  # before any dataclass checks its values
     if unknown:
-        words = [word.lstrip("-").partition("=")[0] for word in unknown]
-        raise ValueError(explain_unknown("the command line", words, keys))
+        unknown_keys = [argument.lstrip("-").partition("=")[0] for argument in unknown]
+        raise ValueError(explain_unknown("the command line", unknown_keys, keys))
     values = vars(known)
     return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types)
 
 
 def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
-    """Read one run's values and refuse keys that do not exist."""
+    """Return the values of a run.
+
+    Raises:
+        ValueError: if the file does not exist, is not a mapping, or has a key that does not exist.
+    """
     if not Path(path).is_file():
         raise ValueError(
             f"the first argument {path!r} is not a file. Give a run's YAML file, or only --key value pairs."
@@ -210,7 +218,11 @@ def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
 
 
 def parse_mapping(name: str, value: dict | str | None) -> dict | None:
-    """A mapping stays what it is; a string from the command line is read as YAML, of which JSON is a part."""
+    """Return a mapping; a string from the command line is read as YAML, which includes JSON.
+
+    Raises:
+        ValueError: if the string is not a mapping.
+    """
     parsed = read_yaml(name, value) if isinstance(value, str) else value
     if parsed is not None and not isinstance(parsed, dict):
         raise ValueError(f"{name}={value!r} is not a mapping. Write it as '{{key: value}}'.")
@@ -218,7 +230,11 @@ def parse_mapping(name: str, value: dict | str | None) -> dict | None:
 
 
 def read_yaml(name: str, text: str) -> Any:
-    """Read YAML, and raise with the line of what is none."""
+    """Return the content of a YAML text.
+
+    Raises:
+        ValueError: if it is not YAML, with the line of the mistake.
+    """
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -226,9 +242,9 @@ def read_yaml(name: str, text: str) -> Any:
 
 
 def explain_unknown(where: str, unknown: list[str], keys: set[str]) -> str:
-    """Name each unknown key with the nearest that exist."""
+    """Return a message that names each unknown key with the nearest existing ones."""
     hints = []
-    for word in unknown:
-        nearest = difflib.get_close_matches(word, keys, n=3, cutoff=0.5)
-        hints.append(f"{word!r} (did you mean {', '.join(nearest)}?)" if nearest else repr(word))
+    for key in unknown:
+        nearest = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+        hints.append(f"{key!r} (did you mean {', '.join(nearest)}?)" if nearest else repr(key))
     return f"unknown in {where}: {'; '.join(hints)}. --help lists every key."

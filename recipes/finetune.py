@@ -1,13 +1,13 @@
 """Train or fine-tune a causal language model on long sequences, each shared by several processes.
 
-One YAML holds a run and every value in it can be replaced on the command line:
+One YAML file describes a run; every value in it can be replaced on the command line:
 
     accelerate launch --config_file configs/accelerate/cpu_2proc.yaml recipes/finetune.py configs/finetune.yaml \\
         --model <hub id or folder> --data "books/*.txt" --max_length 4096 --rope_theta 100000 --output_dir runs/books
 
-The script is the usual one of the Transformers library; ring_hf is in it with an attention backend, a parallelism
-configuration and a collator. The final model in output_dir is loaded by Transformers alone. A run that was
-interrupted goes on from its last checkpoint.
+This is the usual script of the Transformers library; ring_hf adds an attention backend, a parallelism configuration
+and a collator. Transformers alone loads the final model in output_dir. An interrupted run continues from its last
+checkpoint.
 """
 
 import logging
@@ -29,13 +29,13 @@ def main() -> None:
     model_args, data_args, parallel_args, memory_args, training_args = parse(
         (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments),
         description=str(__doc__),
-        use_cpu=not torch.accelerator.is_available(),  # else each process would look for its GPU
+        use_cpu=not torch.accelerator.is_available(),  # otherwise each process looks for its GPU
         ddp_find_unused_parameters=False,  # a causal language model uses all of them
     )
-    only_main_process_logs(training_args)
+    log_in_main_process_only(training_args)
     set_seed(training_args.seed)
     if data_args.holds_nothing_out:
-        leave_evaluation_out(training_args)
+        disable_evaluation(training_args)
 
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
@@ -45,7 +45,7 @@ def main() -> None:
                 f"{checkpoint} is the end of this run: nothing left to train. Raise max_steps, or change output_dir."
             )
         return
-    with training_args.main_process_first(desc="data"):  # the others find it in the cache
+    with training_args.main_process_first(desc="data"):  # the other processes read it from the cache
         train, heldout = load_sequences(data_args, tokenizer)
     model = load_model(model_args, tokenizer, data_args.max_length)
     use_cache, model.config.use_cache = model.config.use_cache, False
@@ -68,18 +68,18 @@ def main() -> None:
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    trainer.accelerator.wait_for_everyone()  # if a rank died while another is writing, the launcher would end that one
+    trainer.accelerator.wait_for_everyone()  # if a rank ended while another writes, the launcher would kill that one
 
 
 def keep_shards_of_gradients(training_args: TrainingArguments) -> None:
-    """Under FSDP2, whole gradients would wait on every rank for the last micro-batch of a step."""
+    """Under FSDP2, reduce gradients after every micro-batch; else each rank keeps whole ones until the last."""
     settings = training_args.accelerator_config
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and settings.gradient_accumulation_kwargs is None:
         settings.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
 
-def only_main_process_logs(training_args: TrainingArguments) -> None:
-    """Warnings and progress of the first process; errors of all."""
+def log_in_main_process_only(training_args: TrainingArguments) -> None:
+    """Log warnings and progress in the first process only, and errors in all."""
     if training_args.process_index > 0:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -88,18 +88,22 @@ def only_main_process_logs(training_args: TrainingArguments) -> None:
         logging.getLogger("ring_hf").setLevel(logging.ERROR)
 
 
-def leave_evaluation_out(training_args: TrainingArguments) -> None:
-    """Train without evaluation, as `heldout_fraction=0` says; raise if something else in the arguments needs one."""
+def disable_evaluation(training_args: TrainingArguments) -> None:
+    """Switch evaluation off, for `heldout_fraction=0`.
+
+    Raises:
+        ValueError: if another argument needs an evaluation.
+    """
     needs = {
         "load_best_model_at_end=True": training_args.load_best_model_at_end,
         "save_strategy='best'": training_args.save_strategy == SaveStrategy.BEST,
         "lr_scheduler_type='reduce_lr_on_plateau'": training_args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU,
     }
-    refused = [name for name, needed in needs.items() if needed]
-    if refused:
+    dependents = [name for name, needed in needs.items() if needed]
+    if dependents:
         raise ValueError(
-            f"heldout_fraction=0 leaves nothing to evaluate on, which {' and '.join(refused)} would choose by. Leave "
-            "that out, or hold something out: heldout_fraction=0.1, or a source of its own as heldout_data."
+            f"heldout_fraction=0 leaves nothing to evaluate on, which {' and '.join(dependents)} would choose by. "
+            "Leave that out, or hold something out: heldout_fraction=0.1, or a source of its own as heldout_data."
         )
     if training_args.eval_strategy != IntervalStrategy.NO and training_args.process_index == 0:
         print(f"heldout_fraction=0: eval_strategy={training_args.eval_strategy.value} is left out.")
@@ -108,16 +112,18 @@ def leave_evaluation_out(training_args: TrainingArguments) -> None:
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, none if `none` was asked for, else the last in output_dir."""
+    """Return the checkpoint to continue from: that of resume_from_checkpoint (`none`: no one), else the last one."""
     if training_args.resume_from_checkpoint is not None:
-        asked = str(training_args.resume_from_checkpoint)
-        return None if asked.lower() in ("none", "false") else asked
+        requested = str(training_args.resume_from_checkpoint)
+        return None if requested.lower() in ("none", "false") else requested
     return get_last_checkpoint(training_args.output_dir) if os.path.isdir(str(training_args.output_dir)) else None
 
 
 def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
-    """Whether the run that wrote this checkpoint had no step left and saved its model; the Trainer would take one more
-    step each time it is started."""
+    """Return whether the run of this checkpoint took all its steps and saved its model.
+
+    The Trainer would take one more step each time it is started.
+    """
     if not os.path.isfile(os.path.join(str(training_args.output_dir), "config.json")):
         return False
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))

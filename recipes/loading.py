@@ -11,15 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ring_hf.data import build_byte_tokenizer, load_documents, pack_documents, split_documents, tokenize_documents
 from ring_hf.data.byte_level import END_OF_TEXT, PADDING
 
-# What a folder has one of, where it has a model or a tokenizer at all.
-NEEDED = {
+# Files of which a folder holds at least one if it holds a model or a tokenizer.
+FILES = {
     "model": ("config.json", "adapter_config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
 }
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
-    """The tokenizer named by the arguments, else the model's; `bytes` is built here."""
+    """Return the tokenizer that the arguments name, else the model's; `bytes` is built here.
+
+    Raises:
+        ValueError: if a new model has no tokenizer, or none can be loaded.
+    """
     name = args.tokenizer or args.model
     if name is None:
         raise ValueError("a new model needs a tokenizer. Set tokenizer to a hub id, a folder, or `bytes`.")
@@ -32,8 +36,11 @@ def load_tokenizer(args: ModelArguments) -> Any:
 
 
 def load_pretrained(loader: Any, kind: str, name: str, **options: Any) -> Any:
-    """Return `loader.from_pretrained(name)`; raise if neither a folder nor the hub has what it needs, in words that
-    fit both."""
+    """Return `loader.from_pretrained(name)`.
+
+    Raises:
+        ValueError: if neither a folder nor the hub provides it; the message covers both.
+    """
     folder = Path(name)
     try:
         return loader.from_pretrained(name, **options)
@@ -43,17 +50,21 @@ def load_pretrained(loader: Any, kind: str, name: str, **options: Any) -> Any:
                 f"there is no folder {name!r} here (in {os.getcwd()}). If a folder was meant, correct the path. If a "
                 f"hub id (`organisation/name`) was meant, its {kind} cannot be loaded: {error}"
             ) from error
-        if not folder.is_dir() or any((folder / file).is_file() for file in NEEDED[kind]):
+        if not folder.is_dir() or any((folder / file).is_file() for file in FILES[kind]):
             raise
-        there = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
+        content = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"the folder {name!r} holds no {kind} ({' or '.join(NEEDED[kind])}), but {there}. Name the folder that "
+            f"the folder {name!r} holds no {kind} ({' or '.join(FILES[kind])}), but {content}. Name the folder that "
             f"save_pretrained or a run wrote{', or set tokenizer' * (kind == 'tokenizer')}."
         ) from error
 
 
 def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
-    """Load or build the model with its positions set for `max_length` tokens."""
+    """Return the model, loaded or built, with its positions set for `max_length` tokens.
+
+    Raises:
+        ValueError: if it cannot be loaded, or its configuration is not one.
+    """
     if args.model is not None:
         config = load_pretrained(AutoConfig, "model", args.model, revision=args.model_revision)
     else:
@@ -78,9 +89,12 @@ def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
 
 
 def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
-    """Set RoPE as asked, and let the configuration say that the model reaches `max_length` tokens.
+    """Set RoPE from the arguments, then the maximum length of the configuration to at least `max_length` tokens.
 
-    The order matters: scaled RoPE (yarn, llama3) remembers the length from before as the one it scales from.
+    The order matters: scaled RoPE (yarn, llama3) takes the earlier maximum as the length it scales from.
+
+    Raises:
+        ValueError: if the model has no RoPE, or several.
     """
     if args.rope_theta is not None or args.rope_parameters is not None:
         current = getattr(config, "rope_parameters", None)
@@ -103,7 +117,7 @@ def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
 
 
 def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
-    """(training, held-out) documents; no held-out ones if `heldout_fraction` is 0."""
+    """Return training and held-out documents; None instead of the latter if `heldout_fraction` is 0."""
     columns = (args.text_column, args.data_split, args.encoding)
     documents = load_documents(args.data, *columns)
     if args.heldout_data is None:
@@ -112,14 +126,15 @@ def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """(training, held-out) sequences of at most `max_length` tokens."""
+    """Return training and held-out sequences of at most `max_length` tokens."""
 
-    def packed(documents: Dataset) -> Dataset:
+    def pack(documents: Dataset) -> Dataset:
         tokens = tokenize_documents(documents, tokenizer, args.num_proc)
         return pack_documents(tokens, args.max_length, args.packing, args.mask_boundaries)
 
-    documents, rest = load_splits(args)
-    train, heldout = packed(documents), None if rest is None else packed(rest)
+    documents, heldout_documents = load_splits(args)
+    train = pack(documents)
+    heldout = None if heldout_documents is None else pack(heldout_documents)
     if heldout is not None and args.max_heldout_sequences is not None:
         heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
     return train, heldout

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(args: PerplexityArguments, source_args: SourceArguments, name: str, source: str) -> list[LengthResult]:
-    """Results of one model: measured now, or read from the perplexity.json of an earlier run."""
+    """Return the results of one model: measured now, or read from the perplexity.json of an earlier run."""
     if source.endswith(".json"):
         return read_results(source, name)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -57,7 +57,11 @@ def measure(args: PerplexityArguments, source_args: SourceArguments, name: str, 
 
 
 def read_results(path: str, name: str) -> list[LengthResult]:
-    """Results of one model in the perplexity.json of an earlier run."""
+    """Return the results of one model in the perplexity.json of an earlier run.
+
+    Raises:
+        ValueError: if there is no such file, or the model is not in it.
+    """
     if not Path(path).is_file():
         raise ValueError(f"models: {name}={path} is no file here. Name the perplexity.json of an earlier measurement.")
     results = json.loads(Path(path).read_text())["results"]
@@ -70,7 +74,7 @@ def read_results(path: str, name: str) -> list[LengthResult]:
 
 
 def write(args: PerplexityArguments, measured: dict[str, list[LengthResult]]) -> None:
-    """Table to the terminal; numbers, table and plot to output_dir."""
+    """Print the table; write numbers, table and plot to output_dir."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     table, positions = format_table(measured), format_positions(measured)

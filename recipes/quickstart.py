@@ -3,8 +3,8 @@ sequence.
 
     scripts/quickstart
 
-Every step is an ordinary command that can be typed by itself; it is printed before it runs. What comes out is in
-runs/quickstart: the two models and perplexity.{md,json,png}. Old results are replaced.
+Every step is an ordinary command, which is printed before it runs. The results are in runs/quickstart: the two models
+and perplexity.{md,json,png}. They replace those of an earlier run.
 """
 
 import os
@@ -39,15 +39,15 @@ def main() -> None:
     (args,) = parse((QuickstartArguments,), description=str(__doc__))
     folder = args.output_dir
     short, extended = f"{folder}/pretrained", f"{folder}/extended"
-    for old in (short, extended):
-        shutil.rmtree(ROOT / old, ignore_errors=True)
+    for model_folder in (short, extended):
+        shutil.rmtree(ROOT / model_folder, ignore_errors=True)
     windows = [] if args.max_windows is None else ["--max_windows", str(args.max_windows)]
-    started = time.monotonic()
-    step(
+    start = time.monotonic()
+    run_step(
         "1/4  Train a byte-level Llama from scratch at 256 tokens (RoPE theta 10,000), data-parallel on two processes",
-        [*LAUNCH, "configs/quickstart/pretrain.yaml", "--output_dir", short, *max_steps(args.pretrain_steps)],
+        [*LAUNCH, "configs/quickstart/pretrain.yaml", "--output_dir", short, *max_steps_option(args.pretrain_steps)],
     )
-    step(
+    run_step(
         "2/4  Measure it on held-out documents: beyond 256 tokens it breaks down",
         [
             *MEASURE,
@@ -60,7 +60,7 @@ def main() -> None:
             *windows,
         ],
     )
-    step(
+    run_step(
         "3/4  Extend it to 2,048 tokens: raise theta, go on training; two processes share each sequence (ring_zigzag)",
         [
             *LAUNCH,
@@ -69,25 +69,25 @@ def main() -> None:
             short,
             "--output_dir",
             extended,
-            *max_steps(args.extend_steps),
+            *max_steps_option(args.extend_steps),
         ],
     )
     models = [f"{BEFORE}={folder}/before/perplexity.json", f"{AFTER}={extended}"]
-    step(
+    run_step(
         "4/4  Measure again, and compare",
         [*MEASURE, "--models", *models, "--trained_lengths", "256", "2048", "--output_dir", folder, *windows],
     )
-    print(f"\nquickstart took {time.monotonic() - started:.0f} s. Models and results: {folder}")
+    print(f"\nquickstart took {time.monotonic() - start:.0f} s. Models and results: {folder}")
 
 
-def max_steps(steps: int | None) -> list[str]:
+def max_steps_option(steps: int | None) -> list[str]:
     return [] if steps is None else ["--max_steps", str(steps)]
 
 
-def step(title: str, command: list[str]) -> None:
-    """Print what is done and the command that does it, and run it from the root of the repository."""
+def run_step(title: str, command: list[str]) -> None:
+    """Print a title and the command, and run it from the root of the repository."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
-    started = time.monotonic()
+    start = time.monotonic()
     # Two processes share the cores. A model this small gains nothing from more than four threads.
     threads = min(4, max(1, (os.cpu_count() or 2) // 2))
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ}
@@ -96,7 +96,7 @@ def step(title: str, command: list[str]) -> None:
     done = subprocess.run([*programs[command[0]], *arguments], cwd=ROOT, env=environment, check=False)
     if done.returncode:
         sys.exit(f"this step failed with exit status {done.returncode}; its messages are above")
-    print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"   ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How a recipe ends when it is refused: with the message alone, and the launcher's report with it, too.
+"""How a recipe ends when it refuses to run: with the message alone, which also closes the launcher's report.
 
-A refusal is a `ValueError` that a recipe or ring_hf raises: it names the values, the rule and the way out, and the
-lines of code that led to it help nobody. Whatever else fails keeps its traceback, in the launcher's report as well.
+A refusal is a `ValueError` that a recipe or ring_hf raises: it names the values, the rule and the way out, so a
+traceback would add nothing. Other errors keep their traceback, also in the launcher's report.
 """
 
 import dis
@@ -18,13 +18,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 import ring_hf
 
 OWN_FOLDERS = (Path(__file__).resolve().parent, Path(ring_hf.__file__).resolve().parent)
-# Seconds that other processes give the first one to end the run. Where they refuse for the same reason, the launcher
-# then has one failure to report and not one for each of them.
+# Seconds that other processes wait for the first one to end the run: if all refuse for the same reason, the launcher
+# then reports one failure.
 PATIENCE = 5.0
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe's `main`; where it is refused, end this process with the message and the exit code 1."""
+    """Run a recipe's `main`; if it refuses, end this process with the message and the exit code 1."""
     try:
         main()
     except Exception as error:
@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def is_refusal(error: ValueError) -> bool:
-    """Return whether a `raise` statement of ours raised it, and not an operation that failed."""
+    """Return whether a `raise` statement of ring_hf or a recipe raised it, and not an operation that failed."""
     traceback = error.__traceback__
     assert traceback is not None
     while traceback.tb_next is not None:
@@ -49,8 +49,10 @@ def _is_raise(traceback: TracebackType) -> bool:
 
 
 def end(message: str) -> None:
-    """Exit with the message. Under torchrun (and `accelerate launch`, which is one) it also becomes the cause that the
-    launcher's report closes with, after the tracebacks of the launcher itself."""
+    """Exit with the message.
+
+    Under torchrun, and therefore `accelerate launch`, it also becomes the cause at the end of the launcher's report.
+    """
     rank, report = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if rank > 0:
         time.sleep(PATIENCE)

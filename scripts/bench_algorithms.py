@@ -1,8 +1,8 @@
-"""Every way to exchange, side by side in one run: time and peak memory, forward + backward, causal, dense and packed.
+"""Every transport, side by side in one run: time and peak memory, forward + backward, causal, dense and packed.
 
 Dense: ratios to the zigzag ring. Packed documents of mixed length: ratios to one process, with as many threads, that
-runs each document alone and so knows of no padding, no mask and no exchange. `auto` is what a user gets by default; it
-must not lose to the ring.
+runs each document alone, without padding, mask or exchange. `auto` is the default; it must not be slower than the
+ring.
 
     python scripts/bench_algorithms.py                              # 16K tokens, 2 and 4 processes, about 20 minutes
     python scripts/bench_algorithms.py --processes 2 --lengths 4096 --repeats 3
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.geometry import Mask, ShardedSequence, rank_work
-from scripts.teams import Variants, add_options, measure, report, table
+from scripts.bench_harness import Variants, add_options, measure, report, table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,11 +29,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def ring(**settings: Any) -> dict[str, Any]:
-    return {"contender": "ring", "settings": settings}
+    return {"baseline": "ring", "settings": settings}
 
 
 def dense_variants(processes: int) -> Variants:
-    found = {
+    variants = {
         "ring": ring(layout="zigzag", transport="ring"),
         "auto": ring(layout="zigzag", transport="auto"),
         "ring, no overlap": ring(layout="zigzag", transport="ring", overlap=False),
@@ -42,21 +42,21 @@ def dense_variants(processes: int) -> Variants:
         "ulysses": ring(layout="zigzag", ulysses_size=processes),
     }
     if processes == 4:
-        found["double_ring 2x2"] = ring(layout="zigzag", transport="double_ring", inner_ring_size=2)
-        found["ulysses 2 x ring 2"] = ring(layout="zigzag", ulysses_size=2, transport="ring")
-    return found
+        variants["double_ring 2x2"] = ring(layout="zigzag", transport="double_ring", inner_ring_size=2)
+        variants["ulysses 2 x ring 2"] = ring(layout="zigzag", ulysses_size=2, transport="ring")
+    return variants
 
 
 def packed_variants() -> Variants:
-    found: Variants = {"each document alone, 1 process": {"contender": "sdpa"}}
+    variants: Variants = {"each document alone, 1 process": {"baseline": "sdpa"}}
     for layout in ("zigzag", "balanced"):
         for transport in ("ring", "direct", "allgather", "auto"):
-            found[f"{layout}, {transport}"] = ring(layout=layout, transport=transport)
-    return found
+            variants[f"{layout}, {transport}"] = ring(layout=layout, transport=transport)
+    return variants
 
 
 def mixed_documents(length: int, count: int) -> tuple[int, ...]:
-    """Boundaries of documents whose lengths are log-normal: many short ones and a few long ones."""
+    """Return boundaries of documents whose lengths are log-normal: many short ones and a few long ones."""
     generator = random.Random(0)
     sizes = [generator.lognormvariate(0.0, 1.2) for _ in range(count)]
     bounds = {0, length}
@@ -77,17 +77,17 @@ def main() -> None:
     arguments = parse_arguments()
     parts, rows = [], []
     for processes in arguments.processes:
-        setting = argparse.Namespace(**{**vars(arguments), "processes": processes})
-        dense = measure(setting, dense_variants(processes))
+        options = argparse.Namespace(**{**vars(arguments), "processes": processes})
+        dense = measure(options, dense_variants(processes))
         parts.append(f"{processes} processes, one document\n\n{table(dense)}\n")
         rows += [{**row, "processes": processes, "packed": False} for row in dense]
         for length in arguments.lengths:
             documents = mixed_documents(length, arguments.documents)
             each = {layout: imbalance(layout, length, processes, documents) for layout in ("zigzag", "balanced")}
-            said = ", ".join(f"{layout} {figure:.3f}" for layout, figure in each.items())
-            only = argparse.Namespace(**{**vars(setting), "lengths": [length]})
+            ratios = ", ".join(f"{layout} {figure:.3f}" for layout, figure in each.items())
+            only = argparse.Namespace(**{**vars(options), "lengths": [length]})
             packed = measure(only, packed_variants(), documents)
-            head = f"{processes} processes, {len(documents) - 1} documents; busiest rank over mean: {said}"
+            head = f"{processes} processes, {len(documents) - 1} documents; busiest rank over mean: {ratios}"
             parts.append(f"{head}\n\n{table(packed)}\n")
             rows += [{**row, "processes": processes, "packed": True} for row in packed]
     report(arguments.output, "algorithms", "\n".join(parts), rows)

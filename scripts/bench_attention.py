@@ -1,7 +1,7 @@
 """Ring attention against one process with the same cores: time and peak memory, forward + backward, causal.
 
 Two one-thread processes that share the sequence against one two-thread process running
-`scaled_dot_product_attention` on all of it, interleaved; medians and ratios (`scripts/teams.py`).
+`scaled_dot_product_attention` on all of it, interleaved; medians and ratios (`scripts/bench_harness.py`).
 
     python scripts/bench_attention.py                       # 4K, 8K, 16K tokens, fp32 and bf16, a few minutes
     python scripts/bench_attention.py --lengths 16384 --layouts zigzag contiguous --dtypes bfloat16 --repeats 7
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.teams import Variants, add_options, measure, report, table
+from scripts.bench_harness import Variants, add_options, measure, report, table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,11 +30,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    variants: Variants = {"sdpa, 1 process": {"contender": "sdpa"}}
+    variants: Variants = {"sdpa, 1 process": {"baseline": "sdpa"}}
     for overlap in (True, False) if arguments.no_overlap else (True,):
         for layout in arguments.layouts:
             settings = {"layout": layout, "transport": "ring", "overlap": overlap}
-            variants[layout if overlap else f"{layout}, no overlap"] = {"contender": "ring", "settings": settings}
+            variants[layout if overlap else f"{layout}, no overlap"] = {"baseline": "ring", "settings": settings}
     rows = measure(arguments, variants)
     report(arguments.output, "attention", f"{table(rows)}\n", rows)
 

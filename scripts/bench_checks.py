@@ -1,4 +1,4 @@
-"""What the run-time checks cost: the message of every forward pass, and the trial step before the first one.
+"""The cost of the run-time checks: the message of every forward pass, and the trial step before the first one.
 
 Two processes share each sequence of a small Llama, through the Trainer. The message is timed inside the steps of that
 one run; its seconds contain the wait for the slower rank, so the shortest of all steps is given too. The trial step is
@@ -9,7 +9,6 @@ switched on (`verify=True`), though such a model needs none.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -19,12 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from tqdm import tqdm
 
+from ring_hf.launcher import free_port
 from ring_hf.text import markdown_table
-from scripts.bench_training import model_config, sequences
-from scripts.teams import WorkerPool, report
+from scripts.bench_harness import ComparisonPool, Job, report
+from scripts.bench_training import initialize_trainer, model_config, sequences
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Stopwatch:
-    """Seconds of every call of a function."""
+    """Replaces a function and records the seconds of every call."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.seconds: list[float] = []
@@ -48,28 +47,15 @@ class Stopwatch:
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             return self._function(*args, **kwargs)
         finally:
-            self.seconds.append(time.perf_counter() - began)
+            self.seconds.append(time.perf_counter() - start)
 
 
-def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: Any, results: Any) -> None:
-    """One rank; the single process that a team holds besides has nothing to do here."""
-    torch.set_num_threads(1)
-    if rank == processes:
-        jobs.get()
-        return
-    port = Path(f"{store}.port").read_text()
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"})
-    while (job := jobs.get()) is not None:
-        results.put(train(job))
-
-
-def train(job: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of a step and of the message in it, the shortest message, and seconds of the trial step."""
+def train(rank: int, job: Job) -> dict[str, float]:
+    """Return seconds: medians of a step and of the message in it, the shortest message, the trial step."""
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     import ring_hf
@@ -126,16 +112,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from scripts.bench_training import start
-
     arguments = parse_arguments()
-    team: WorkerPool = start(arguments.processes, target=worker)
+    pool = ComparisonPool(arguments.processes, train, initialize=initialize_trainer, address=str(free_port()))
     rows = []
     for length in tqdm(arguments.lengths, desc="checks", disable=None):
         job = {**{key: value for key, value in vars(arguments).items() if key != "output"}, "length": length}
-        team.run({**job, "length": 256})  # code and buffers of a first run
-        rows.append({"length": length, **team.run(job)})
-    team.stop()
+        pool.run({**job, "length": 256})  # code and buffers of a first run
+        rows.append({"length": length, **pool.run(job)})
+    pool.stop()
     sizes = f"{arguments.processes} processes, {arguments.layers} layers, hidden {arguments.hidden}, fp32"
     report(arguments.output, "checks", f"{sizes}\n\n{table(rows)}\n", rows)
 

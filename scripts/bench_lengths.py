@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.text import markdown_table
-from scripts.teams import Variants, add_options, measure, report, table
+from scripts.bench_harness import Variants, add_options, measure, report, table
 
 STANDARD, SDPA, RING = "textbook, 1 process", "sdpa, 1 process", "ring, 2 processes"
 FIGURES = {
@@ -38,43 +38,44 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def longest_textbook(arguments: argparse.Namespace) -> int:
-    """The longest length whose scores, weights and their gradients fit half of this machine's memory."""
+    """Return the longest length whose scores, weights and their gradients fit half of this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     return math.isqrt(int(memory / (5 * 4 * arguments.heads)))
 
 
 def exponents(rows: list[dict[str, Any]], fit: int) -> list[dict[str, Any]]:
-    """Per dtype and variant that ran at several lengths, the slope of every figure over the `fit` longest ones, least
-    squares in log-log."""
-    found = []
+    """Return the slope of every figure by dtype and variant: least squares in log-log over the `fit` longest lengths.
+
+    Variants that ran at a single length are left out.
+    """
+    slopes_of_variants = []
     for dtype, variant in dict.fromkeys((row["dtype"], row["variant"]) for row in rows):
-        mine = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)][-fit:]
-        if len(mine) < 2:  # the textbook form, where longer ones do not fit
+        selection = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)][-fit:]
+        if len(selection) < 2:  # of the textbook form, longer lengths do not fit
             continue
-        x = [math.log(row["length"]) for row in mine]
+        x = [math.log(row["length"]) for row in selection]
         middle = sum(x) / len(x)
         slopes = {
-            key: sum((a - middle) * math.log(row[key]) for a, row in zip(x, mine, strict=True))
+            key: sum((a - middle) * math.log(row[key]) for a, row in zip(x, selection, strict=True))
             / sum((a - middle) ** 2 for a in x)
             for key in FIGURES
         }
-        found.append(
-            {"dtype": dtype, "variant": variant, "from": mine[0]["length"], "to": mine[-1]["length"], **slopes}
-        )
-    return found
+        lengths = {"from": selection[0]["length"], "to": selection[-1]["length"]}
+        slopes_of_variants.append({"dtype": dtype, "variant": variant, **lengths, **slopes})
+    return slopes_of_variants
 
 
-def exponent_table(found: list[dict[str, Any]]) -> str:
+def exponent_table(slopes_of_variants: list[dict[str, Any]]) -> str:
     """Markdown, one line per dtype and variant."""
     cells = [["dtype", "variant", "tokens", *(name for name, _ in FIGURES.values())]]
-    for row in found:
+    for row in slopes_of_variants:
         lengths = f"{row['from']:,} to {row['to']:,}"
         cells.append([row["dtype"], row["variant"], lengths, *(f"{row[key]:.2f}" for key in FIGURES)])
     return markdown_table(cells, align="lllr", padded=False)
 
 
-def plot(rows: list[dict[str, Any]], found: list[dict[str, Any]], path: Path) -> None:
-    """Four panels, log-log, with the exponents in the legend; one picture per dtype."""
+def plot(rows: list[dict[str, Any]], slopes_of_variants: list[dict[str, Any]], path: Path) -> None:
+    """Draw four panels, log-log, with the exponents in the legend; one picture per dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,13 +85,15 @@ def plot(rows: list[dict[str, Any]], found: list[dict[str, Any]], path: Path) ->
         figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
         lengths = sorted({row["length"] for row in rows})
         for panel, (key, (name, unit)) in zip(panels.flat, FIGURES.items(), strict=True):
-            slopes = {row["variant"]: f": $S^{{{row[key]:.2f}}}$" for row in found if row["dtype"] == dtype}
+            slopes = {
+                row["variant"]: f": $S^{{{row[key]:.2f}}}$" for row in slopes_of_variants if row["dtype"] == dtype
+            }
             for marker, variant in zip("os^", (STANDARD, SDPA, RING), strict=True):
-                mine = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
+                selection = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
                 scale = 2**20 if unit == "MiB" else 1
-                values = [row[key] / scale for row in mine]
+                values = [row[key] / scale for row in selection]
                 label = variant + slopes.get(variant, "")
-                panel.plot([row["length"] for row in mine], values, marker=marker, label=label)
+                panel.plot([row["length"] for row in selection], values, marker=marker, label=label)
             panel.set(xscale="log", yscale="log", title=name, ylabel=unit)
             panel.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths], minor=False)
             panel.set_xticks([], minor=True)
@@ -109,15 +112,15 @@ def main() -> None:
     if len(set(arguments.lengths)) < 2 or arguments.fit < 2:
         raise SystemExit(f"--lengths {arguments.lengths} --fit {arguments.fit}: growth needs at least two lengths.")
     variants: Variants = {
-        SDPA: {"contender": "sdpa"},
-        RING: {"contender": "ring", "settings": {"layout": "zigzag", "transport": "ring"}},
-        STANDARD: {"contender": "standard", "longest": longest_textbook(arguments)},
+        SDPA: {"baseline": "sdpa"},
+        RING: {"baseline": "ring", "settings": {"layout": "zigzag", "transport": "ring"}},
+        STANDARD: {"baseline": "standard", "longest": longest_textbook(arguments)},
     }
     rows = measure(arguments, variants)
-    found = exponents(rows, arguments.fit)
-    report(arguments.output, "lengths", f"{table(rows)}\n\nExponents of growth\n\n{exponent_table(found)}\n", rows)
+    slopes = exponents(rows, arguments.fit)
+    report(arguments.output, "lengths", f"{table(rows)}\n\nExponents of growth\n\n{exponent_table(slopes)}\n", rows)
     if arguments.output:
-        plot(rows, found, arguments.output / "lengths.png")
+        plot(rows, slopes, arguments.output / "lengths.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A very long sequence trained end to end: a full optimizer step through the Trainer, its loss checked.
 
-Two processes share one sequence of random tokens, with every lever on: attention saved, the rest of a layer computed
-again, MLP and loss in blocks. Its loss is compared with that of plain Transformers in one process: the same weights,
-PyTorch's attention, a forward pass without gradients, the head and the loss in blocks of tokens.
+Two processes share one sequence of random tokens, with every memory option on: attention saved, the rest of a layer
+recomputed, MLP and loss in blocks. Its loss is compared with that of plain Transformers in one process: the same
+weights, PyTorch's attention, a forward pass without gradients, the head and the loss in blocks of tokens.
 
     python scripts/bench_longest.py --output results/                # 256K tokens, hidden 128, 2 layers
     python scripts/bench_longest.py --length 8192
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.functional import cross_entropy
 
-from scripts.bench_training import model_config, sequences, start
-from scripts.teams import report
+from scripts.bench_harness import report
+from scripts.bench_training import model_config, sequences, start_pool
 
 BAR = 1e-5  # relative: that of training in fp32
 
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def loss_alone(job: dict[str, Any]) -> float:
-    """The loss of one process, before the step."""
+    """Return the loss of one process before the step."""
     from transformers import LlamaForCausalLM, set_seed
 
     set_seed(0)
@@ -55,12 +55,12 @@ def main() -> None:
     arguments = parse_arguments()
     job = {**vars(arguments), "steps": 1, "checkpointing": "saved", "levers": "ffn+loss"}
     torch.set_num_threads(arguments.processes)
-    team = start(arguments.processes, measures_memory=True)
-    team.run({**job, "length": 256})
-    began = time.perf_counter()
-    row = team.run(job)
-    row["whole"] = time.perf_counter() - began
-    team.stop()
+    pool = start_pool(arguments.processes, measures_memory=True)
+    pool.run({**job, "length": 256})
+    start = time.perf_counter()
+    row = pool.run(job)
+    row["whole"] = time.perf_counter() - start
+    pool.stop()
     row["loss_alone"] = loss_alone(job)
     row["difference"] = abs(row["loss"] - row["loss_alone"]) / row["loss_alone"]
     text = (

@@ -1,7 +1,7 @@
-"""Peak memory of one training step of a small Llama, measured: every lever of `ring_hf.memory` off and on.
+"""Measured peak memory of one training step of a small Llama: every option of `ring_hf.memory` off and on.
 
 Each case runs in a process of its own, one after the other: the model is built, a short step is taken (code, gradients
-and buffers of a first run), and what the process grows by in the step is its figure. The loss of every case is
+and buffers of a first run), and the growth of the process during the step is its figure. The loss of every case is
 compared with that of the first.
 
     python scripts/bench_memory.py --output results/                     # 32K tokens, vocabulary 32,000, hidden 512
@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from ring_hf.text import markdown_table
+from scripts.bench_harness import PAGE, peak_bytes, report, return_freed_memory
 from scripts.bench_training import model_config
-from scripts.teams import PAGE, give_memory_back, peak_bytes, report
 
 NONE: dict[str, Any] = {"attention": "none", "ffn_block": None, "loss_block": None}
 CASES: dict[str, dict[str, Any]] = {
@@ -50,12 +50,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(job: dict[str, Any]) -> dict[str, float]:
-    """Growth of this process in one step, in bytes, and its loss."""
+    """Return the growth of this process in one step, in bytes, and its loss."""
     from transformers import LlamaForCausalLM
 
     import ring_hf
 
-    give_memory_back()
+    return_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag")).to(getattr(torch, job["dtype"])).train()
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; how many times less than the first row."""
+    """Return Markdown; the first row over each."""
     cells = [["levers", "peak MiB", "less by", "loss, difference"]]
     for row in rows:
         figures = [f"{row['memory'] / 2**20:,.0f}", f"{row['ratio']:.1f}x", f"{row['difference']:.1e}"]

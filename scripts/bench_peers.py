@@ -1,9 +1,9 @@
-"""This package beside what one could use instead on CPU processes: exactness, time and memory, same shapes, one run.
+"""This package beside its alternatives on CPU processes: exactness, time and memory, same shapes, one run.
 
 Two one-thread processes share the sequence. `ring-attention-pytorch` and `axolotl-ringmaster` come from PyPI, without
 their dependencies on PyTorch, into a folder of their own (`--packages`), and run as they document it; PyTorch's own
 ring needs nothing. Each is first compared with the textbook form in fp64 on a short sequence: a wrong result is not
-worth timing, and is said.
+worth timing, and the report says so.
 
     python scripts/bench_peers.py                           # 8K tokens, fp32; about 10 minutes
     python scripts/bench_peers.py --dtypes bfloat16 --lengths 16384 --only ring torch-ring --repeats 7
@@ -18,21 +18,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ring_hf.text import markdown_table
-from scripts.contenders import CONTENDERS
-from scripts.teams import Variants, WorkerPool, add_options, alone, measure, report, table
+from scripts.baselines import BASELINES
+from scripts.bench_harness import ComparisonPool, Variants, add_options, check_once, measure, report, runs_alone, table
 
-# What the two packages import besides PyTorch.
-_ALSO = ("einops>=0.8", "beartype", "jaxtyping", "wadler-lindig")
+# Imports of the two packages besides PyTorch.
+_DEPENDENCIES = ("einops>=0.8", "beartype", "jaxtyping", "wadler-lindig")
 VARIANTS: Variants = {
-    "ring": {"contender": "ring", "settings": {"layout": "zigzag", "transport": "ring"}},
-    "torch-ring": {"contender": "torch-ring"},
-    "ring-attention-pytorch": {"contender": "ring-attention-pytorch", "settings": {}},
+    "ring": {"baseline": "ring", "settings": {"layout": "zigzag", "transport": "ring"}},
+    "torch-ring": {"baseline": "torch-ring"},
+    "ring-attention-pytorch": {"baseline": "ring-attention-pytorch", "settings": {}},
     "ring-attention-pytorch, striped": {
-        "contender": "ring-attention-pytorch",
+        "baseline": "ring-attention-pytorch",
         "settings": {"striped_ring_attn": True},
     },
-    "axolotl-ringmaster": {"contender": "axolotl-ringmaster"},
-    "sdpa, 1 process": {"contender": "sdpa"},
+    "axolotl-ringmaster": {"baseline": "axolotl-ringmaster"},
+    "sdpa, 1 process": {"baseline": "sdpa"},
 }
 
 
@@ -46,23 +46,25 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def install(packages: list[str], folder: Path) -> None:
-    """Packages from PyPI without what they depend on, once."""
+    """Install packages from PyPI without their dependencies, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.path.append(str(folder.resolve()))
     missing = [name for name in packages if not list(folder.glob(f"{name.split('==')[0].replace('-', '_')}-*"))]
     if missing:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*command, *missing, *_ALSO], check=True)
+        subprocess.run([*command, *missing, *_DEPENDENCIES], check=True)
 
 
 def check(arguments: argparse.Namespace, variants: Variants) -> list[dict[str, Any]]:
-    """Relative RMS of every variant at 512 tokens in fp32, dense heads and shared key/value heads."""
-    team, rows = WorkerPool(arguments.processes), []
+    """Return the relative RMS of every variant at 512 tokens in fp32, dense heads and shared key/value heads."""
+    pool, rows = ComparisonPool(arguments.processes, check_once), []
     for name, variant in variants.items():
         for kv_heads in sorted({arguments.heads, arguments.kv_heads}):
-            job = {**vars(arguments), **variant, "check": True, "length": 512, "dtype": "float32"}
-            rows.append({"variant": name, "kv_heads": kv_heads, **team.run({**job, "kv_heads": kv_heads}, alone(job))})
-    team.stop()
+            job = {**vars(arguments), **variant, "length": 512, "dtype": "float32"}
+            rows.append(
+                {"variant": name, "kv_heads": kv_heads, **pool.run({**job, "kv_heads": kv_heads}, runs_alone(job))}
+            )
+    pool.stop()
     return rows
 
 
@@ -77,11 +79,11 @@ def check_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     arguments = parse_arguments()
     variants = {name: VARIANTS[name] for name in arguments.only}
-    install([p for v in variants.values() if (p := CONTENDERS[v["contender"]].package)], arguments.packages)
+    install([p for v in variants.values() if (p := BASELINES[v["baseline"]].package)], arguments.packages)
     errors = check(arguments, variants)
     rows = measure(arguments, variants)
-    told = "Relative RMS against fp64, 512 tokens, fp32, largest over the processes:"
-    text = f"{told}\n\n{check_table(errors)}\n\nRatios are to {arguments.only[0]}:\n\n{table(rows)}\n"
+    title = "Relative RMS against fp64, 512 tokens, fp32, largest over the processes:"
+    text = f"{title}\n\n{check_table(errors)}\n\nRatios are to {arguments.only[0]}:\n\n{table(rows)}\n"
     report(arguments.output, "peers", text, {"errors": errors, "times": rows})
 
 

@@ -1,7 +1,7 @@
-"""A training step of a small Llama through the unmodified Trainer: time and peak memory, every lever off and on.
+"""A training step of a small Llama through the unmodified Trainer: time and peak memory of all memory options.
 
 One process with two threads beside two processes with one thread each that share the sequence; all variants of a
-length run interleaved, the second step of a short run is timed, figures are medians. The levers: checkpointing
+length run interleaved, the second step of a short run is timed, figures are medians. The options: checkpointing
 (none, full: that of the Trainer, saved: attention is kept and the rest computed again), the MLP in blocks, the loss in
 blocks.
 
@@ -13,12 +13,10 @@ import argparse
 import gc
 import itertools
 import os
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from ring_hf.launcher import free_port, rank_environment
 from ring_hf.text import markdown_table
-from scripts.teams import PAGE, WorkerPool, give_memory_back, peak_bytes, report
+from scripts.bench_harness import PAGE, ComparisonPool, Job, peak_bytes, report, return_freed_memory
 
 CHECKPOINTING = ("none", "full", "saved")
 
@@ -49,42 +48,37 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def worker(rank: int, processes: int, store: str, measures_memory: bool, jobs: Any, results: Any) -> None:
-    """Ranks below `processes` share sequences; the last worker trains alone with as many threads."""
+def initialize_trainer(rank: int, processes: int, port: str, measures_memory: bool) -> None:
+    """Make ranks below `processes` share sequences; the last rank trains alone with as many threads."""
     if measures_memory:
-        give_memory_back()
-    shared = rank < processes
-    torch.set_num_threads(1 if shared else processes)
-    if shared:
-        port = int(Path(f"{store}.port").read_text())
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ.update({key: str(value) for key, value in world.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"})
-    while (job := jobs.get()) is not None:
-        results.put(step(job, shared))
+        return_freed_memory()
+    torch.set_num_threads(1 if rank < processes else processes)
+    if rank < processes:
+        os.environ.update({**rank_environment(rank, processes, int(port)), "ACCELERATE_USE_CPU": "true"})
 
 
-def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
-    """Trains for two steps; seconds of the second, and what the process grew by."""
+def train_steps(rank: int, job: Job) -> dict[str, float]:
+    """Train for two steps and return the seconds of the second, the growth of the process in bytes, and the loss."""
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     import ring_hf
     from ring_hf.memory import MemoryConfig, apply
 
     class Clock(TrainerCallback):
-        """Notes when each step began and ended."""
+        """Measures the seconds of the last step."""
 
         def __init__(self) -> None:
-            self.began, self.took = 0.0, 0.0
+            self.start, self.seconds = 0.0, 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.took = time.perf_counter() - self.began
+            self.seconds = time.perf_counter() - self.start
 
+    shared = rank < job["processes"]
     set_seed(0)
-    gc.collect()  # a Trainer is a cycle: the last one with its model would else be freed while this one is measured
+    gc.collect()  # else the last Trainer, a reference cycle, and its model are freed during the measurement
     before = peak_bytes(reset=True)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag" if shared else "sdpa"))
     blocks = {f"{name}_block": "auto" if name in job["levers"].split("+") else None for name in ("ffn", "loss")}
@@ -113,11 +107,11 @@ def step(job: dict[str, Any], shared: bool) -> dict[str, float]:
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])  # type: ignore[arg-type]
         trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return {"seconds": clock.took, "memory": max(peak_bytes() - before, PAGE), "loss": loss}
+    return {"seconds": clock.seconds, "memory": max(peak_bytes() - before, PAGE), "loss": loss}
 
 
 def model_config(job: dict[str, Any], attention: str) -> Any:
-    """A small Llama: heads of 64, one key/value head for four query heads."""
+    """Return a small Llama: heads of 64, one key/value head for four query heads."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -133,39 +127,35 @@ def model_config(job: dict[str, Any], attention: str) -> Any:
 
 
 def sequences(job: dict[str, Any]) -> list[list[int]]:
-    """As many random sequences as there are steps, the same in every process."""
+    """Return as many random sequences as there are steps, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randint(job["vocabulary"], (job["length"],), generator=generator).tolist() for _ in range(job["steps"])
     ]
 
 
-def start(processes: int, measures_memory: bool = False, target: Callable[..., None] | None = None) -> WorkerPool:
-    """A team whose ranks meet at a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return WorkerPool(
-        processes, measures_memory, target or worker, lambda store: Path(f"{store}.port").write_text(str(port))
-    )
+def start_pool(processes: int, measures_memory: bool = False) -> ComparisonPool:
+    """Start processes for `train_steps`."""
+    return ComparisonPool(processes, train_steps, measures_memory, initialize_trainer, str(free_port()))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per length and variant."""
-    both = [(False, way, levers) for way in arguments.checkpointing for levers in arguments.levers]
-    alone = both if arguments.alone_too else [(False, "none", "")]
-    variants = [(True, way, levers) for _, way, levers in alone] + both
-    memory = start(arguments.processes, measures_memory=True)
-    timing = None if arguments.only_memory else start(arguments.processes)
+    """Return one row per length and variant."""
+    both = [(False, checkpointing, levers) for checkpointing in arguments.checkpointing for levers in arguments.levers]
+    single_process = both if arguments.alone_too else [(False, "none", "")]
+    variants = [(True, checkpointing, levers) for _, checkpointing, levers in single_process] + both
+    memory = start_pool(arguments.processes, measures_memory=True)
+    timing = None if arguments.only_memory else start_pool(arguments.processes)
     runs = 1 if arguments.only_memory else arguments.repeats + 1
     progress = tqdm(total=len(arguments.lengths) * len(variants) * runs, desc="training", disable=None)
     rows = []
+    options = vars(arguments)
     for length in arguments.lengths:
         jobs = [
-            ({**vars(arguments), "length": length, "checkpointing": way, "levers": levers, "steps": 2}, single)
-            for single, way, levers in variants
+            ({**options, "length": length, "checkpointing": checkpointing, "levers": levers, "steps": 2}, single)
+            for single, checkpointing, levers in variants
         ]
-        seen: list[list[float]] = [[] for _ in jobs]
+        timed: list[list[float]] = [[] for _ in jobs]
         peaks = [0.0 for _ in jobs]
         for repeat, (number, (job, single)) in itertools.product(range(runs), enumerate(jobs)):
             if repeat == 0:
@@ -173,14 +163,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 peaks[number] = memory.run({**job, "steps": 1}, single)["memory"]
             else:
                 assert timing is not None
-                seen[number].append(timing.run(job, single)["seconds"])
+                timed[number].append(timing.run(job, single)["seconds"])
             progress.update()
-        for (job, single), seconds, peak in zip(jobs, seen, peaks, strict=True):
+        for (job, single), seconds, peak in zip(jobs, timed, peaks, strict=True):
             row = {"length": length, "processes": 1 if single else arguments.processes}
             row |= {"checkpointing": job["checkpointing"], "levers": job["levers"] or "none", "memory": peak}
             if seconds:
                 row["seconds"] = statistics.median(seconds)
-                row["ratio"] = statistics.median(a / b for a, b in zip(seconds, seen[0], strict=True))
+                row["ratio"] = statistics.median(a / b for a, b in zip(seconds, timed[0], strict=True))
                 row["runs"] = seconds
             rows.append({**row, "memory_ratio": peak / peaks[0]})
     progress.close()
@@ -194,11 +184,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ratios are to the first row of a length."""
     cells = [["tokens", "processes", "checkpointing", "in blocks", "step s", "ratio", "tokens/s", "peak MiB", "ratio"]]
     for row in rows:
-        time_of = ("-", "-", "-")
+        time_cells = ("-", "-", "-")
         if "seconds" in row:
             rate = f"{row['length'] / row['seconds']:,.0f}"
-            time_of = (f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", rate)
-        line = [f"{row['length']:,}", str(row["processes"]), row["checkpointing"], row["levers"], *time_of]
+            time_cells = (f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", rate)
+        line = [f"{row['length']:,}", str(row["processes"]), row["checkpointing"], row["levers"], *time_cells]
         cells.append([*line, f"{row['memory'] / 2**20:,.0f}", f"{row['memory_ratio']:.2f}"])
     return markdown_table(cells, align="rrllr", padded=False)
 

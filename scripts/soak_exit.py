@@ -1,16 +1,16 @@
-"""How processes end: many launches of a plain Trainer script on a loaded machine, and their exit codes.
+"""Exit codes of many launches of a plain Trainer script on a loaded machine.
 
 Each launch trains a tiny Llama for two steps on processes that share each sequence, and saves it
-(`train_and_exit.py`). What is tested comes after that: a thread of gloo that has not yet dropped its tensors when the
-interpreter goes down aborts the process, and the launcher then ends the other ranks, one of which may be writing the
-model. It takes a loaded machine to see it often, so busy processes run beside the launches.
+(`train_and_exit.py`). The test is the end of the processes: a thread of gloo that still holds tensors while the
+interpreter shuts down aborts the process, and the launcher then kills the other ranks, one of which may be writing
+the model. This is frequent only on a loaded machine, so busy processes run beside the launches.
 
     python scripts/soak_exit.py                                  # 50 launches of each case, load 4, about an hour
     python scripts/soak_exit.py --without-shutdown               # the same without the exit hook, to compare
     python scripts/soak_exit.py --runs 3 --cases cp2             # a first look
 
 The results are written after every launch, one JSON line each, and launches that are in the file already are not
-repeated: start it again to go on after an interruption. Ends with 1 if any launch with the hook did not end with 0.
+repeated: start it again after an interruption. The exit code is 1 if any launch with the hook did not end with 0.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ring_hf.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {"cp2": (2, 1), "ring2xulysses2": (4, 2)}  # processes, of which so many exchange heads
+CASES = {"cp2": (2, 1), "ring2xulysses2": (4, 2)}  # (processes, ulysses_size)
 FLAGS = ("aborted", "saved")
 ABORT = "terminate called without an active exception"
 
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def load(num_processes: int) -> Iterator[None]:
-    """Inside, so many processes do nothing but compute."""
+    """Keep `num_processes` processes busy inside the context."""
     busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(num_processes)]
     try:
         yield
@@ -63,14 +63,14 @@ def load(num_processes: int) -> Iterator[None]:
 
 
 def launch(case: str, without_shutdown: bool, timeout: float) -> dict[str, Any]:
-    """One launch: the launcher's exit code, those of ranks that failed, whether the model was saved, seconds."""
+    """Launch once; return the launcher's exit code, those of failed ranks, whether a model was saved, seconds."""
     num_processes, ulysses_size = CASES[case]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     environment["RING_HF_WITHOUT_SHUTDOWN"] = str(int(without_shutdown))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command += [str(num_processes), str(ROOT / "scripts/train_and_exit.py"), folder, str(ulysses_size)]
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -87,7 +87,7 @@ def launch(case: str, without_shutdown: bool, timeout: float) -> dict[str, Any]:
         "ranks": [int(rank_code) for rank_code in re.findall(r"exitcode\s*: (-?\d+)", output)],
         "aborted": ABORT in output,
         "saved": saved,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - start, 1),
         "output": "" if code == 0 else output[-3000:],
     }
 
@@ -97,7 +97,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown, one row per case, load, and with or without the hook."""
+    """Return a Markdown table with one row per case, load, and with or without the hook."""
     lines = [["case", "load", "exit hook", "launches", "exit code 0", "aborted", "model saved", "seconds, median"]]
     for key in sorted({(row["case"], row["load"], row["without_shutdown"]) for row in results}):
         rows = [row for row in results if (row["case"], row["load"], row["without_shutdown"]) == key]
@@ -110,9 +110,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    setting = {"load": arguments.load, "without_shutdown": arguments.without_shutdown}
-    done = {(row["case"], row["run"]) for row in read(arguments.output) if setting.items() <= row.items()}
-    # The cases take turns, so that an interrupted soak has as many launches of each.
+    conditions = {"load": arguments.load, "without_shutdown": arguments.without_shutdown}
+    done = {(row["case"], row["run"]) for row in read(arguments.output) if conditions.items() <= row.items()}
+    # The cases alternate, so that an interrupted soak has as many launches of each.
     missing = [(case, run) for run in range(arguments.runs) for case in arguments.cases if (case, run) not in done]
     progress, failures = tqdm(missing, unit="launch", desc="launching"), 0
     with load(arguments.load if missing else 0), progress:
@@ -121,7 +121,7 @@ def main() -> None:
             failures += result["code"] != 0
             progress.set_postfix(case=case, failed=failures)
             with arguments.output.open("a") as file:
-                file.write(json.dumps({"case": case, "run": run, **setting, **result}) + "\n")
+                file.write(json.dumps({"case": case, "run": run, **conditions, **result}) + "\n")
     results = read(arguments.output)
     print(table(results))
     sys.exit(any(row["code"] != 0 for row in results if not row["without_shutdown"]))

@@ -1,7 +1,7 @@
-"""A plain Trainer script that trains a tiny Llama for two steps, saves it and ends: what `soak_exit.py` launches.
+"""A plain Trainer script for `soak_exit.py`: it trains a tiny Llama for two steps, saves it and ends.
 
 It keeps everything at the top level, as short scripts do, so the Trainer, DDP's wrapper and the device mesh are alive
-when the interpreter goes down. With RING_HF_WITHOUT_SHUTDOWN=1 the groups end as they would without ring_hf's hook.
+when the interpreter shuts down. RING_HF_WITHOUT_SHUTDOWN=1 removes ring_hf's exit hook.
 
     torchrun --nproc_per_node 2 scripts/train_and_exit.py OUTPUT_FOLDER [ULYSSES_SIZE]
 """

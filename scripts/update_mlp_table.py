@@ -17,7 +17,7 @@ WIDTH = 115
 def table_text() -> str:
     """Return the generated part of the module: every family is built and tried, which takes a minute."""
     sys.path.insert(0, str(ROOT))
-    from tests.memory.mlp_families import build, family_names, probe, token_wise_activations
+    from ring_hf.verify.mlp_families import build, family_names, probe, token_wise_activations
 
     families = [probe(model) for model in map(build, family_names()) if model is not None]
     return format_tables(families, token_wise_activations())
@@ -27,7 +27,7 @@ def format_tables(families: list, activations: set[str]) -> str:
     """Return the source of the tables.
 
     Args:
-        families: `tests.memory.mlp_families.Family` of each.
+        families: `ring_hf.verify.mlp_families.Family` of each.
         activations: qualified names of activation functions.
     """
     from ring_hf.memory.mlp_classes import PREFIX

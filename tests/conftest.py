@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.harness import poison_empty, stop_workers
+from ring_hf.testing import poison_empty
+from tests.harness import stop_workers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("ring_hf", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("ring_hf")
 poison_empty()
 # What waits for processes most begins first, so that no worker ends alone.
-_FIRST = ("engines", "trainer", "silent", "recipes", "distributed", "hf", "memory")
+_FIRST = ("engines", "trainer", "silent", "recipes", "verify", "distributed", "hf", "memory")
 
 
 def pytest_collection_modifyitems(items):

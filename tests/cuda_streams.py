@@ -2,8 +2,8 @@
 
 `record` runs the host program of every rank to its end, one after the other, as a host that is infinitely ahead of its
 device: every tensor operation, copy and exchange becomes a node of a stream. Streams run their nodes in order and wait
-for one another only through events; an exchange waits for the stream that is current when it is posted, and
-`Work.wait` makes the stream wait that is current then. Two judges read the recording:
+for one another only through events; an exchange waits for the stream that is current when it starts, and `Work.wait`
+makes the then current stream wait. Two checks read the recording:
 
 * `races`: by vector clocks, every two accesses to the same memory, one of them a write, must be ordered by a chain of
   streams and events. Allocating and freeing write, on the stream of the allocation: the caching allocator gives freed
@@ -32,13 +32,18 @@ POISONED = buffers.Pool.acquire  # as the harness has made it: the poison would 
 ACQUIRE = getattr(POISONED, "__wrapped__", POISONED)
 
 
-def _later(one: Clock, other: Clock) -> Clock:
-    return {stream: max(one.get(stream, 0), other.get(stream, 0)) for stream in {*one, *other}}
+def _maximum(first: Clock, second: Clock) -> Clock:
+    return {stream: max(first.get(stream, 0), second.get(stream, 0)) for stream in {*first, *second}}
 
 
 @dataclass(eq=False)
 class Node:
-    """One operation of a stream; `launch` counts what its host program queued before it."""
+    """One operation of a stream.
+
+    Attributes:
+        launch: number of operations that the host program queued before it.
+        ends: of an exchange: (kind, channel, tensor).
+    """
 
     rank: int
     stream: int
@@ -48,10 +53,10 @@ class Node:
     clock: Clock
     after: set["Node"]
     run: Callable[[], None] | None = None
-    ends: list[tuple[str, Any, Any]] = field(default_factory=list)  # of an exchange: (kind, channel, tensor)
+    ends: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def follows(self, other: "Node") -> bool:
-        """Whether every schedule runs `other` first."""
+        """Return whether every schedule runs `other` first."""
         return self.clock.get(other.stream, 0) >= other.index
 
 
@@ -59,7 +64,7 @@ class Node:
 class Access:
     node: Node
     writes: bool
-    what: str
+    label: str
 
 
 class Stream:
@@ -71,7 +76,7 @@ class Stream:
 
     def wait_event(self, event: "Event") -> None:
         self.machine.notice_freed()
-        self.clock = _later(self.clock, event.clock)
+        self.clock = _maximum(self.clock, event.clock)
         self.after |= event.after
 
     def add(self, label: str, run: Callable[[], None] | None = None) -> Node:
@@ -93,7 +98,7 @@ class Event:
 
 
 class Cuda:
-    """What `CudaCommStream` uses of `torch.cuda`, for the rank whose program runs."""
+    """The functions of `torch.cuda` that `CudaCommStream` calls, for the rank whose program runs."""
 
     Event = Event
 
@@ -116,8 +121,10 @@ class Cuda:
 class Machine(TorchDispatchMode):
     """The device of one rank while its program runs.
 
-    With `hold`, memory is kept so that it can be replayed. With `torch_holds`, torch records its own streams on the
-    tensors of its exchanges, as it does for messages; without, nothing but our own code keeps them.
+    Args:
+        hold: keep all memory, so that the recording can be replayed.
+        torch_holds: torch records its own streams on the tensors of its exchanges, as it does for messages; otherwise
+            only our own code keeps them.
     """
 
     def __init__(self, rank: int, size: int, hold: bool, torch_holds: bool) -> None:
@@ -125,12 +132,14 @@ class Machine(TorchDispatchMode):
         self.rank, self.size, self.hold, self.torch_holds = rank, size, hold, torch_holds
         self.num_streams = rank * 1000
         self.nodes: list[Node] = []
-        self.label = ""  # of what is queued now
+        self.label = ""  # of the operations that are queued now
         self.part = ""  # of the program that runs, for the labels of exchanges
         self.current = self.compute = Stream(self, "compute")
         self.groups: dict[str, Stream] = {}
         self.accesses: dict[int, list[Access]] = {}
-        self._live: dict[int, tuple[int, StorageWeakRef, Stream]] = {}  # by address: token, weak reference, home
+        self._live: dict[
+            int, tuple[int, StorageWeakRef, Stream]
+        ] = {}  # by address: token, weak reference, stream of the allocation
         self._tokens = 0
         self._shared: dict[int, set[Stream]] = {}  # by token: streams that record_stream named
         self.stream = streams.CudaCommStream(torch.device("cpu"), Cuda(self))
@@ -138,11 +147,11 @@ class Machine(TorchDispatchMode):
 
     def token(self, x: torch.Tensor) -> int:
         storage = x.untyped_storage()
-        known = self._live.get(storage._cdata)
-        if known is None or known[1].expired():
+        entry = self._live.get(storage._cdata)
+        if entry is None or entry[1].expired():
             self._tokens += 1
-            known = self._live[storage._cdata] = self._tokens, StorageWeakRef(storage), self.current
-        return known[0]
+            entry = self._live[storage._cdata] = self._tokens, StorageWeakRef(storage), self.current
+        return entry[0]
 
     def touch(self, node: Node, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         for tensors, kind in ((reads, False), (writes, True)):
@@ -153,14 +162,14 @@ class Machine(TorchDispatchMode):
         self._shared.setdefault(self.token(x), set()).add(stream)
 
     def notice_freed(self) -> None:
-        """Memory whose last tensor is gone may be written from now on, by whatever its home stream does next."""
+        """Record a write to memory whose last tensor is gone: the next operation of its stream may reuse it."""
         for address, (token, reference, home) in list(self._live.items()):
             if not reference.expired():
                 continue
             del self._live[address]
             clock = dict(home.clock)
-            for named in self._shared.pop(token, ()):
-                clock = _later(clock, named.clock)
+            for stream in self._shared.pop(token, ()):
+                clock = _maximum(clock, stream.clock)
             freed = Node(self.rank, home.number, clock.get(home.number, 0), len(self.nodes), "freed", clock, set())
             self.accesses.setdefault(token, []).append(Access(freed, True, "freed"))
 
@@ -168,22 +177,22 @@ class Machine(TorchDispatchMode):
         self.notice_freed()
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         written = [
             x
             for argument, value in zip(func._schema.arguments, args, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
             for x in tree_leaves(value)
         ] + ([kwargs["out"]] if "out" in kwargs else [])
-        homes = {x.untyped_storage()._cdata for x in given}
-        fresh = [x for x in made if x.untyped_storage()._cdata not in homes]
+        addresses = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x for x in outputs if x.untyped_storage()._cdata not in addresses]
         if not written and not fresh:
             return result  # a view
         node = self.current.add(self.label or str(func))
-        self.touch(node, given, [*written, *fresh])
+        self.touch(node, inputs, [*written, *fresh])
         if self.hold:
-            node.run = _again(func, args, kwargs, None if written else made)
+            node.run = _rerun(func, args, kwargs, None if written else outputs)
         return result
 
     def exchange(self, group: str, label: str, ends: list[tuple[str, Any, Any]]) -> "Work":
@@ -205,17 +214,17 @@ class Machine(TorchDispatchMode):
         return Work(self, queue)
 
 
-def _again(func: Any, args: tuple, kwargs: dict, made: list[torch.Tensor] | None) -> Callable[[], None]:
+def _rerun(func: Any, args: tuple, kwargs: dict, outputs: list[torch.Tensor] | None) -> Callable[[], None]:
     def run() -> None:
-        found = tree_leaves(func(*args, **kwargs))
-        for x, value in zip(made or (), found, strict=False):
+        values = tree_leaves(func(*args, **kwargs))
+        for x, value in zip(outputs or (), values, strict=False):
             x.copy_(value)
 
     return run
 
 
 class Work:
-    """Like NCCL's: waiting stops no host, and holds no memory."""
+    """Like NCCL's: waiting does not block the host and keeps no memory alive."""
 
     def __init__(self, machine: Machine, queue: Stream) -> None:
         self._machine, self._event = machine, Event()
@@ -244,7 +253,7 @@ def _start(ops: list[Any]) -> list[Work]:
 
 
 def collective(kind: str) -> Callable[..., Work]:
-    """A collective of all ranks: "all_gather", "reduce_scatter" or "all_reduce" (in place)."""
+    """Return a collective of all ranks: "all_gather", "reduce_scatter" or "all_reduce" (in place)."""
 
     def post(out: torch.Tensor, x: torch.Tensor, group: Group, async_op: bool = True) -> Work:
         channel = group.group_name
@@ -269,16 +278,16 @@ def machine() -> Machine:
 def record(
     size: int, program: Callable[[int], Any], hold: bool = False, torch_holds: bool = False
 ) -> tuple[list[Machine], list[Any]]:
-    """Runs `program(rank)` for every rank; the machines that recorded it, and what the programs returned."""
+    """Run `program(rank)` for every rank and return the machines that recorded it and the results."""
     global _machine
-    stand_ins = {
+    fakes = {
         "get_rank": lambda group=None: _machine.rank,
         "get_world_size": lambda group=None: size,
         "get_global_rank": lambda group, rank: rank,
         "P2POp": _Op,
         "batch_isend_irecv": _start,
     }
-    ours = {
+    transport_fakes = {
         "dedicated_group": lambda group, ranks, purpose, device: Group(size, purpose),
         "comm_stream_of": lambda device: _machine.stream,
         "pool_of": lambda device: _machine.pool,
@@ -287,8 +296,8 @@ def record(
     }
     machines, results = [], []
     with (
-        mock.patch.multiple(dist, **stand_ins),
-        mock.patch.multiple(transport, **ours),
+        mock.patch.multiple(dist, **fakes),
+        mock.patch.multiple(transport, **transport_fakes),
         mock.patch.object(
             buffers.Pool, "acquire", ACQUIRE if buffers.Pool.acquire is POISONED else buffers.Pool.acquire
         ),
@@ -303,12 +312,12 @@ def record(
 
 
 def races(machines: list[Machine]) -> list[str]:
-    """Every two accesses to the same memory that no chain of streams and events orders."""
-    found = []
+    """Return every two accesses to the same memory that no chain of streams and events orders."""
+    unordered = []
     for device in machines:
         for accesses in device.accesses.values():
             for n, later in enumerate(accesses):
                 for earlier in accesses[:n]:
                     if (earlier.writes or later.writes) and not later.node.follows(earlier.node):
-                        found.append(f"rank {device.rank}: {earlier.what} / {later.what}")
-    return found
+                        unordered.append(f"rank {device.rank}: {earlier.label} / {later.label}")
+    return unordered

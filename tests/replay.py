@@ -1,7 +1,7 @@
-"""Replays what `tests/cuda_streams.py` recorded of all ranks, in any order that its streams and events allow.
+"""Replays a recording of `tests/cuda_streams.py`, in any order that its streams and events allow.
 
-An exchange starts when its stream gets to it and ends when its other ends have started; pairs are matched by order
-alone, as NCCL does, which has no tags. A schedule is a function that chooses among the nodes that may run next.
+An exchange starts when its stream reaches it and ends when its other ends have started; pairs are matched by order
+alone, because NCCL has no tags. A schedule is a function that chooses among the nodes that may run next.
 """
 
 import random
@@ -32,10 +32,13 @@ class Replay:
                 self._transfers.setdefault(node, []).append(transfer)
 
     def run(self, choose: Callable[[list[Node]], Node]) -> int:
-        """Runs what `choose` takes among the nodes that may start or end next; the number of nodes.
+        """Run nodes until none is left, each time the one that `choose` takes, and return how many there were.
+
+        Args:
+            choose: returns one of the nodes that may start or end next.
 
         Raises:
-            TimeoutError: a deadlock: nodes are left and none of them may run.
+            TimeoutError: in a deadlock, when nodes are left and none of them may run.
         """
         streams: dict[int, list[Node]] = {}
         for machine in self._machines:
@@ -66,7 +69,10 @@ class Replay:
 
 
 def _transfers(machines: list[Machine]) -> Iterator[tuple[list[Node], Callable[[], None]]]:
-    """What moves between which nodes. The first of them to end moves it: the latest moment that NCCL allows."""
+    """Yield the nodes of each exchange and a function that copies its data.
+
+    The first node that ends calls it: that is the latest moment that NCCL allows.
+    """
     ends: dict[tuple[str, Any], list[tuple[Node, torch.Tensor]]] = {}
     for machine in machines:
         for node in machine.nodes:
@@ -81,8 +87,8 @@ def _transfers(machines: list[Machine]) -> Iterator[tuple[list[Node], Callable[[
             members = [(channel[0], machine.rank) for machine in machines]
             for parts in zip(*(ends[kind, member] for member in members), strict=True):
                 nodes = [node for node, _ in parts]
-                given = [next(x for what, _, x in node.ends if what == "send") for node in nodes]
-                yield nodes, _once(lambda kind=kind, given=given, parts=parts: _collect(kind, given, parts))
+                sent = [next(x for end, _, x in node.ends if end == "send") for node in nodes]
+                yield nodes, _once(lambda kind=kind, sent=sent, parts=parts: _collect(kind, sent, parts))
 
 
 def _once(move: Callable[[], Any]) -> Callable[[], None]:
@@ -95,23 +101,23 @@ def _once(move: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def _collect(kind: str, given: list[torch.Tensor], parts: Sequence[tuple[Node, torch.Tensor]]) -> None:
-    total = torch.cat(given) if kind == "all_gather" else torch.stack(given).sum(0)
+def _collect(kind: str, sent: list[torch.Tensor], parts: Sequence[tuple[Node, torch.Tensor]]) -> None:
+    total = torch.cat(sent) if kind == "all_gather" else torch.stack(sent).sum(0)
     for rank, (_, out) in enumerate(parts):
         out.copy_(total.chunk(len(parts))[rank] if kind == "reduce_scatter" else total)
 
 
 def policies(seed: int) -> dict[str, Callable[[list[Node]], Node]]:
-    """Ways to choose: anything, exchanges as late as possible, compute as late as possible, one rank far behind."""
+    """Return schedules: at random, exchanges as late as possible, compute as late as possible, one rank far behind."""
     draw = random.Random(seed)
 
-    def last(is_last: Callable[[Node], bool]) -> Callable[[list[Node]], Node]:
+    def postpone(is_last: Callable[[Node], bool]) -> Callable[[list[Node]], Node]:
         return lambda ready: draw.choice([node for node in ready if not is_last(node)] or ready)
 
     return {
         "at random": draw.choice,
-        "exchanges late": last(lambda node: node.label.startswith("exchange")),
-        "compute late": last(lambda node: node.label.startswith("compute")),
-        "rank 0 late": last(lambda node: node.rank == 0),
-        "rank 1 late": last(lambda node: node.rank == 1),
+        "exchanges late": postpone(lambda node: node.label.startswith("exchange")),
+        "compute late": postpone(lambda node: node.label.startswith("compute")),
+        "rank 0 late": postpone(lambda node: node.rank == 0),
+        "rank 1 late": postpone(lambda node: node.rank == 1),
     }

@@ -74,7 +74,10 @@ def ring_attention(
             f"The sequence is dealt to {sequence.num_ranks} ranks, but the group has {size}. Describe the sequence "
             f"with num_ranks={size}, or pass the group of the ranks that hold it."
         )
-    options = replace(options, transport=resolve_transport(options, sequence, spec.mask, q, k, v))
+    transport = resolve_transport(options, sequence, spec.mask, q, k, v)
+    # "auto" may choose a transport that has no inner ring.
+    inner_ring_size = options.inner_ring_size if transport == "double_ring" else 1
+    options = replace(options, transport=transport, inner_ring_size=inner_ring_size)
     spec = replace(spec, scale=spec.scale_for(q.shape[-1]))
     args = to_json(AttentionOpArgs(sequence, spec, options, group))
     if sequence.ulysses == 1:

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, length_multiple
 from ring_hf.parallel import cut, register_group, ring_attention
-from tests.dense import dense_attention, dense_mask, with_gradients
-from tests.harness import rms_ratio
+from ring_hf.testing import dense_attention, dense_mask, forward_backward, rms_ratio
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")  # and dsinks, where there are sinks
 
@@ -102,7 +101,7 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
 
     q, k, v, dout = shards(case, rank, *problem(case))
     sinks = () if case.sinks is None else (case.sinks.to(q.dtype),)
-    return with_gradients(attend, q, k, v, *sinks, dout=dout)
+    return forward_backward(attend, q, k, v, *sinks, dout=dout)
 
 
 def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tuple[float, float, float]]]:
@@ -113,12 +112,12 @@ def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tupl
         q, k, v, dout = problem(case)
         visible = dense_mask(case.sequence, case.mask, case.rows)
         sinks = () if case.sinks is None else (case.sinks.to(q.dtype),)
-        maths = {"seen_BSS": visible, "scale": q.shape[-1] ** -0.5, "softcap": case.softcap}
-        exact = with_gradients(partial(dense_attention, **maths), *_double(q, k, v, *sinks), dout=dout.double())
+        maths = {"visible_BSS": visible, "scale": q.shape[-1] ** -0.5, "softcap": case.softcap}
+        exact = forward_backward(partial(dense_attention, **maths), *_double(q, k, v, *sinks), dout=dout.double())
         got = ring_result(rank, case)
         alone = exact
         if case.dtype == "bfloat16":
-            alone = with_gradients(partial(_one_process, visible=visible), q, k, v, dout=dout)
+            alone = forward_backward(partial(_one_process, visible=visible), q, k, v, dout=dout)
         row = {}
         for name, mine, want, single in zip(TENSORS, got, exact, alone, strict=False):
             (want,), (single,) = shards(case, rank, want), shards(case, rank, single)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.harness import _Workers, launch_forked
+from tests.harness import launch_forked, start_workers
 
 SCRIPT = """
 import os, sys, time
@@ -29,9 +29,9 @@ def has_imported(rank, world_size, name):
 
 def test_new_workers_have_imported_everything():
     """The server leaves out what it cannot import, and then every worker would take seconds."""
-    workers = _Workers(1)
+    workers = start_workers(1)
     try:
-        assert workers.run(has_imported, ("ring_hf.hf.trainer.parallelism_config",), 120) == [True]
+        assert workers.run(has_imported, 1, "ring_hf.hf.trainer.parallelism_config", timeout=120) == [True]
     finally:
         workers.stop()
 

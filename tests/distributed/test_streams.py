@@ -17,8 +17,8 @@ from ring_hf.kernels import reference
 from ring_hf.parallel import buffers, streams, transport
 from ring_hf.parallel.schedule import ring_backward, ring_forward, transport_of
 from ring_hf.parallel.streams import CudaCommStream
+from ring_hf.testing import dense_attention, dense_mask, forward_backward
 from tests import cuda_streams
-from tests.dense import dense_attention, dense_mask, with_gradients
 from tests.distributed.cases import Case, problem, shards
 from tests.replay import Replay, policies
 
@@ -112,8 +112,8 @@ def _record(case: Case, collectives: bool = False, **settings):
 def _expected(case: Case, layer: int) -> tuple[torch.Tensor, ...]:
     *qkv, dout = _inputs(case, layer)
     visible = dense_mask(case.sequence, case.mask, case.rows)
-    dense = functools.partial(dense_attention, seen_BSS=visible, scale=qkv[0].shape[-1] ** -0.5, softcap=None)
-    return with_gradients(dense, *qkv, dout=dout)
+    dense = functools.partial(dense_attention, visible_BSS=visible, scale=qkv[0].shape[-1] ** -0.5, softcap=None)
+    return forward_backward(dense, *qkv, dout=dout)
 
 
 def worst(case: Case, results: list[list[tuple[torch.Tensor, ...]]]) -> float:

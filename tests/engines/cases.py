@@ -32,8 +32,8 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ring_hf.hf.trainer.engines import engine_of
+from ring_hf.verify.model_families import tiny
 from tests.engines.families import BY_DEFAULT, WITH_OPTIONS, WITHOUT_OPTIONS
-from tests.hf.architectures import tiny
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case, attention_of
 
 # A rank's 96 tokens of a micro-batch are computed in five blocks.

@@ -1,6 +1,6 @@
 """Families of Transformers that differ in what an engine sees: tied heads, sinks, experts, biases, two head dims."""
 
-from tests.hf.architectures import EXACT
+from ring_hf.verify.model_families import EXACT
 
 # Trained with all memory options that `tests/memory/test_architectures.py` does not show to be refused.
 WITH_OPTIONS = [

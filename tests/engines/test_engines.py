@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
+from ring_hf.verify.model_families import model_class
 from tests.engines.cases import (
     ALL_CASES,
     AT_LOADING,
@@ -19,7 +20,6 @@ from tests.engines.cases import (
     without_context_parallelism,
 )
 from tests.engines.jobs import BATCHES, COUNTED, EVALUATED, EVALUATIONS, HALF, REFUSED_AT_LOADING, RESUMES
-from tests.hf.architectures import model_class
 from tests.trainer.cases import FP32_AT_THE_RATE_OF_BF16, Case
 from tests.trainer.compare import MAX_LOSS, assert_same_run, compare_runs
 

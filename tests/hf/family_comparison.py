@@ -1,4 +1,4 @@
-"""Compares a Trainer in two processes that share sequences with one in one process, for families of `architectures`.
+"""Compares a Trainer in two processes that share sequences with one in one process, for families of `model_families`.
 
 The joint result of both ranks is compared with Transformers' own "eager" attention on rank 0 (whose softmax is fp32:
 hence the tolerance), and with the ring backend in one process on rank 1.
@@ -21,8 +21,8 @@ import transformers
 
 from ring_hf.hf import context
 from ring_hf.parallel import all_gather, join
-from tests.harness import rms_ratio
-from tests.hf.architectures import tiny
+from ring_hf.testing import rms_ratio
+from ring_hf.verify.model_families import tiny
 from tests.hf.trainer_step import MICRO_BATCHES, ForwardPass, Step, one_process, train_one_step
 
 # By attention implementation of the one process, rank 0's first: the largest relative RMS of the logits, relative

@@ -13,8 +13,8 @@ import pytest
 from ring_hf.hf.attention import backend
 from ring_hf.hf.checks import moe_aux_loss
 from ring_hf.hf.trainer import counters, model_guard
+from ring_hf.verify.model_families import ROUTER_LOSS
 from tests.harness import run_distributed
-from tests.hf.architectures import ROUTER_LOSS
 from tests.hf.family_comparison import Difference, Results, compare
 
 # The references of `compare`, by rank.

@@ -1,12 +1,13 @@
 """Every causal language model of Transformers is exact under context parallelism, or refused before it computes.
 
-For each family of `architectures.EXACT`, an unmodified Trainer takes one optimizer step of two micro-batches in two
+For each family of `model_families.EXACT`, an unmodified Trainer takes one optimizer step of two micro-batches in two
 processes that share padded sequences. Its logits, logged loss and gradients of all parameters must equal those of the
 same Trainer in one process, with Transformers' own "eager" attention and with the ring backend. Calling the model
 directly would not suffice: the Trainer decides whether a model gets the number of targets.
 """
 
 import re
+import sys
 
 import pytest
 import torch
@@ -16,9 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ring_hf.hf.checks.argument_rules import first_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.hf.runtime import proven_classes
-from scripts.architectures import PROVEN, with_names, with_table
-from tests.harness import ROOT, run_distributed
-from tests.hf.architectures import (
+from ring_hf.verify.model_families import (
     EXACT,
     NO_COUNT,
     REASONS,
@@ -32,6 +31,7 @@ from tests.hf.architectures import (
     refused_families,
     tiny,
 )
+from tests.harness import ROOT, run_command, run_distributed
 from tests.hf.family_comparison import Results, check, compare
 
 
@@ -44,9 +44,7 @@ def test_exact_families_equal_one_process():
 
 
 def test_proven_classes_are_those_that_are_compared():
-    assert exact_classes() == proven_classes.PROVEN_CLASSES, "run: python scripts/architectures.py"
-    text = PROVEN.read_text()
-    assert with_names(text) == text, "run: python scripts/architectures.py"
+    assert exact_classes() == proven_classes.PROVEN_CLASSES, "run: python scripts/update_model_table.py"
 
 
 def compare_unproven_llama(rank: int, world_size: int) -> Results:
@@ -94,8 +92,8 @@ def refusal_of(family: str) -> str:
 
 
 def test_page_of_models_shows_these_tables():
+    run_command([sys.executable, "scripts/update_model_table.py", "--check"])
     text = (ROOT / "docs" / "models.md").read_text()
-    assert with_table(text) == text, "run: python scripts/architectures.py"
     assert f"{len(exact_families())} families exact ({len(EXACT)} configurations)" in text
     assert all(name in text for name in [*EXACT, *refused_families(), *UNTESTED])
 

@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ring_hf.geometry import LAYOUTS
 from ring_hf.hf.attention.backend import attention
 from ring_hf.hf.attn_names import BACKENDS
-from tests.harness import assert_close
-from tests.hf.architectures import tiny
+from ring_hf.testing import assert_close
+from ring_hf.verify.model_families import tiny
 from tests.hf.models import llama, mistral
 
 TOKENS = torch.randint(1, 64, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,8 @@ MUST_NOT_LOAD = {
     "ring_hf.costmodel": "torch",
     "ring_hf.simulate": "torch",
     "ring_hf.cli": "torch",
+    "ring_hf.launcher": "torch",
+    "ring_hf.verify.verify_command": "torch",
     "ring_hf.memory": "transformers",
     "ring_hf.evaluation": "transformers",
     "ring_hf.kernels": "transformers",

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ring_hf.geometry import LAYOUTS, RingOptions
+from ring_hf.geometry import LAYOUTS, Mask, RingOptions, ShardedSequence
 from ring_hf.hf import ContextParallelCollator, context
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.parallel import register_group
-from tests.harness import assert_close, run_distributed
+from ring_hf.testing import assert_close, dense_mask
+from tests.harness import run_distributed
 from tests.hf.models import llama, rank_of, rows
 
 PREFIXES = (7, 0, 20, 5)
@@ -27,23 +28,19 @@ def with_prefixes(features, prefix_lengths):
     ]
 
 
-def dense_mask(boundaries, prefixes, length):
-    """Return [length, length], True where a query sees a key, token by token as defined."""
-    is_visible = torch.zeros(length, length, dtype=torch.bool)
-    for start, end, prefix in zip(boundaries[:-1], boundaries[1:], prefixes, strict=True):
-        for q in range(start, end):
-            for k in range(start, end):
-                is_visible[q, k] = k <= q or max(q, k) < start + prefix
-    return is_visible
+def visible_keys(documents, prefixes, length):
+    """`[rows, length, length]`, True where a query sees a key."""
+    sequence = ShardedSequence("contiguous", length, 1, documents, prefixes=prefixes)
+    return dense_mask(sequence, Mask(), len(prefixes))
 
 
 def dense_batch(packing):
     """Return the plain batch of one process with a dense mask, for `sdpa`."""
     batch = ContextParallelCollator(llama(), packing=packing).inner(rows(17, 23, 20, 9))
     if packing:
-        mask = dense_mask((0, 17, 40, 60, 69), PREFIXES, 69)[None]
+        mask = visible_keys(((0, 17, 40, 60, 69),), (PREFIXES,), 69)
     else:
-        mask = torch.stack([dense_mask((0, 23), (prefix,), 23) for prefix in PREFIXES])
+        mask = visible_keys(None, tuple((prefix,) for prefix in PREFIXES), 23)
     return {**batch, "attention_mask": mask[:, None]}
 
 

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Tile
 from ring_hf.kernels import KERNELS, GatherIndex, cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
-from scripts import fuzz
+from ring_hf.verify import random_cases
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests import aten_stand_ins
 from tests.aten_stand_ins import ADAPTERS, CALLS, aten_stand_in
 from tests.kernels.test_flash_contract import HEADS, MASKS, max_band_difference, problem
-from tests.threads import threads_as_ranks
 
 LARGE_MASKS = ("causal", "full", "packed-full", "prefix")  # with tiles that cuDNN accepts in these tests
 
@@ -40,7 +40,7 @@ def test_rings_match_dense_attention_through_every_adapter(adapter, layout, thre
         for heads in HEADS:
             with aten_stand_in(adapter) as kernel:
                 case = replace(problem(layout, mask, heads), kernel=kernel)
-                assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+                assert random_cases.worst_difference(case, threads) <= random_cases.BAR, case
                 checked += 1
         if adapter == "cuda_efficient":
             assert CALLS["efficient"] and not CALLS["cudnn"] and not CALLS["dense"] and not CALLS["packed"]
@@ -59,7 +59,7 @@ def test_every_transport_works_with_every_adapter(adapter, transport, threads):
     with aten_stand_in(adapter) as kernel:
         for mask in ("causal", "packed-window"):
             case = replace(problem("zigzag", mask, "gqa", transport, num_ranks=4), kernel=kernel, sinks=True)
-            assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+            assert random_cases.worst_difference(case, threads) <= random_cases.BAR, case
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -68,10 +68,11 @@ def test_random_problems_are_exact_through_every_adapter(adapter, threads):
     with aten_stand_in(adapter) as kernel:
 
         @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
-        @given(fuzz.cases())
+        @given(random_cases.cases())
         def check(case):
             checked.append(case)
-            assert fuzz.worst_difference(replace(case, kernel=kernel, softcap=None), threads) <= fuzz.BAR
+            served = replace(case, kernel=kernel, softcap=None)
+            assert random_cases.worst_difference(served, threads) <= random_cases.BAR
 
         check()
     assert len(checked) >= 60
@@ -89,7 +90,7 @@ def test_rows_and_heads_of_one_are_exact_whatever_their_strides(adapter, shape, 
     rows, heads, num_kv = shape
     with aten_stand_in(adapter) as kernel:
         case = replace(problem("zigzag", "causal", "gqa"), kernel=kernel, rows=rows, heads=(heads, num_kv))
-        assert fuzz.worst_difference(case, threads) <= fuzz.BAR
+        assert random_cases.worst_difference(case, threads) <= random_cases.BAR
     # The same with views that start in the middle of larger tensors and have larger head dims behind them.
     q, k, v = (
         torch.randn(rows, 8, n, 20, dtype=torch.float64)[:, 1:, :, 3:11].transpose(1, 2)
@@ -118,7 +119,7 @@ def test_empty_rows_may_have_lse_minus_infinity_as_in_fa3(threads, monkeypatch):
         patch.setattr(cuda_flash, "_ATEN_FORWARD", forward)
         for mask in MASKS:
             case = replace(problem("zigzag", mask, "mla"), kernel=kernel)
-            assert fuzz.worst_difference(case, threads) <= fuzz.BAR, case
+            assert random_cases.worst_difference(case, threads) <= random_cases.BAR, case
 
 
 def test_tiles_of_a_step_are_routed_to_two_kernels_by_their_masks():

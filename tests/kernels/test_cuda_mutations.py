@@ -13,10 +13,10 @@ import pytest
 
 from ring_hf.geometry import CausalBlock
 from ring_hf.kernels import KERNELS, causal_blocks, cuda_cudnn, cuda_efficient, routed
-from scripts import fuzz
+from ring_hf.verify import random_cases
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.aten_stand_ins import aten_stand_in
 from tests.kernels.test_flash_contract import max_band_difference, problem, replace
-from tests.threads import threads_as_ranks
 
 MODULES = {"cuda_efficient": cuda_efficient, "cuda_cudnn": cuda_cudnn}
 
@@ -173,12 +173,12 @@ def test_fault_shows(name, monkeypatch):
             return max_band_difference(KERNELS[adapter], 5)
         mask, _, heads = fault.detected_by.partition("-")
         with threads_as_ranks() as run:
-            return fuzz.worst_difference(replace(problem("zigzag", mask, heads or "gqa"), kernel=adapter), run)
+            return random_cases.worst_difference(replace(problem("zigzag", mask, heads or "gqa"), kernel=adapter), run)
 
     # The fault is undone before the stand-ins are, because it replaces some of them.
     large = 1 if fault.detected_by == "bands" else 5
     with aten_stand_in(adapter, large=large), monkeypatch.context() as patch:
-        assert max_difference() <= fuzz.BAR
+        assert max_difference() <= random_cases.BAR
         fault.break_adapter(patch, adapter)
         try:
             difference = max_difference()

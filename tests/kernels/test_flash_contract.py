@@ -17,9 +17,9 @@ from ring_hf import kernels
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, Mask, ShardedSequence, Tile, length_multiple, trim
 from ring_hf.kernels import reference
 from ring_hf.parallel import local_attention
-from scripts import fuzz
+from ring_hf.verify import random_cases
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.flash_stand_ins import ADAPTERS, ADAPTERS_WITHOUT_SOFTCAP, CALLS, PACKAGES, kernel_named, stand_in
-from tests.threads import threads_as_ranks
 
 # A mask, whether documents are packed, and the number of tokens in the prefix of each document.
 MASKS = {
@@ -50,7 +50,7 @@ def run():
         yield threads
 
 
-def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ranks: int = 3) -> fuzz.Case:
+def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ranks: int = 3) -> random_cases.Case:
     """Return a problem of the matrix: about 40 tokens and two rows on `num_ranks` ranks."""
     mask_rule, packed, prefix = MASKS[mask]
     length = length_multiple(layout, num_ranks, 1) * (7 if layout in ("zigzag", "balanced") else 13)
@@ -58,7 +58,7 @@ def problem(layout: str, mask: str, heads: str, transport: str = "ring", num_ran
     prefixes = tuple(tuple(min(prefix, b - a) for a, b in itertools.pairwise(row)) for row in bounds) if prefix else ()
     sequence = ShardedSequence(layout, length, num_ranks, bounds if packed else None, None, prefixes or None)
     num_heads, head_dims = HEADS[heads]
-    return fuzz.Case(
+    return random_cases.Case(
         sequence=sequence,
         mask=mask_rule,
         rows=2,
@@ -79,7 +79,7 @@ def test_rings_match_dense_attention_through_every_adapter(adapter, layout, mask
     with stand_in(adapter) as kernel:
         for heads in HEADS:
             case = replace(problem(layout, mask, heads), kernel=kernel)
-            assert fuzz.worst_difference(case, run) <= fuzz.BAR, case
+            assert random_cases.worst_difference(case, run) <= random_cases.BAR, case
 
 
 def test_the_matrix_is_complete_and_has_804_rings():
@@ -98,7 +98,7 @@ def test_every_transport_works_with_every_adapter_and_sinks(adapter, transport, 
     with stand_in(adapter) as kernel:
         for mask in ("causal", "packed-window") if adapter in ADAPTERS_WITH_ALL_MASKS else ("packed-window",):
             case = replace(problem("zigzag", mask, "gqa", transport, num_ranks=4), kernel=kernel, sinks=True)
-            assert fuzz.worst_difference(case, run) <= fuzz.BAR, case
+            assert random_cases.worst_difference(case, run) <= random_cases.BAR, case
 
 
 @pytest.mark.parametrize("mask", COMMON_MASKS)
@@ -107,7 +107,7 @@ def test_soft_capping_is_exact_through_every_adapter_that_has_it(adapter, mask, 
     with stand_in(adapter) as kernel:
         for heads in HEADS:
             case = replace(problem("zigzag", mask, heads), kernel=kernel, softcap=0.5)
-            assert fuzz.worst_difference(case, run) <= fuzz.BAR, case
+            assert random_cases.worst_difference(case, run) <= random_cases.BAR, case
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS_WITHOUT_SOFTCAP)
@@ -130,11 +130,12 @@ def test_random_problems_are_exact_through_every_adapter(adapter, run):
             deadline=None,
             suppress_health_check=HealthCheck,
         )
-        @given(fuzz.cases())
+        @given(random_cases.cases())
         def check(case):
             softcap = None if adapter in ADAPTERS_WITHOUT_SOFTCAP else case.softcap
             checked.append(case)
-            assert fuzz.worst_difference(replace(case, kernel=kernel, softcap=softcap), run) <= fuzz.BAR
+            served = replace(case, kernel=kernel, softcap=softcap)
+            assert random_cases.worst_difference(served, run) <= random_cases.BAR
 
         check()
     assert len(checked) >= num_examples

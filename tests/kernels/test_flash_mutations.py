@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from ring_hf.kernels import KERNELS, flash_packages, flash_varlen, hub
+from ring_hf.verify import random_cases
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.flash_stand_ins import kernel_named, stand_in
-from tests.kernels.test_flash_contract import fuzz, max_band_difference, problem, threads_as_ranks
+from tests.kernels.test_flash_contract import max_band_difference, problem
 
 
 def _replace_in_kernels(change):
@@ -220,9 +222,9 @@ def test_fault_shows(name, adapter, monkeypatch):
             mask, softcap = ("causal", 0.5) if fault.detected_by == "softcap" else (fault.detected_by, None)
             with threads_as_ranks() as run:
                 case = replace(problem("zigzag", mask, "mla"), kernel=kernel, softcap=softcap)
-                return fuzz.worst_difference(case, run)
+                return random_cases.worst_difference(case, run)
 
-    assert max_difference() <= fuzz.BAR
+    assert max_difference() <= random_cases.BAR
     fault.break_adapters(monkeypatch)
     try:
         difference = max_difference()

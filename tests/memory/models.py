@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ring_hf.memory.selective_checkpoint import name_of
-from tests.hf.architectures import SIZES, tiny
+from ring_hf.verify.model_families import SIZES, tiny
 
 LENGTHS = (40, 33)
 
@@ -34,7 +34,7 @@ def batch(num_rows: int = 2, length: int = 40, seed: int = 0) -> dict[str, Tenso
 
 
 def model_of(name: str, attention: str = "ring_zigzag", **more: Any) -> Any:
-    """A family of `tests/hf/architectures.py`, in fp64, training."""
+    """A family of `ring_hf/verify/model_families.py`, in fp64, training."""
     model = tiny(name, attention, **more).train()
     model.loss_function = ForCausalLMLoss
     return model

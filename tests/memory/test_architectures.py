@@ -12,8 +12,8 @@ import pytest
 import transformers
 
 from ring_hf.memory import MemoryConfig, apply
+from ring_hf.verify.model_families import EXACT, ROUTED, ROUTER_LOSS
 from tests.harness import ROOT
-from tests.hf.architectures import EXACT, ROUTED, ROUTER_LOSS
 from tests.memory.models import apart, batch, model_of, step
 
 LEVERS = {

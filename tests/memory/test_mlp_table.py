@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 import warnings
 from unittest import mock
 
@@ -14,9 +13,9 @@ from torch import nn
 from ring_hf.memory import apply, declare_mlp, mlp_classes, mlp_lookup
 from ring_hf.memory.mlp_classes import INNER_CLASSES, MLP_CLASSES, qualified_name
 from ring_hf.memory.mlp_lookup import find_mlps
-from tests.harness import ROOT
-from tests.hf.architectures import EXACT
-from tests.memory.mlp_families import build, family_names, probe, token_wise_activations
+from ring_hf.verify.mlp_families import build, family_names, probe, token_wise_activations
+from ring_hf.verify.model_families import EXACT
+from tests.harness import load_script
 from tests.memory.models import apart, batch, model_of, step
 
 ALL = bool(os.environ.get("RING_HF_ALL_CASES"))
@@ -74,13 +73,11 @@ def test_the_table_finds_what_the_probe_finds(name):
 
 @pytest.mark.skipif(not ALL, reason="builds every family of Transformers: RING_HF_ALL_CASES=1")
 def test_the_script_would_write_the_same_table():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from update_mlp_table import TABLE, format_tables, with_tables
-
+    script = load_script("update_mlp_table")
     families = [result[0] for name in NAMES if (result := probed(name)) is not None]
     assert len(families) >= 200
-    source = TABLE.read_text()
-    assert with_tables(source, format_tables(families, token_wise_activations())) == source, (
+    source = script.TABLE.read_text()
+    assert script.with_tables(source, script.format_tables(families, token_wise_activations())) == source, (
         "run: python scripts/update_mlp_table.py"
     )
 

@@ -18,9 +18,9 @@ from ring_hf.memory import apply
 from ring_hf.memory.selective_checkpoint import SAVED, CachedMode, CachingMode, SavedResults, name_of, resident
 from ring_hf.parallel import cut
 from ring_hf.parallel.transport import RingComm
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.hf.models import rank_of
 from tests.memory.models import CountOperators, PeakBytes, apart, batch, gradients, model_of, step
-from tests.threads import threads_as_ranks
 
 ATTENTION = {
     "ring_zigzag": ("ring_hf::ring_attention", "ring_hf::ring_attention_backward"),

@@ -28,8 +28,8 @@ from ring_hf.planner.attention_buffers import (
     idle_bytes,
 )
 from ring_hf.planner.model_config import parse_config
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.planner.live import LiveTensorTracker, uncounted
-from tests.threads import threads_as_ranks
 
 HEADS, KV_HEADS, DIM, TOKENS = 8, 2, 32, 256
 WIDTHS = AttentionWidths(query=HEADS * DIM, kv=2 * KV_HEADS * DIM, out=HEADS * DIM, heads=HEADS, is_grouped=True)

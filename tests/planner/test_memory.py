@@ -29,8 +29,8 @@ from ring_hf.planner.memory_estimate import (
     trained_parameters,
 )
 from ring_hf.planner.model_config import parse_config
+from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.planner.live import LiveTensorTracker
-from tests.threads import threads_as_ranks
 
 LLAMA, QWEN = read_model("Llama-3.1-8B"), read_model("Qwen3-8B")
 SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}

@@ -10,13 +10,9 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.simulate import bench_command
-from scripts import bench_lengths
-from scripts.bench_lengths import FIGURES, RING, SDPA, STANDARD, exponents, plot
-from scripts.bench_longest import BAR
-from scripts.bench_peers import VARIANTS
-from scripts.contenders import CONTENDERS
-from tests.harness import ROOT, run_command
+from tests.harness import ROOT, load_script, run_command
 
+BENCH_LENGTHS = load_script("bench_lengths")
 COMMAND = [sys.executable, "-m", "ring_hf.cli", "bench"]
 
 
@@ -27,11 +23,14 @@ def script(name):
 
 SMALL = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--repeats", "1"]
 # A minute of processes that import and measure; the benchmarks that run by default start in the same way.
-IN_ALL_CASES = pytest.mark.skipif("RING_HF_ALL_CASES" not in os.environ, reason="runs with RING_HF_ALL_CASES=1")
+IN_ALL_CASES = pytest.mark.skipif(
+    "RING_HF_ALL_CASES" not in os.environ, reason="runs with BENCH_LENGTHS.RING_HF_ALL_CASES=1"
+)
 
 
 def test_every_benchmark_has_a_name():
-    assert {f"bench_{name}.py" for name in bench_command.BENCHMARKS} == {p.name for p in ROOT.glob("scripts/bench_*")}
+    scripts = {path.name for path in ROOT.glob("scripts/bench_*.py")} - {"bench_harness.py"}
+    assert {f"bench_{name}.py" for name in bench_command.BENCHMARKS} == scripts
 
 
 def test_growing_lengths_give_a_table_exponents_and_a_picture(tmp_path):
@@ -55,22 +54,22 @@ def test_exponents_are_slopes_in_log_log():
         {"dtype": "float32", "variant": "x", "length": n, "forward": 3 * n**2, "total": n, "forward_memory": n**1.5}
         for n in (64, 128, 256, 512)
     ]
-    (found,) = exponents([{**row, "memory": 7} for row in rows], fit=3)
+    (found,) = BENCH_LENGTHS.exponents([{**row, "memory": 7} for row in rows], fit=3)
     assert (found["from"], found["to"]) == (128, 512)
-    assert [round(found[key], 9) for key in FIGURES] == [2, 1, 1.5, 0]
+    assert [round(found[key], 9) for key in BENCH_LENGTHS.FIGURES] == [2, 1, 1.5, 0]
     assert math.isclose(found["forward"], 2)
 
 
 def test_a_variant_that_fits_at_one_length_has_no_exponent(tmp_path):
-    figures = dict.fromkeys(FIGURES, 1.0)
+    figures = dict.fromkeys(BENCH_LENGTHS.FIGURES, 1.0)
     rows = [
         {"dtype": "float32", "variant": variant, "length": length, **figures}
         for length in (64, 128)
-        for variant in (SDPA, RING, STANDARD)
+        for variant in (BENCH_LENGTHS.SDPA, BENCH_LENGTHS.RING, BENCH_LENGTHS.STANDARD)
     ][:-1]
-    found = exponents(rows, fit=3)
-    assert [row["variant"] for row in found] == [SDPA, RING]
-    plot(rows, found, tmp_path / "lengths.png")
+    found = BENCH_LENGTHS.exponents(rows, fit=3)
+    assert [row["variant"] for row in found] == [BENCH_LENGTHS.SDPA, BENCH_LENGTHS.RING]
+    BENCH_LENGTHS.plot(rows, found, tmp_path / "lengths.png")
     assert Image.open(tmp_path / "lengths-float32.png").size == (1320, 960)
 
 
@@ -112,7 +111,7 @@ def test_the_memory_of_a_step_is_measured_with_every_lever(tmp_path):
 def test_the_longest_sequence_has_the_loss_of_one_process(tmp_path):
     run_command([*script("longest"), "--length", "512", "--vocabulary", "48", "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "longest.json").read_text())["rows"]
-    assert row["difference"] <= BAR and 3 < row["loss"] < 5
+    assert row["difference"] <= load_script("bench_longest").BAR and 3 < row["loss"] < 5
 
 
 def test_checks_are_timed_in_the_steps_they_belong_to(tmp_path):
@@ -123,8 +122,9 @@ def test_checks_are_timed_in_the_steps_they_belong_to(tmp_path):
 
 
 def test_packages_to_install_are_named_with_their_versions():
-    wanted = {CONTENDERS[variant["contender"]].package for variant in VARIANTS.values()} - {None}
-    assert wanted == {"ring-attention-pytorch==0.5.20", "axolotl-ringmaster==0.2.7"}
+    baselines, variants = load_script("baselines").BASELINES, load_script("bench_peers").VARIANTS
+    packages = {baselines[variant["baseline"]].package for variant in variants.values()} - {None}
+    assert packages == {"ring-attention-pytorch==0.5.20", "axolotl-ringmaster==0.2.7"}
 
 
 def test_benchmarks_outside_a_checkout_are_refused(monkeypatch, tmp_path, capsys):
@@ -142,4 +142,4 @@ def test_a_benchmark_that_fails_fails_the_command(capfd):
 def test_growth_needs_two_lengths(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_lengths.py", *words])
     with pytest.raises(SystemExit, match="growth needs at least two lengths"):
-        bench_lengths.main()
+        BENCH_LENGTHS.main()

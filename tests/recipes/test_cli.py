@@ -71,7 +71,7 @@ def test_a_picture_shows_which_rank_computes_what(tmp_path):
     from ring_hf.geometry import Mask
     from ring_hf.simulate.scenario import Scenario
     from ring_hf.simulate.schedule_drawing import _owner, _visible
-    from tests.dense import dense_mask
+    from ring_hf.testing import dense_mask
 
     tokens = numpy.arange(64)
     scenario = Scenario(4, 64, Mask(window=20), (10, 30), (4,))

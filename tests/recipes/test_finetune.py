@@ -146,7 +146,7 @@ def test_what_chooses_by_an_evaluation_needs_something_held_out(tmp_path, settin
     settings = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, **settings}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
     with pytest.raises(ValueError, match=f"heldout_fraction=0 leaves nothing to evaluate on, which {re.escape(name)}"):
-        importlib.import_module("finetune").leave_evaluation_out(arguments)
+        importlib.import_module("finetune").disable_evaluation(arguments)
 
 
 def test_the_result_is_a_plain_transformers_model(folder):

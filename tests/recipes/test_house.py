@@ -21,10 +21,23 @@ FLOORS = {
     "simulate": {"geometry", "costmodel"},
     "planner": {"geometry", "costmodel", "simulate"},
     "doctor": {"geometry", "costmodel", "kernels", "parallel", "hf", "simulate", "planner"},
+    "verify": {
+        "geometry",
+        "costmodel",
+        "kernels",
+        "parallel",
+        "memory",
+        "hf",
+        "simulate",
+        "planner",
+        "doctor",
+        "testing",
+    },
 }
 # Modules beside the floors: any part may import the ground modules; no part imports the front door.
-GROUND = {"exports", "text"}
+GROUND = {"exports", "launcher", "text"}
 FRONT_DOOR = {"__init__", "cli"}
+REFERENCE = {"testing"}  # only `verify` imports it, besides tests and scripts
 # The same inside ring_hf/hf: its own files are the ground, which no room is above.
 ROOMS = {
     "ground": set(),
@@ -68,7 +81,7 @@ def floor_of(path):
 def test_every_floor_is_known_and_found():
     floors = {floor_of(path) for path in FILES.values()} - {None}
     assert floors == set(FLOORS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND | FRONT_DOOR
+    assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND | FRONT_DOOR | REFERENCE
     assert len(FILES) >= 30
 
 
@@ -80,7 +93,7 @@ def test_floors_import_only_floors_below(name):
         assert not used, f"{name} imports {used}; a ground module imports nothing of ring_hf"
     if floor is None:  # the front door may open every room
         return
-    above = {other for other in used & (set(FLOORS) | FRONT_DOOR) if other != floor} - FLOORS[floor]
+    above = {other for other in used & (set(FLOORS) | FRONT_DOOR | REFERENCE) if other != floor} - FLOORS[floor]
     assert not above, f"{name} imports {above}; ring_hf/{floor} may import {FLOORS[floor] or 'no other floor'}"
 
 
@@ -113,15 +126,35 @@ def test_files_of_hf_import_each_other_in_no_circle():
     assert waiting == {}
 
 
+def test_tests_and_scripts_do_not_import_each_other():
+    """Tests run scripts as programs; code that both need is in `ring_hf/testing.py` or `ring_hf/verify`."""
+    script_names = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    forbidden = {
+        "tests": {"scripts"} | script_names,
+        "scripts": {"tests"},
+        "recipes": {"tests", "scripts"},
+        "ring_hf": {"tests", "scripts", "recipes"},
+    }
+    violations, num_files = [], 0
+    for folder, others in forbidden.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            num_files += 1
+            for module in sorted(imports(path)):
+                if module.split(".")[0] in others:
+                    violations.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert violations == []
+    assert num_files >= 300
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_libraries_stay_on_their_floor(name):
     floor, used = floor_of(FILES[name]), imports(FILES[name])
     libraries = {module.split(".")[0] for module in used}
-    if floor != "hf":
-        assert not libraries & TRANSFORMERS, f"{name}: only ring_hf/hf imports {libraries & TRANSFORMERS}"
-    if floor != "parallel":
+    if floor not in ("hf", "verify"):
+        assert not libraries & TRANSFORMERS, f"{name}: only hf and verify import {libraries & TRANSFORMERS}"
+    if floor not in ("parallel", "verify"):
         distributed = {module for module in used if module.startswith("torch.distributed")}
-        assert not distributed, f"{name}: only ring_hf/parallel imports {distributed}"
+        assert not distributed, f"{name}: only parallel and verify import {distributed}"
     if floor in ("geometry", "costmodel") or (floor is None and FILES[name].stem in GROUND):
         assert not libraries & {"torch", "numpy"}, f"{name} must be pure Python"
 

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer
 
 import ring_hf
 from ring_hf import ContextParallelCollator
+from ring_hf.verify.model_families import tiny
 
-from ..hf.architectures import tiny
 from .setting import BATCH, LEARNING_RATE, STEPS, VOCABULARY, Setting, examples
 
 

@@ -25,7 +25,7 @@ from ring_hf.geometry import (
 )
 from ring_hf.parallel import ring_attention, sharded_attention
 from ring_hf.simulate.scenario import mixed_lengths
-from tests.threads import threads_as_ranks
+from ring_hf.verify.thread_ranks import threads_as_ranks
 
 MHA, GQA4, GQA8 = Shape(32, 32, 128, 128), Shape(32, 8, 128, 128), Shape(64, 8, 128, 128)
 PEAK = 989e12

@@ -6,8 +6,7 @@ import torch
 from ring_hf.geometry import AttentionSpec, Mask, RingOptions, ShardedSequence, Tile, split
 from ring_hf.kernels import KERNELS, OutLseAccumulator, choose, cpu, merge_
 from ring_hf.parallel import local_attention, ring_attention
-from tests.dense import dense_attention, dense_mask, with_gradients
-from tests.harness import assert_close, rms_ratio
+from ring_hf.testing import assert_close, dense_attention, dense_mask, forward_backward, rms_ratio
 
 ON_CPU = ("cpu", "reference")
 MASKS = {
@@ -35,9 +34,9 @@ def tensors(rows=2, heads=4, kv_heads=2, length=37, dim=8, dtype=torch.float64, 
 def test_kernels_match_dense_attention_in_fp64(kernel, mask, documents, kv_heads):
     q, k, v, dout = tensors(kv_heads=kv_heads)
     visible = dense_mask(ShardedSequence("contiguous", 37, 1, documents), mask, 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.2), q, k, v, dout=dout)
+    want = forward_backward(lambda *x: dense_attention(*x, visible_BSS=visible, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "documents": documents, "scale": 0.2, "kernel": kernel}
-    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
+    got = forward_backward(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, actual, expected, max_abs=1e-12)
 
@@ -63,9 +62,9 @@ def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward
     record_calls("_ATEN_BACKWARD")
     q, k, v, dout = tensors()
     visible = dense_mask(ShardedSequence("contiguous", 37, 1), mask, 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.2), q, k, v, dout=dout)
+    want = forward_backward(lambda *x: dense_attention(*x, visible_BSS=visible, scale=0.2), q, k, v, dout=dout)
     settings = {"causal": mask.causal, "window": mask.window, "scale": 0.2, "kernel": "cpu"}
-    got = with_gradients(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
+    got = forward_backward(lambda *x: local_attention(*x, **settings), q, k, v, dout=dout)
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, actual, expected, max_abs=1e-12)
     if mask.window is None:
@@ -78,7 +77,7 @@ def test_slices_of_long_keys_change_nothing(monkeypatch, mask, forward, backward
 def test_fewer_queries_than_keys_are_the_last_ones(queries, window):
     q, k, v, _ = tensors()
     visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want, lse = dense_attention(q, k, v, seen_BSS=visible, scale=8**-0.5)
+    want, lse = dense_attention(q, k, v, visible_BSS=visible, scale=8**-0.5)
     got, got_lse = local_attention(q[:, :, -queries:], k, v, window=window)
     assert_close("out", got, want[:, :, -queries:], max_abs=1e-12)
     assert_close("lse", got_lse, lse[:, :, -queries:], max_abs=1e-12)
@@ -99,8 +98,8 @@ def test_values_may_have_another_head_dim(kernel, v_dim, window):
     q, k, _, _ = tensors()
     v, dout = torch.randn(2, 2, 37, v_dim, dtype=torch.float64), torch.randn(2, 4, 37, v_dim, dtype=torch.float64)
     visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want = with_gradients(lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.3), q, k, v, dout=dout)
-    got = with_gradients(lambda *x: local_attention(*x, window=window, scale=0.3, kernel=kernel), q, k, v, dout=dout)
+    want = forward_backward(lambda *x: dense_attention(*x, visible_BSS=visible, scale=0.3), q, k, v, dout=dout)
+    got = forward_backward(lambda *x: local_attention(*x, window=window, scale=0.3, kernel=kernel), q, k, v, dout=dout)
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, actual, expected, max_abs=1e-12)
 
@@ -110,14 +109,14 @@ def test_softcap_and_sinks_match_dense_attention(window):
     q, k, v, dout = tensors()
     sinks = torch.tensor([-2.0, 0.0, 1.0, 5.0], dtype=torch.float64)
     visible = dense_mask(ShardedSequence("contiguous", 37, 1), Mask(window=window), 2)
-    want = with_gradients(
-        lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
+    want = forward_backward(
+        lambda *x: dense_attention(*x, visible_BSS=visible, scale=0.3, softcap=0.7), q, k, v, sinks, dout=dout
     )
 
     def attend(q, k, v, sinks):
         return local_attention(q, k, v, sinks=sinks, window=window, scale=0.3, softcap=0.7)
 
-    got = with_gradients(attend, q, k, v, sinks, dout=dout)
+    got = forward_backward(attend, q, k, v, sinks, dout=dout)
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, strict=True):
         assert_close(name, actual, expected, max_abs=1e-12)
 
@@ -128,9 +127,9 @@ def test_the_reference_kernel_builds_scores_of_few_queries(monkeypatch):
     def attend(q, k, v):
         return local_attention(q, k, v, window=6, softcap=0.7, kernel="reference")
 
-    want = with_gradients(attend, q, k, v, dout=dout)
+    want = forward_backward(attend, q, k, v, dout=dout)
     monkeypatch.setattr(KERNELS["reference"], "_MAX_QUERY_ROWS", 5)
-    got = with_gradients(attend, q, k, v, dout=dout)
+    got = forward_backward(attend, q, k, v, dout=dout)
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, actual, expected, max_abs=1e-12)
 
@@ -155,12 +154,12 @@ def test_attention_refuses_options_it_does_not_support(name):
 def test_cpu_kernel_keeps_the_accuracy_of_its_dtype(dtype, forward, backward):
     q, k, v, dout = tensors(length=201, dim=16, dtype=dtype)
     visible = dense_mask(ShardedSequence("contiguous", 201, 1), Mask(window=33), 2)
-    want = with_gradients(
-        lambda *x: dense_attention(*x, seen_BSS=visible, scale=0.25),
+    want = forward_backward(
+        lambda *x: dense_attention(*x, visible_BSS=visible, scale=0.25),
         *(x.double() for x in (q, k, v)),
         dout=dout.double(),
     )
-    got = with_gradients(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout=dout)
+    got = forward_backward(lambda *x: local_attention(*x, window=33, scale=0.25, kernel="cpu"), q, k, v, dout=dout)
     assert [x.dtype for x in got] == [dtype, torch.float32, dtype, dtype, dtype]
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert_close(name, actual, expected, rms=forward if name in ("out", "lse") else backward)
@@ -207,14 +206,14 @@ def test_rows_without_visible_keys_are_zero_with_lse_minus_infinity():
 
 def test_results_are_bitwise_repeatable():
     q, k, v, dout = tensors(length=130, dtype=torch.float32)
-    first, second = (with_gradients(lambda *x: local_attention(*x, window=40), q, k, v, dout=dout) for _ in range(2))
+    first, second = (forward_backward(lambda *x: local_attention(*x, window=40), q, k, v, dout=dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_bf16_errors_are_at_most_twice_those_of_sdpa():
     q, k, v, _ = tensors(length=257, dim=16, dtype=torch.bfloat16)
     visible = dense_mask(ShardedSequence("contiguous", 257, 1), Mask(), 2)
-    want, _ = dense_attention(q, k, v, seen_BSS=visible, scale=0.25)
+    want, _ = dense_attention(q, k, v, visible_BSS=visible, scale=0.25)
     sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     assert rms_ratio(local_attention(q, k, v, scale=0.25)[0], want) <= 2 * rms_ratio(sdpa, want)
 

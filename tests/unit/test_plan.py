@@ -19,7 +19,7 @@ from ring_hf.geometry import (
     sent_tokens,
     split,
 )
-from tests.dense import dense_mask
+from ring_hf.testing import dense_mask
 
 
 @st.composite

@@ -3,8 +3,8 @@
 A model is exact under context parallelism if tokens interact only in attention that is called through Transformers'
 interface, if everything else depends on one token and its `position_ids`, and if nothing is random. Each rule is named
 after the property it checks and returns an error message, or None. `REFUSED_TYPES` lists model types that break these
-conditions in a way that neither config nor modules show. `tests/hf/architectures.py` holds the verdict on every family
-of Transformers; those called exact are compared with one process.
+conditions in a way that neither config nor modules show. `ring_hf/verify/model_families.py` holds the verdict on every
+family of Transformers; those called exact are compared with one process.
 """
 
 import inspect

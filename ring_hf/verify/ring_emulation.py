@@ -1,6 +1,6 @@
-"""A whole ring on one device: every rank's part of the attention computed in turn, from its own plan.
+"""A whole ring on one device: the attention of every rank is computed in turn, from its own plan.
 
-What is exact here is what the kernels and the geometry give on this device; what is not emulated is the exchange.
+This shows that kernels and geometry are exact on a device. The exchange is not emulated.
 
 Letters: B batch, H query heads, K key/value heads, S tokens of the sequence, C of a rank, D and E head dims.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..geometry import AttentionSpec, Plan, RingOptions, ShardedSequence, head_split, make_plan
 from ..kernels import choose
-from .schedule import ring_backward, ring_forward, sinks_gradient
-from .sharding import cut, join
+from ..parallel.schedule import ring_backward, ring_forward, sinks_gradient
+from ..parallel.sharding import cut, join
 from .single_device import Residents, SingleDeviceTransport
 
 WHOLE_SHARDS = RingOptions(transport="ring")
@@ -22,7 +22,14 @@ WHOLE_SHARDS = RingOptions(transport="ring")
 
 @dataclass(frozen=True)
 class Emulation:
-    """A ring and what it computes; `options.transport` says how blocks are cut, and must not be "auto"."""
+    """A ring, its attention and its options.
+
+    Attributes:
+        options: `transport` says how blocks are cut and must not be "auto".
+
+    Raises:
+        ValueError: if the ring has one rank.
+    """
 
     sequence: ShardedSequence
     spec: AttentionSpec
@@ -40,17 +47,17 @@ class Emulation:
         )
 
     def shards(self, x_BHSD: Tensor) -> list[Tensor]:
-        """The shards of all ranks."""
+        """Return the shards `[B, H, C, D]` of all ranks, in the order of the ring."""
         return [cut(x_BHSD, self.sequence.ring_segments(rank), 2) for rank in range(self.sequence.ring_size)]
 
     def whole(self, shards: list[Tensor]) -> Tensor:
-        """Inverse of `shards`."""
+        """Return the whole sequence `[B, H, S, D]`: the inverse of `shards`."""
         return join(shards, [self.sequence.ring_segments(rank) for rank in range(len(shards))], 2)
 
     def forward(
         self, rank: int, q_BHCD: Tensor, residents: Residents, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One rank's `(out, lse)`, as its operator would return them."""
+        """Return one rank's `(out [B, H, C, E], lse [B, H, C])`, as its operator does."""
         k, v = residents.k[rank], residents.v[rank]
         kernel = choose(self.options.kernel, q_BHCD, v, self.spec.softcap)
         plan, transport = self.plan(rank, q_BHCD.shape[0]), SingleDeviceTransport(residents)
@@ -60,7 +67,7 @@ class Emulation:
     def backward(
         self, rank: int, dout_BHCE: Tensor, q_BHCD: Tensor, out_BHCE: Tensor, lse_BHC: Tensor, residents: Residents
     ) -> Tensor:
-        """One rank's dq; its shares of dk and dv go into `residents.sums`."""
+        """Return one rank's dq `[B, H, C, D]`; add its shares of dk and dv to `residents.sums`."""
         k, v = residents.k[rank], residents.v[rank]
         kernel = choose(self.options.kernel, q_BHCD, v, self.spec.softcap)
         plan, transport = self.plan(rank, q_BHCD.shape[0]), SingleDeviceTransport(residents)
@@ -72,9 +79,13 @@ class Emulation:
 def emulated_attention(
     q: Tensor, k: Tensor, v: Tensor, emulation: Emulation, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, S, E], lse [B, H, S])` of a whole sequence, computed rank by rank; differentiable but for lse.
+    """Return `(out [B, H, S, E], lse [B, H, S])` of a whole sequence, rank by rank; only out is differentiable.
 
-    With Ulysses, every rank of a place attends with its share of the heads.
+    With Ulysses, each rank of a Ulysses group attends with its share of the heads.
+
+    Args:
+        q, k, v: `[B, H, S, D]`, `[B, K, S, D]` and `[B, K, S, E]`.
+        sinks: `[H]`.
     """
     ulysses = emulation.sequence.ulysses
     if ulysses == 1:

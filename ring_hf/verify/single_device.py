@@ -1,7 +1,7 @@
 """A transport without a network: one process holds the blocks of all ranks, and computes for one rank after the other.
 
 The plan, the schedule and the kernels are those of a real ring; only the blocks come from memory. So a single device
-shows that its kernels are exact on every tile that any rank would get, and how long they take (`emulation`).
+shows that its kernels are exact on every tile that any rank would get, and how long they take (`ring_emulation`).
 
 Letters: B batch, K key/value heads, C tokens of a rank, D head dim.
 """
@@ -21,7 +21,7 @@ class Residents:
     """Keys and values of all ranks of a ring, and the sums of their gradients in at least fp32.
 
     Args:
-        k_RBKCD, v_RBKCD: shards in the order of the ring.
+        k_RBKCD, v_RBKCD: shards `[B, K, C, D]` in the order of the ring.
     """
 
     def __init__(self, k_RBKCD: Sequence[torch.Tensor], v_RBKCD: Sequence[torch.Tensor]) -> None:
@@ -31,7 +31,7 @@ class Residents:
 
     @property
     def sums(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """dK and dV of every rank: zeros before any backward pass."""
+        """dK and dV `[B, K, C, D]` of every rank: zeros before any backward pass."""
         if self._sums is None:
             dtype = accumulate_dtype(self.k[0].dtype)
             dk, dv = ([torch.zeros_like(x, dtype=dtype) for x in shards] for shards in (self.k, self.v))
@@ -39,7 +39,7 @@ class Residents:
         return self._sums
 
     def block(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a block: a rank's own tensors if it is a whole shard, else put together once."""
+        """Return keys and values of a block: a rank's own tensors if it is a whole shard, else a copy made once."""
         if self.whole(block):
             return self.k[block[0].rank], self.v[block[0].rank]
         if block not in self._blocks:
@@ -60,7 +60,7 @@ class Residents:
         self.sums  # noqa: B018 (made when first asked for)
 
     def whole(self, block: Block) -> bool:
-        """Whether a block is the whole shard of one rank."""
+        """Return whether a block is the whole shard of one rank."""
         return len(block) == 1 and block[0].stop - block[0].start == self.k[0].shape[2]
 
 
@@ -78,7 +78,7 @@ class SingleDeviceTransport:
 
 
 class KVBlocks:
-    """Keys and values that never travel."""
+    """Keys and values of all ranks, in memory."""
 
     def __init__(self, plan: Plan, residents: Residents) -> None:
         self._plan, self._residents = plan, residents

@@ -1,10 +1,10 @@
 """One rank's share of a long sequence, on one device: its own tokens attend to the keys of all ranks.
 
-All ranks are given this rank's keys, which costs no memory and changes no amount of work: the plan, the tiles, the
-kernels and the merges are those of the rank in a real ring. What is missing is the exchange and its buffers.
+Every rank is given the keys of this one, which costs no memory and does not change the amount of work: the plan, the
+tiles, the kernels and the merges are those of the rank in a real ring. The exchange and its buffers are missing.
 
     attention   one layer, forward and backward
-    a step      the whole model on the tokens of the rank, through the Trainer (`ATTENTION` is its attention)
+    a step      the whole model on the tokens of the rank, through the Trainer (with the attention `ATTENTION`)
 
 Letters: B batch, H query heads, K key/value heads, C tokens of the rank, D head dim.
 """
@@ -16,35 +16,34 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ring_hf.costmodel.devices import BACKWARD_FLOPS_RATIO
-from ring_hf.geometry import AttentionSpec, RingOptions, ShardedSequence
-from ring_hf.kernels import accumulate_dtype, choose
-from ring_hf.parallel.emulation import Emulation
-from ring_hf.parallel.single_device import Residents
-from ring_hf.planner.model import Model
-
-from .timing import Clock
+from ..costmodel.devices import BACKWARD_FLOPS_RATIO
+from ..geometry import AttentionSpec, RingOptions, ShardedSequence
+from ..kernels import accumulate_dtype, choose
+from ..planner.model import Model
+from .attention_timing import Clock
+from .ring_emulation import Emulation
+from .single_device import Residents
 
 ATTENTION = "ring_share"
 LAYOUT, TRANSPORT = "zigzag", "ring"
 
 
 class Repeated(Residents):
-    """The keys and values of one rank in the place of those of all, and one sum of their gradients."""
+    """Keys and values `[B, K, C, D]` of one rank, used for all ranks, and one sum of their gradients."""
 
     def __init__(self, k_BKCD: torch.Tensor, v_BKCD: torch.Tensor, num_ranks: int) -> None:
         super().__init__([k_BKCD] * num_ranks, [v_BKCD] * num_ranks)
 
     @functools.cached_property
-    def sums(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # type: ignore[override]
-        """dK and dV, the same tensors for every rank."""
+    def sums(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """dK and dV `[B, K, C, D]` in at least fp32, the same tensors for every rank."""
         dtype = accumulate_dtype(self.k[0].dtype)
         dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (self.k[0], self.v[0]))
         return [dk] * len(self.k), [dv] * len(self.v)
 
 
 def emulation_of(num_tokens: int, num_ranks: int, scale: float) -> Emulation:
-    """The ring that all shares are taken from."""
+    """Return the ring that all shares belong to."""
     sequence = ShardedSequence(LAYOUT, num_tokens, num_ranks)
     return Emulation(sequence, AttentionSpec(scale=scale), RingOptions(TRANSPORT))
 
@@ -69,7 +68,7 @@ class _Share(torch.autograd.Function):
 
 
 def register(num_tokens: int, num_ranks: int, rank: int) -> None:
-    """Make `ATTENTION` an attention implementation of Transformers: that of this rank."""
+    """Register `ATTENTION`, the attention of this rank, with Transformers."""
 
     def attention(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any
@@ -78,7 +77,7 @@ def register(num_tokens: int, num_ranks: int, rank: int) -> None:
         emulation = emulation_of(num_tokens, num_ranks, scaling)
         if query.shape[2] == emulation.sequence.shard_length:
             out = _Share.apply(query, key, value, emulation, rank)
-        else:  # the few tokens on which `memory.apply` tries a model
+        else:  # `memory.apply` tries a model on a few tokens
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
@@ -87,19 +86,19 @@ def register(num_tokens: int, num_ranks: int, rank: int) -> None:
 
 
 def positions(num_tokens: int, num_ranks: int, rank: int) -> tuple[int, ...]:
-    """Where the tokens of the rank are in the sequence."""
+    """Return the indices of the rank's tokens in the sequence."""
     segments = ShardedSequence(LAYOUT, num_tokens, num_ranks).segments(rank)
     return tuple(position for segment in segments for position in segment.range)
 
 
 def kernel_name(model: Model, device: torch.device) -> str:
-    """The kernel that serves a rank."""
+    """Return the name of the kernel that computes a rank's attention."""
     q, _, v, _ = _tensors(model, 1, device)
     return choose("auto", q, v).NAME
 
 
 def _tensors(model: Model, num_tokens: int, device: torch.device) -> list[torch.Tensor]:
-    """q, k, v and the gradient of out."""
+    """Return q `[1, H, C, D]`, k and v `[1, K, C, D]` and the gradient of out in the shape of q, bf16."""
     heads = (model.heads, model.kv_heads, model.kv_heads, model.heads)
     return [torch.randn(1, n, num_tokens, model.head_dim, device=device, dtype=torch.bfloat16) for n in heads]
 
@@ -108,20 +107,20 @@ def _tensors(model: Model, num_tokens: int, device: torch.device) -> list[torch.
 def time_attention(
     model: Model, num_tokens: int, num_ranks: int, rank: int, device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of one layer, forward and backward, after a first run that is not timed; and the FLOPs of both."""
+    """Return seconds of one layer, "forward" and "backward", without the first run, and the "flops" of both."""
     q, k, v, dout = _tensors(model, num_tokens // num_ranks, device)
     emulation, clock = emulation_of(num_tokens, num_ranks, model.head_dim**-0.5), Clock(device)
     seconds: dict[str, list[float]] = {"forward": [], "backward": []}
     for repeat in range(repeats + 1):
         residents = Repeated(k, v, num_ranks)
         residents.prepare([emulation.plan(rank, 1)])
-        begin = clock.mark()
+        start = clock.record()
         out, lse = emulation.forward(rank, q, residents)
-        middle = clock.mark()
+        middle = clock.record()
         emulation.backward(rank, dout, q, out, lse, residents)
-        end = clock.mark()
+        end = clock.record()
         if repeat:
-            seconds["forward"].append(clock.between(begin, middle))
-            seconds["backward"].append(clock.between(middle, end))
+            seconds["forward"].append(clock.seconds_between(start, middle))
+            seconds["backward"].append(clock.seconds_between(middle, end))
     forward = num_tokens * (num_tokens + 1) / 2 * model.flops_per_pair / num_ranks
     return {**seconds, "flops": [forward, BACKWARD_FLOPS_RATIO * forward]}

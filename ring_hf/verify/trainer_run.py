@@ -1,7 +1,7 @@
 """A few steps of the unmodified Trainer on one device: seconds and peak memory of a step, losses and grad norms.
 
-The model is made from the keys of a `config.json`, with random weights in fp32, on the device itself; `bf16` is the
-Trainer's autocast. Rows are random tokens, one a step, the same for every run of the same lengths.
+The model is built from the keys of a `config.json`, with random weights in fp32, on the device itself; `bf16` is the
+Trainer's autocast. Each step takes one row of random tokens, the same for every run of the same lengths.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from transformers import (
 )
 
 import ring_hf
-from ring_hf import memory
+
+from .. import memory
 
 LEARNING_RATE = 1e-4
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -36,15 +37,16 @@ RECOMPUTE = next(name for name in ("activation_checkpointing", "gradient_checkpo
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained.
+    """Model, data and settings of a run.
 
     Attributes:
         keys: of the model's `config.json`.
         attention: `attn_implementation`; ring_hf's own get its config and its collator, for one process.
         lengths: tokens of each step.
-        options: of `ring_hf.memory.apply`; None for a model as it is.
+        options: of `ring_hf.memory.apply`; None for an unchanged model.
         recompute: the Trainer's gradient checkpointing.
-        positions: of the tokens, if they are no whole sequence.
+        bf16: the Trainer's autocast.
+        positions: of the tokens, if they are only a share of a sequence.
     """
 
     keys: Mapping[str, Any]
@@ -58,8 +60,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Steps:
-    """What a run took: seconds of each step, peak memory in bytes over what was there before the model, and the losses
-    and grad norms as the Trainer logs them."""
+    """Measurements of a run.
+
+    Attributes:
+        seconds: of each step.
+        memory: peak in bytes, without the memory allocated before the model.
+        curves: losses ("loss") and gradient norms ("grad_norm") as the Trainer logs them.
+    """
 
     seconds: list[float]
     memory: int
@@ -67,7 +74,7 @@ class Steps:
 
 
 class Tokens(IterableDataset):
-    """Random rows of given lengths, in this order (a sampler would shuffle them)."""
+    """Random rows of given lengths in their order; a sampler would shuffle them."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -83,11 +90,12 @@ class Tokens(IterableDataset):
 
 
 class Clock(TrainerCallback):
-    """Seconds from the begin of a step to its end, optimizer included, with the device idle at both."""
+    """Measures seconds from the begin of a step to its end, optimizer included; the device is idle at both."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.began, self.seconds = 0.0, list[float]()
+        self.seconds: list[float] = []
+        self._start = 0.0
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -95,23 +103,23 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = self._now()
+        self._start = self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(self._now() - self.began)
+        self.seconds.append(self._now() - self._start)
 
 
 def train(run: Run, device: torch.device) -> Steps:
-    """All steps of a run.
+    """Run all steps.
 
     Raises:
-        torch.OutOfMemoryError: if they do not fit. What they held is free only when the error is no longer handled:
-            call `free` then.
+        torch.OutOfMemoryError: if they do not fit. Their memory is released only when the exception is no longer
+            handled: call `free` then.
     """
     set_seed(0)
-    before = _allocated(device)
+    allocated_before = _allocated(device)
     with tempfile.TemporaryDirectory() as folder:
-        ours = run.attention.startswith("ring_") and run.positions is None
+        uses_ring = run.attention.startswith("ring_") and run.positions is None
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=len(run.lengths),
@@ -126,24 +134,24 @@ def train(run: Run, device: torch.device) -> Steps:
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",
-            parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=1) if ours else None,
+            parallelism_config=ring_hf.ContextParallelConfig(context_parallel_size=1) if uses_ring else None,
         )
         arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel
         model = make_model(run, device)
         if run.options is not None:
             memory.apply(model, **run.options)
-        collator: Any = ring_hf.ContextParallelCollator(model) if ours else default_data_collator
+        collator: Any = ring_hf.ContextParallelCollator(model) if uses_ring else default_data_collator
         clock = Clock(device)
         trainer = Trainer(model, arguments, train_dataset=Tokens(run), data_collator=collator, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     curves = {name: [float(entry[name]) for entry in logged] for name in ("loss", "grad_norm")}
-    return Steps(clock.seconds, _peak(device) - before, curves)
+    return Steps(clock.seconds, _peak(device) - allocated_before, curves)
 
 
 def make_model(run: Run, device: torch.device) -> Any:
-    """Random weights in fp32, made where they are used."""
+    """Return a model with random weights in fp32, built on the device."""
     config = AutoConfig.for_model(**run.keys, max_position_embeddings=_positions(run), use_cache=False)
     with device:
         return AutoModelForCausalLM.from_config(config, attn_implementation=run.attention, dtype=torch.float32)
@@ -154,7 +162,7 @@ def _positions(run: Run) -> int:
 
 
 def free(device: torch.device) -> None:
-    """Give back what a run left: a Trainer and its model are a cycle."""
+    """Release the memory of a run: a Trainer and its model reference each other."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -168,7 +176,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """Of what CUDA allocated; on a CPU the most that the process held."""
+    """Return the peak in bytes of CUDA's allocator; on a CPU that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

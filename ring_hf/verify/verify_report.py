@@ -1,4 +1,4 @@
-"""The results of `gpu_check.py` as Markdown: a verdict, and a table per section."""
+"""The results of `ring-hf verify` as Markdown: a verdict and a table per section."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from ring_hf.text import markdown_table
 from .exactness import NAMES
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """All sections that there are."""
-    about = found["about"]
+def markdown(results: dict[str, Any]) -> str:
+    """Return a document with the finished sections of results.json."""
+    about = results["about"]
     parts = [f"# GPU check, {about['device']}, {about['date']}", "", f"`{about['command']}`", ""]
     parts += [", ".join(f"{name} {version}" for name, version in about["versions"].items()), ""]
-    for name, section in found["sections"].items():
+    for name, section in results["sections"].items():
         verdict = "ok" if section["ok"] else "FAILED"
         verdict += "" if section.get("finished", True) else ", not finished"
         parts += [f"## {name}: {verdict}", "", *_SECTIONS[name](section), ""]
@@ -31,8 +31,8 @@ def _exactness(section: dict[str, Any]) -> list[str]:
     rows = []
     for (kernel, dtype), each in groups.items():
         exact = sum(row["exact"] for row in each)
-        answered = [row for row in each if row["errors"]]
-        worst = [f"{max(row['errors'][name] for row in answered):.1e}" if answered else "" for name in NAMES]
+        finished = [row for row in each if row["errors"]]
+        worst = [f"{max(row['errors'][name] for row in finished):.1e}" if finished else "" for name in NAMES]
         ratios = [row["ratio"] for row in each]
         ratio = "too large" if None in ratios else f"{max(ratios):.2f}"
         rows.append([kernel, dtype, f"{exact} of {len(each)}", *worst, ratio])
@@ -45,10 +45,10 @@ def _exactness(section: dict[str, Any]) -> list[str]:
     if section["left_out"]:
         lines += ["", "Not tried:", ""]
         by_reason: dict[str, list[str]] = {}
-        for why, count in section["left_out"].items():
-            who, reason = why.split(": ", 1)
-            by_reason.setdefault(f"{reason} ({count} problem{'s' * (count > 1)})", []).append(who)
-        lines += [f"- {reason}: {'; '.join(who)}" for reason, who in by_reason.items()]
+        for entry, count in section["left_out"].items():
+            kernel, reason = entry.split(": ", 1)
+            by_reason.setdefault(f"{reason} ({count} problem{'s' * (count > 1)})", []).append(kernel)
+        lines += [f"- {reason}: {'; '.join(kernels)}" for reason, kernels in by_reason.items()]
     return lines
 
 
@@ -69,8 +69,8 @@ def _trainer(section: dict[str, Any]) -> list[str]:
         allowed = row["allowed"]
         differences = [f"{row[name]:.1e} (bar {allowed[name]:.1e})" for name in ("loss", "grad_norm")]
         rows.append([row["run"], *differences, "same" if row["same"] else "differs"])
-    words = f"{section['steps']} steps of a tiny Llama; the largest relative difference from one process with `sdpa`."
-    return [words, "", *_table(["run", "loss", "grad norm", ""], rows)]
+    text = f"{section['steps']} steps of a tiny Llama; the largest relative difference from one process with `sdpa`."
+    return [text, "", *_table(["run", "loss", "grad norm", ""], rows)]
 
 
 def _benchmark(section: dict[str, Any]) -> list[str]:
@@ -84,27 +84,28 @@ def _benchmark(section: dict[str, Any]) -> list[str]:
             cells += [f"{1e3 * row[key]:.3g} ms", f"{row[f'tflops_{key}']:.3g}", f"{row[f'efficiency_{key}']:.2f}"]
             cells += [f"{row[f'overhead_{key}']:.2f}"]
         rows.append(cells)
-    words = (
+    text = (
         f"Medians of {section['repeats']} interleaved runs; of a ring, the slowest rank with all blocks resident (no "
         "exchange). FLOPs are causal: 2 s^2 H D forward, 2.5 times that backward. Efficiency: the fastest single "
         "device / (ranks x the slowest rank); overhead: all ranks together / the fastest single device."
     )
-    return [words, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
+    return [text, "", *_table(head, rows, 4), *([""] * bool(section["left_out"])), *section["left_out"]]
 
 
 def _steps(section: dict[str, Any]) -> list[str]:
     rows, lines = section["rows"], []
-    trained = {name: row for name, row in rows.items() if row["kind"] == "steps"}
-    if trained:
+    training_runs = {name: row for name, row in rows.items() if row["kind"] == "steps"}
+    if training_runs:
         head = ["run", "settings", "kernel", "step", "predicted", "ratio", "tokens/s", "MFU"]
         head += ["peak", "predicted", "ratio"]
+        cells = [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in training_runs.items()]
         lines += [
             f"Steps of {section['model']}{', made tiny,' * section['tiny']} with random weights, the median of those "
             f"after the first; predicted by `ring-hf plan` for {section['device']}. MFU: causal FLOPs of the model, "
             "nothing recomputed, over the dense peak in bf16. One rank's share is without the exchange and its "
             "buffers.",
             "",
-            *_table(head, [[name, row["setting"], row["kernel"], *_cells(row)] for name, row in trained.items()], 3),
+            *_table(head, cells, 3),
         ]
     for name, row in rows.items():
         if row["kind"] == "attention":
@@ -121,19 +122,19 @@ def _steps(section: dict[str, Any]) -> list[str]:
             + ["same" if row["same"] else "differs"]
             for row in section["agreement"]
         ]
-        words = (
+        text = (
             "The largest relative difference of a step; the bar is twice that of `sdpa` in bf16 from `sdpa` in fp32."
         )
-        lines += ["", words, "", *_table(["run", "tokens", "against", "loss", "grad norm", ""], cells, 3)]
+        lines += ["", text, "", *_table(["run", "tokens", "against", "loss", "grad norm", ""], cells, 3)]
     failed = [f"- {name}: {row['outcome']}" for name, row in rows.items() if row["kind"] == "failure"]
-    left_out = [f"- {name}: {why}" for name, why in section["left_out"].items()]
-    for title, names in (("Failed:", failed), ("Left out:", left_out)):
-        lines += ["", title, "", *names] if names else []
+    left_out = [f"- {name}: {reason}" for name, reason in section["left_out"].items()]
+    for title, entries in (("Failed:", failed), ("Left out:", left_out)):
+        lines += ["", title, "", *entries] if entries else []
     return lines
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """Of a run: seconds, rates and memory, measured beside predicted."""
+    """Return seconds, rates and memory of a run, measured beside predicted."""
     predicted, gib = row["predicted"], 2**30
     seconds, memory = f"{predicted['seconds']:.3g} s", f"{predicted['memory'] / gib:.1f} GiB"
     if row["outcome"] != "ran":

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.activations import ACT2CLS
 
-from ring_hf.memory.mlp_classes import EXPERTS_IMPLEMENTATIONS, MlpSpec, qualified_name
-from ring_hf.memory.mlp_lookup import inner_classes_of, recorded_classes, spec_from_call, why_not_mlp
-from ring_hf.memory.token_wise import RecordedCall, record_calls
-from tests.hf.architectures import EXACT, IMAGE, NEEDS, SIZES, dropouts, model_class, tiny
+from ..memory.mlp_classes import EXPERTS_IMPLEMENTATIONS, MlpSpec, qualified_name
+from ..memory.mlp_lookup import inner_classes_of, recorded_classes, spec_from_call, why_not_mlp
+from ..memory.token_wise import RecordedCall, record_calls
+from .model_families import EXACT, IMAGE, REQUIRED_FIELDS, SIZES, dropouts, model_class, tiny
 
 IMAGE_TEXT = "image-text/"  # in front of the model type of a family that takes images and text
 MAX_PARAMETERS = 4_000_000
@@ -78,7 +78,8 @@ def _small(name: str, variant: dict[str, Any]) -> Any:
     else:
         kind = model_class(config_class)
     default, parts = config_class(), getattr(config_class, "sub_configs", None) or {}
-    settings = {**_known(default, SIZES | variant), **dict.fromkeys(dropouts(default), 0.0), **NEEDS.get(name, {})}
+    settings = {**_known(default, SIZES | variant), **dict.fromkeys(dropouts(default), 0.0)}
+    settings |= REQUIRED_FIELDS.get(name, {})
     if "text_config" in parts:
         settings["text_config"] = _known(default.text_config, SIZES | variant) | _model_type(default.text_config)
     if "vision_config" in parts:
@@ -156,7 +157,7 @@ def _is_mlp(call: RecordedCall, routers: tuple[type, ...]) -> bool:
 
 def _prove_implementations(call: RecordedCall, routers: tuple[type, ...]) -> None:
     """Raise if experts treat tokens differently when they run in another way; in fp32, which all of them take."""
-    config = call.module.config
+    config: Any = call.module.config
     before = config._experts_implementation
     args, kwargs = tree_map_only(Tensor, _in_fp32, (call.args, call.kwargs))
     call.module.float()

@@ -1,7 +1,8 @@
-"""Ways to compute causal attention on CPU processes, all called alike: what the benchmarks compare.
+"""Implementations of causal attention on CPU processes behind one interface, for the benchmarks to compare.
 
 `"ring"` is this package. `"sdpa"` and `"standard"` run the whole sequence in one process; `"standard"` is the textbook
-form whose S x S scores exist in memory. The others share the sequence between processes as this package does:
+form whose S x S scores exist in memory (with nothing besides, unlike `ring_hf.testing.dense_attention`). The others
+share the sequence between processes as this package does:
 
     torch-ring             the ring inside PyTorch (torch.distributed.tensor.experimental, private functions), load
                            balanced, on the same CPU operator as ours
@@ -29,7 +30,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, dist.ProcessGroup | None, dict[str, A
 
 @dataclass(frozen=True)
 class Baseline:
-    """`attend(q, k, v, group, job)` returns out; `layout` says which tokens a process holds, None: all of them."""
+    """One implementation.
+
+    Attributes:
+        attend: `attend(q, k, v, group, job)` returns out `[B, H, C, D]`.
+        layout: of the tokens that a process holds, from the job; None if it holds all.
+        package: from PyPI that it needs.
+    """
 
     attend: Attend
     layout: Callable[[dict[str, Any]], str] | None = None
@@ -39,8 +46,8 @@ class Baseline:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
     sizes = [b - a for a, b in itertools.pairwise(job.get("documents") or (0, q.shape[2]))]
     parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-    alone = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
-    return torch.cat(alone, dim=2) if len(alone) > 1 else alone[0]
+    outputs = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def _standard(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
@@ -57,10 +64,10 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job:
 class _TorchRing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-        torchs = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
-        ctx.torchs, ctx.group = torchs, group
+        module = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
+        ctx.module, ctx.group = module, group
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = torchs._templated_ring_attention(group, 2, operator, q, k, v, is_causal=True)
+        out, lse = module._templated_ring_attention(group, 2, operator, q, k, v, is_causal=True)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -68,8 +75,8 @@ class _TorchRing(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        given = (ctx.group, 2, operator, dout, "grad_out", q, k, v, out, lse)
-        grads = ctx.torchs._templated_ring_attention_backward(*given, is_causal=True, dropout_p=0.0)
+        arguments = (ctx.group, 2, operator, dout, "grad_out", q, k, v, out, lse)
+        grads = ctx.module._templated_ring_attention_backward(*arguments, is_causal=True, dropout_p=0.0)
         return *(grad.to(q.dtype) for grad in grads[:3]), None
 
 
@@ -78,13 +85,13 @@ def _torch_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None
 
 
 def _lucidrains(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, job: dict[str, Any]) -> Tensor:
-    # Its query heads go (group, key/value head), those of Transformers the other way round.
+    # Its query heads are ordered (group, key/value head), those of Transformers (key/value head, group).
     batch, heads, tokens, dim = q.shape
     kv_heads = k.shape[1]
     q = q.view(batch, kv_heads, heads // kv_heads, tokens, dim).transpose(1, 2).reshape(q.shape)
     function = importlib.import_module("ring_attention_pytorch.ring_flash_attention").ring_flash_attn
-    given = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    out = function(*given, causal=True, ring_reduce_col=True, **job["settings"]).transpose(1, 2)
+    tensors = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out = function(*tensors, causal=True, ring_reduce_col=True, **job["settings"]).transpose(1, 2)
     out = out.reshape(batch, heads // kv_heads, kv_heads, tokens, dim).transpose(1, 2)
     return out.reshape(batch, heads, tokens, dim)
 
@@ -94,7 +101,7 @@ def _ringmaster(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None
     return function(q, k, v, group=group, causal=True, scaling=None).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-CONTENDERS = {
+BASELINES = {
     "sdpa": Baseline(_sdpa),
     "standard": Baseline(_standard),
     "ring": Baseline(_ring, lambda job: job["settings"]["layout"]),

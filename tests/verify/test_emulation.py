@@ -1,11 +1,11 @@
-"""A ring whose blocks are all resident computes what a real one does: dense attention, for every plan there is."""
+"""A ring whose blocks are all in one process equals dense attention, for every layout, transport and mask."""
 
 import pytest
 import torch
 
 from ring_hf.geometry import LAYOUTS, TRANSPORTS, AttentionSpec, Mask, RingOptions, ShardedSequence
-from ring_hf.parallel.emulation import Emulation, emulated_attention
-from tests.dense import dense_attention, dense_mask, with_gradients
+from ring_hf.testing import dense_attention, dense_mask, forward_backward
+from ring_hf.verify.ring_emulation import Emulation, emulated_attention
 
 LENGTH, ROWS = 56, 2  # shards of 14 tokens, zigzag chunks of 7
 DOCUMENTS = ((0, 11, 12, 40, LENGTH), (0, 29, LENGTH))
@@ -29,16 +29,16 @@ def compare(layout, mask, transport="ring", documents=None, ulysses=1, softcap=N
     inner = 2 if transport == "double_ring" else 1
     spec = AttentionSpec(**vars(mask), scale=0.3, softcap=softcap)
     emulation = Emulation(sequence, spec, RingOptions(transport, inner, kernel="reference"))
-    got = with_gradients(lambda q, k, v, s=None: emulated_attention(q, k, v, emulation, s), *tensors, dout=dout)
+    got = forward_backward(lambda q, k, v, s=None: emulated_attention(q, k, v, emulation, s), *tensors, dout=dout)
     seen = dense_mask(sequence, mask, ROWS)
-    want = with_gradients(
-        lambda q, k, v, s=None: dense_attention(q, k, v, s, seen_BSS=seen, scale=0.3, softcap=softcap),
+    want = forward_backward(
+        lambda q, k, v, s=None: dense_attention(q, k, v, s, visible_BSS=seen, scale=0.3, softcap=softcap),
         *tensors,
         dout=dout,
     )
     names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    for name, one, other in zip(names, got, want, strict=False):
-        assert (one - other).abs().max() <= 1e-10, name
+    for name, x, y in zip(names, got, want, strict=False):
+        assert (x - y).abs().max() <= 1e-10, name
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -48,7 +48,7 @@ def test_emulated_ranks_match_dense_attention(layout, transport, mask):
     compare(layout, MASKS[mask], transport, DOCUMENTS if mask in ("causal", "window") else None)
 
 
-def test_heads_sinks_and_softcap_are_emulated_too():
+def test_heads_sinks_and_softcap_are_emulated():
     compare("zigzag", Mask(), softcap=5.0, sinks=True)
     compare("zigzag", Mask(), ulysses=2, sinks=True)
     compare("contiguous", Mask(True, 9), ulysses=7, heads=(6, 2))  # a rank without heads

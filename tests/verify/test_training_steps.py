@@ -1,4 +1,4 @@
-"""The section `steps` of `scripts/gpu_check.py`: what is run, left out, kept and compared, mostly without training."""
+"""The section `steps` of `ring-hf verify`: runs, left-out runs, kept runs and verdicts, mostly without training."""
 
 import gc
 import json
@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM, Trainer
 
+from ring_hf.cli import main
 from ring_hf.costmodel.devices import DEVICES
 from ring_hf.hf.attention import backend
-from scripts.checks import report, ring_share, steps, trainer_run
-from scripts.checks.trainer_run import Run, Steps
-from scripts.gpu_check import main
-from tests.harness import assert_close
+from ring_hf.testing import assert_close
+from ring_hf.verify import ring_share, trainer_run, verify_report
+from ring_hf.verify import training_steps as steps
+from ring_hf.verify.trainer_run import Run, Steps
 
 CPU = torch.device("cpu")
-QUICK = ["--emulate", "--quick", "--only", "steps"]
+QUICK = ["verify", "--emulate", "--quick", "--only", "steps"]
 ALL = {
     "agreement",
     *(f"{variant}, 64 tokens" for variant in steps.VARIANTS),
@@ -84,7 +85,7 @@ def test_out_of_memory_is_a_row_and_a_failure_is_tried_again(trained):
     assert row["outcome"] == "out of memory" and row["predicted"]["memory"] > 0 and "seconds" not in row
     failure = {"kind": "failure", "outcome": "RuntimeError: no kernel image is available"}
     assert found["rows"]["one rank of 8, 128 tokens"] == failure and not found["ok"] and found["finished"]
-    lines = report._SECTIONS["steps"](found)
+    lines = verify_report._SECTIONS["steps"](found)
     assert any(line.startswith("| sdpa, 64 tokens | off | sdpa ") and "| out of memory |" in line for line in lines)
     assert "- one rank of 8, 128 tokens: RuntimeError: no kernel image is available" in lines
 
@@ -146,7 +147,10 @@ def test_the_planner_chooses_settings_and_what_is_tried():
     for variant in ("sdpa", "ring_zigzag"):
         name = f"{variant}, 32,768 tokens"
         assert (small[name][0].checkpoint, large[name][0].checkpoint) == ("full", "none")
-        assert small[f"{variant}, 65,536 tokens"][1] > steps.TRIED and large[f"{variant}, 65,536 tokens"][1] < 1
+        assert (
+            small[f"{variant}, 65,536 tokens"][1] > steps.MAX_MEMORY_RATIO
+            and large[f"{variant}, 65,536 tokens"][1] < 1
+        )
     for length in steps.LENGTHS:
         job, share = small[f"ring_zigzag, memory options, {length:,} tokens"]
         assert share < 1 and job.checkpoint == "save-attention" and job.ffn_block and job.loss_block
@@ -198,7 +202,7 @@ def test_a_device_that_the_planner_does_not_know_is_named(monkeypatch):
     found = steps.run(torch.device("cuda"), True, False, lambda words, total: None, {}, lambda partial: None)
     why = f"the planner knows no NVIDIA GeForce RTX 4090, only {', '.join(DEVICES)}"
     assert found["ok"] and found["left_out"] == {"all runs": why}
-    assert report._SECTIONS["steps"](found)[-1] == f"- all runs: {why}"
+    assert verify_report._SECTIONS["steps"](found)[-1] == f"- all runs: {why}"
 
 
 def test_another_training_than_that_of_sdpa_is_found(monkeypatch):

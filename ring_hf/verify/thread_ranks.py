@@ -1,8 +1,8 @@
-"""Ranks as threads of one process: a stand-in for `torch.distributed` that the real code runs on unchanged.
+"""Ranks as threads of one process: a fake `torch.distributed` on which `ring_hf.parallel` runs unchanged.
 
-Stricter than a network: a message is read from the sender's buffer only when the receiver waits for it, and the
-sender's wait ends only then, so that a buffer used again too early, or read too early, shows up as a wrong number.
-A rank that raises wakes all others. Only what `ring_hf.parallel` uses of `torch.distributed` is here.
+It is stricter than a network: a message is read from the sender's buffer only when the receiver waits for it, and the
+sender's wait ends only then, so that a buffer that is reused or read too early gives wrong numbers. A rank that raises
+wakes all others. Only the functions of `torch.distributed` that `ring_hf.parallel` calls are here.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ring_hf.parallel import groups, transport, ulysses
+from ..parallel import groups, transport, ulysses
 
-_PATIENCE = 60.0
+_TIMEOUT = 60.0  # seconds
 _thread = threading.local()
 
 
 class ThreadGroup(dist.ProcessGroup):
-    """Some of the ranks, by their numbers in the whole world."""
+    """Some of the ranks, by their ranks in the whole world."""
 
     def __init__(self, members: Sequence[int], purpose: str = "all") -> None:
-        super().__init__(0, len(members))
+        super().__init__(0, len(members))  # type: ignore[call-arg]
         self.members, self.purpose = list(members), purpose
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> str:  # type: ignore[override]
         return f"threads {self.members} {self.purpose}"
 
 
@@ -48,7 +48,7 @@ class _Op:
 @dataclass
 class _Message:
     tensor: torch.Tensor
-    taken: threading.Event
+    received: threading.Event
 
 
 class _Send:
@@ -56,7 +56,7 @@ class _Send:
         self._world, self._message = world, message
 
     def wait(self) -> None:
-        self._world.until(self._message.taken.wait)
+        self._world.wait_until(self._message.received.wait)
 
 
 class _Receive:
@@ -64,59 +64,68 @@ class _Receive:
         self._world, self._channel, self._tensor = world, channel, tensor
 
     def wait(self) -> None:
-        def take(timeout: float) -> bool:
+        def receive(timeout: float) -> bool:
             with contextlib.suppress(queue.Empty):
                 message = self._channel.get(timeout=timeout)
                 assert message.tensor.shape == self._tensor.shape and message.tensor.dtype == self._tensor.dtype
                 self._tensor.copy_(message.tensor)
-                message.taken.set()
+                message.received.set()
                 return True
             return False
 
-        self._world.until(take)
+        self._world.wait_until(receive)
 
 
 class World:
-    """Everything the threads of one run share."""
+    """State that the threads of one run share."""
 
     def __init__(self, size: int) -> None:
         self.size, self.failed = size, threading.Event()
         self.channels: dict[tuple[str, int, int, int], queue.SimpleQueue] = defaultdict(queue.SimpleQueue)
-        self.meetings: dict[str, tuple[threading.Barrier, dict[int, Any]]] = {}
+        self.rendezvous: dict[str, tuple[threading.Barrier, dict[int, Any]]] = {}
         self._lock = threading.Lock()
 
     def channel(self, group: ThreadGroup, sender: int, receiver: int, tag: int) -> queue.SimpleQueue:
-        with self._lock:  # two threads that miss the same key would make two queues
+        with self._lock:  # else two threads that miss the same key would make two queues
             return self.channels[group.group_name, sender, receiver, tag]
 
-    def until(self, attempt: Callable[[float], bool]) -> None:
-        """Tries until it succeeds; gives up when another rank has failed, or after a minute."""
-        for timeout in (_PATIENCE / 1000, *[_PATIENCE / 100] * 100):
+    def wait_until(self, attempt: Callable[[float], bool]) -> None:
+        """Call `attempt(seconds)` until it succeeds.
+
+        Raises:
+            RuntimeError: if another rank has failed.
+            TimeoutError: after a minute.
+        """
+        for timeout in (_TIMEOUT / 1000, *[_TIMEOUT / 100] * 100):
             if attempt(timeout):
                 return
             if self.failed.is_set():
                 raise RuntimeError("another rank failed")
-        raise TimeoutError("a message did not come, or was not taken")
+        raise TimeoutError("a message did not come or was not received")
 
     def exchange(self, group: ThreadGroup, value: Any) -> list[Any]:
-        """What every member of a group brings to a collective, in group order."""
+        """Return the value of every member of a group, in group order: a collective call.
+
+        Raises:
+            RuntimeError: if another rank has failed.
+        """
         with self._lock:
             key = group.group_name
-            if key not in self.meetings:
-                self.meetings[key] = threading.Barrier(len(group.members)), {}
-        barrier, brought = self.meetings[key]
+            if key not in self.rendezvous:
+                self.rendezvous[key] = threading.Barrier(len(group.members)), {}
+        barrier, values = self.rendezvous[key]
         if self.failed.is_set():
             raise RuntimeError("another rank failed")
-        brought[_thread.rank] = value
-        barrier.wait(_PATIENCE)
-        found = [brought[member] for member in group.members]
-        barrier.wait(_PATIENCE)
-        return found
+        values[_thread.rank] = value
+        barrier.wait(_TIMEOUT)
+        in_group_order = [values[member] for member in group.members]
+        barrier.wait(_TIMEOUT)
+        return in_group_order
 
     def fail(self) -> None:
         with self._lock:
             self.failed.set()
-            for barrier, _ in self.meetings.values():
+            for barrier, _ in self.rendezvous.values():
                 barrier.abort()
 
 
@@ -139,7 +148,7 @@ def _start(ops: list[_Op]) -> list[_Send | _Receive]:
 
 
 class _Collective:
-    """Done when it is waited for, from what each rank's tensor held when it was posted."""
+    """Completes when it is waited for, from copies of the tensors that were made when it was posted."""
 
     def __init__(self, finish: Callable[[], Any]) -> None:
         self._finish = finish
@@ -160,22 +169,25 @@ def _reduce_scatter(out: torch.Tensor, x: torch.Tensor, group: ThreadGroup, asyn
     return _Collective(lambda: out.copy_(total.chunk(len(group.members))[_rank(group)]))
 
 
-def _own_group(group: ThreadGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ThreadGroup:
+def _dedicated_group(group: ThreadGroup, ranks: Sequence[int], purpose: str, device: torch.device) -> ThreadGroup:
     return ThreadGroup([group.members[rank] for rank in ranks], purpose)
 
 
 def _all_to_all(out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int], group: ThreadGroup) -> None:
-    brought = _thread.world.exchange(group, [part.clone() for part in x.split(sent)])
-    mine = [parts[_rank(group)] for parts in brought]
-    assert [part.numel() for part in mine] == received
-    out.copy_(torch.cat(mine))
+    received_parts = _thread.world.exchange(group, [part.clone() for part in x.split(sent)])
+    own_parts = [parts[_rank(group)] for parts in received_parts]
+    assert [part.numel() for part in own_parts] == received
+    out.copy_(torch.cat(own_parts))
 
 
 @contextlib.contextmanager
 def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], list[Any]]]:
-    """Inside, `run(size, fn)` calls `fn(rank, group name)` on `size` threads and returns the results in rank order."""
+    """Yield `run(size, fn)`, which calls `fn(rank, group_name)` in `size` threads and returns results in rank order.
+
+    `run` raises the exception of the rank that failed first.
+    """
     pool = ThreadPoolExecutor(max_workers=16)
-    stand_ins = {
+    fakes: dict[str, Any] = {
         "get_rank": _rank,
         "get_world_size": lambda group=None: len(group.members) if group else _thread.world.size,
         "get_global_rank": lambda group, rank: group.members[rank],
@@ -188,7 +200,7 @@ def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], li
         world = World(size)
         name = groups.register_group(ThreadGroup(range(size)))
 
-        def one(rank: int) -> Any:
+        def run_rank(rank: int) -> Any:
             _thread.rank, _thread.world = rank, world
             try:
                 return fn(rank, name)
@@ -196,19 +208,19 @@ def threads_as_ranks() -> Iterator[Callable[[int, Callable[[int, str], Any]], li
                 world.fail()
                 raise
 
-        futures = [pool.submit(one, rank) for rank in range(size)]
+        futures = [pool.submit(run_rank, rank) for rank in range(size)]
         errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:  # the one that the others only heard of
+        if errors:  # the others only report that a rank failed
             followers = (RuntimeError, threading.BrokenBarrierError)
             raise next((error for error in errors if not isinstance(error, followers)), errors[0])
         return [future.result() for future in futures]
 
     with (
-        mock.patch.multiple(dist, **stand_ins),
+        mock.patch.multiple(dist, **fakes),
         mock.patch.multiple(
-            transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter, dedicated_group=_own_group
+            transport, _all_gather=_all_gather, _reduce_scatter=_reduce_scatter, dedicated_group=_dedicated_group
         ),
-        mock.patch.object(ulysses, "dedicated_group", _own_group),
+        mock.patch.object(ulysses, "dedicated_group", _dedicated_group),
         pool,
     ):
         yield run

@@ -3,7 +3,8 @@
 `EXACT` maps a family (a `model_type`, with a variant after a slash) to the fields in which its tiny random config
 differs from `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED`
 maps a key of `REASONS` to families; the test asserts the message. Every family is in one of them or in `UNTESTED` with
-the reason. `scripts/architectures.py` writes `markdown()` to docs/models.md, `exact_classes()` to proven_classes.py.
+the reason. `scripts/update_model_table.py` writes `markdown()` to docs/models.md and `exact_classes()` to
+`ring_hf/hf/runtime/proven_classes.py`.
 """
 
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ SIZES: dict[str, Any] = {
 TEXT = {key: SIZES[key] for key in list(SIZES)[:16] if "moe" not in key and "expert" not in key and "per_" not in key}
 IMAGE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGE |= {"image_size": 28, "patch_size": 14}
+AUDIO = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}
+AUDIO |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 QWEN_WINDOWS = {"use_sliding_window": True, "max_window_layers": 1}
 MLA = {"head_dim": None, "num_key_value_heads": 4}  # multi-head latent attention: no grouped heads
@@ -197,15 +200,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "modernbert-decoder": WINDOWS,
     "moss_transcribe_diarize": {
         "text_config": TEXT,
-        "audio_config": {
-            "d_model": 32,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 48,
-            "decoder_layers": 1,
-            "decoder_attention_heads": 2,
-            "decoder_ffn_dim": 48,
-        },
+        "audio_config": AUDIO,
     },
     "moshi": {"ffn_dim": 48},
     "nanochat": {},
@@ -314,6 +309,7 @@ UNTESTED: dict[str, str] = {
 
 
 def model_class(config_class: type) -> type[PreTrainedModel]:
+    """Return the causal language model of a configuration class."""
     entry = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     return entry[0] if isinstance(entry, (tuple, list)) else entry
 
