@@ -1,4 +1,4 @@
-"""Cross entropy over blocks of tokens, from hidden states: the logits of a block at a time, and never kept.
+"""Cross entropy over blocks of tokens, from hidden states: the logits of one block at a time, and never kept.
 
 Gradients are computed where the logits are, in the forward pass, and scaled when the backward pass arrives, as in
 Liger's fused linear cross entropy and in PyTorch's `linear_cross_entropy` (whose memory is the same, and which takes a
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from .chunked import Autocast, Sums, gradients_of, refuse_second_derivatives, spans
+from .chunked import Autocast, GradientSums, gradients_of, refuse_second_derivatives, spans
 from .lazy_logits import LazyLogits
 from .sharded_weights import GradientHandover, gathered
 
@@ -30,12 +30,17 @@ _stock: "weakref.WeakKeyDictionary[Loss, Loss]" = weakref.WeakKeyDictionary()
 
 
 def stock_of(function: Loss) -> Loss:
-    """The loss that one in blocks stands for; any other is its own."""
+    """Return the loss function that `blockwise` was given; of any other function, the function itself."""
     return _stock.get(function, function)
 
 
-def blockwise(stock: Loss, called: Callable[[], None] = lambda: None) -> Loss:
-    """The loss function of a model, which takes deferred logits too; stock for all others."""
+def blockwise(stock: Loss, on_call: Callable[[], None] = lambda: None) -> Loss:
+    """Return a loss function that takes `LazyLogits` in blocks, and any other logits as `stock` does.
+
+    Args:
+        stock: the loss function of a model, called as `stock(logits, labels, vocab_size, ...)`.
+        on_call: called first, at every call.
+    """
 
     @functools.wraps(stock)
     def loss_function(
@@ -48,10 +53,10 @@ def blockwise(stock: Loss, called: Callable[[], None] = lambda: None) -> Loss:
         loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        called()
+        on_call()
         if loss_weights is None and not isinstance(logits, LazyLogits):
-            more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
-            return stock(logits, labels, vocab_size, num_items_in_batch, **more)
+            options = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
+            return stock(logits, labels, vocab_size, num_items_in_batch, **options)
         if shift_labels is None:  # token t predicts token t + 1
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
             loss_weights = None if loss_weights is None else pad(loss_weights, (0, 1))[..., 1:]
@@ -62,7 +67,7 @@ def blockwise(stock: Loss, called: Callable[[], None] = lambda: None) -> Loss:
 
 
 def automatic_block(num_tokens: int, hidden_size: int, num_words: int) -> int:
-    """Tokens whose logits are as many numbers as the hidden states of all tokens (Liger's rule), a power of two."""
+    """Return the tokens whose logits are as many numbers as all hidden states (Liger's rule), as a power of two."""
     block = max(num_tokens * hidden_size // num_words, 1)
     return max(SMALLEST, 1 << (block - 1).bit_length())
 
@@ -76,10 +81,11 @@ def _mean(
 ) -> Tensor:
     labels_T = labels.reshape(-1).to(logits.device)
     weights_T = None if weights is None else weights.reshape(-1).to(logits.device)
-    for name, given_T in (("labels", labels_T), ("loss_weights", weights_T)):
-        if given_T is not None and len(given_T) != logits.shape[:-1].numel():
+    num_tokens = logits.shape[:-1].numel()
+    for name, values_T in (("labels", labels_T), ("loss_weights", weights_T)):
+        if values_T is not None and len(values_T) != num_tokens:
             raise ValueError(
-                f"{logits.shape[:-1].numel()} tokens have logits, but {len(given_T)} have {name}: they would be taken "
+                f"{num_tokens} tokens have logits, but {len(values_T)} have {name}: they would be taken "
                 "for those of other tokens. Pass as many, and leave logits_to_keep out where a loss is asked for."
             )
     if isinstance(logits, LazyLogits):
@@ -90,15 +96,15 @@ def _mean(
         return total / (
             num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
         )
-    counted = labels_T != ignore_index
-    return total / (counted.sum() if weights_T is None else (weights_T * counted).sum())
+    is_counted = labels_T != ignore_index
+    return total / (is_counted.sum() if weights_T is None else (weights_T * is_counted).sum())
 
 
 def _sum(logits: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
-    """Over all tokens, from their logits `[T, V]`, in at least fp32."""
+    """Sum the loss over all tokens, from their logits `[T, V]`, in at least fp32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    how = "sum" if weights_T is None else "none"
-    loss = cross_entropy(logits, labels_T, ignore_index=ignore_index, reduction=how)
+    reduction = "sum" if weights_T is None else "none"
+    loss = cross_entropy(logits, labels_T, ignore_index=ignore_index, reduction=reduction)
     return loss if weights_T is None else (loss * weights_T).sum()
 
 
@@ -109,7 +115,9 @@ def _in_blocks(logits: LazyLogits, labels_T: Tensor, weights_T: Tensor | None, i
     assert isinstance(block, int)
     with gathered(logits.head):
         trained = [p for p in logits.head.parameters() if p.requires_grad]
-        return summed_loss(logits.of, hidden_TD, labels_T, weights_T, trained, block, ignore_index, logits.handover)
+        return summed_loss(
+            logits.logits_of, hidden_TD, labels_T, weights_T, trained, block, ignore_index, logits.handover
+        )
 
 
 def summed_loss(
@@ -122,15 +130,23 @@ def summed_loss(
     ignore_index: int = -100,
     handover: GradientHandover | None = None,
 ) -> Tensor:
-    """Sum of `weight * cross entropy` over the tokens whose label is not ignored.
+    """Sum `weight * cross entropy` over the tokens whose label is not ignored.
 
     Args:
-        logits_of: the logits `[1, b, V]` of hidden states `[1, b, D]`.
-        parameters: what gets a gradient besides the hidden states.
-        handover: who takes their gradients to the engine that shards them. Default: this function's backward pass
-            returns them.
+        logits_of: returns the logits `[1, b, V]` of hidden states `[1, b, D]`.
+        hidden_TD: hidden states.
+        labels_T: int64 numbers of words, already shifted.
+        weights_T: a weight for each token. Default: 1.
+        parameters: tensors that get a gradient besides the hidden states.
+        block: tokens at a time.
+        ignore_index: label of tokens without a loss.
+        handover: takes the gradients of parameters to the engine that shards them. Default: this function's backward
+            pass returns them.
+
+    Returns:
+        A scalar in at least fp32, in nats.
     """
-    if not torch.is_grad_enabled():  # a Function is told what needs gradients in general, and not now
+    if not torch.is_grad_enabled():  # needs_input_grad says what needs gradients in general, and not now
         hidden_TD, parameters, handover = hidden_TD.detach(), (), None
     returned = parameters if handover is None else ()
     return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, handover, hidden_TD, *returned)
@@ -149,50 +165,53 @@ class _SummedLoss(torch.autograd.Function):
         hidden_TD: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[6:]
-        trained: Sequence[Tensor] = [p for p, need in zip(parameters, wanted[1:], strict=True) if need]
+        needs_grad = ctx.needs_input_grad[6:]
+        trained: Sequence[Tensor] = [p for p, need in zip(parameters, needs_grad[1:], strict=True) if need]
         if handover is not None:
-            trained, wanted = handover.parameters, (*wanted, *(True for _ in handover.parameters))
-        sums = Sums(trained)
-        dhidden_TD = torch.zeros_like(hidden_TD) if wanted[0] else None
+            trained, needs_grad = handover.parameters, (*needs_grad, *(True for _ in handover.parameters))
+        sums = GradientSums(trained)
+        dhidden_TD = torch.zeros_like(hidden_TD) if needs_grad[0] else None
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        autocast, places = Autocast(hidden_TD.device.type), spans(hidden_TD.shape[0], block)
-        counted = torch.stack([(labels_T[start:stop] != ignore_index).any() for start, stop in places]).tolist()
-        for (start, stop), any_label in zip(places, counted, strict=True):
-            if not any_label:
+        autocast = Autocast(hidden_TD.device.type)
+        blocks = spans(hidden_TD.shape[0], block)
+        has_labels = torch.stack([(labels_T[start:stop] != ignore_index).any() for start, stop in blocks]).tolist()
+        for (start, stop), has_label in zip(blocks, has_labels, strict=True):
+            if not has_label:
                 continue
-            leaf = hidden_TD[start:stop].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)), autocast():
+            leaf = hidden_TD[start:stop].detach().requires_grad_(needs_grad[0])
+            with torch.set_grad_enabled(any(needs_grad)), autocast():
                 weights_b = None if weights_T is None else weights_T[start:stop]
                 loss = _sum(logits_of(leaf[None])[0], labels_T[start:stop], weights_b, ignore_index)
             total += loss.detach()
-            if any(wanted):
-                gradients = iter(
-                    gradients_of([(loss, torch.ones_like(loss))], [*([leaf] if wanted[0] else []), *trained])
-                )
+            if any(needs_grad):
+                leaves = [leaf] if needs_grad[0] else []
+                gradients = iter(gradients_of([(loss, torch.ones_like(loss))], [*leaves, *trained]))
                 if dhidden_TD is not None:
                     gradient = next(gradients)
-                    assert gradient is not None, "the head does not look at the hidden states"
+                    assert gradient is not None, "the head does not read the hidden states"
                     dhidden_TD[start:stop] = gradient
                 sums.add(list(gradients))
         # Zeros where no block had a label: DDP waits for every gradient.
-        taken = iter(torch.zeros_like(p) if x is None else x for p, x in zip(trained, sums.take(), strict=True))
-        ctx.save_for_backward(dhidden_TD, *(next(taken) if need else None for need in wanted[1:]))
-        ctx.used, ctx.handover = False, handover
+        pairs = zip(trained, sums.totals(), strict=True)
+        totals = iter(torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs)
+        ctx.save_for_backward(dhidden_TD, *(next(totals) if need else None for need in needs_grad[1:]))
+        ctx.is_used, ctx.handover = False, handover
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        if ctx.used:
+        if ctx.is_used:
             raise ValueError(
                 "The gradients of a loss in blocks were used already: a step with loss_block (memory.apply) has one "
                 "backward pass. Do not use retain_graph=True, or set loss_block=None."
             )
-        ctx.used = True
+        ctx.is_used = True
         # In place: they are as large as the hidden states and the weight, and nobody else has them. Expanded, the
         # factor stays in fp32; a scalar would be rounded to bf16 first, off by up to 0.4 % and everywhere the same.
-        dhidden_TD, *of_parameters = (None if x is None else x.mul_(gradient.expand_as(x)) for x in ctx.saved_tensors)
+        dhidden_TD, *parameter_gradients = (
+            None if x is None else x.mul_(gradient.expand_as(x)) for x in ctx.saved_tensors
+        )
         if ctx.handover is not None:
-            ctx.handover.gradients, of_parameters = of_parameters, []
-        return (None,) * 6 + (dhidden_TD, *of_parameters)
+            ctx.handover.gradients, parameter_gradients = parameter_gradients, []
+        return (None,) * 6 + (dhidden_TD, *parameter_gradients)

@@ -1,9 +1,9 @@
-"""Logits that are not computed until somebody looks at them.
+"""Logits that are not computed until an operator needs them.
 
-The LM head returns a `LazyLogits`: hidden states, the head, and what the model then does to the logits with
-scalars (soft caps, scales), recorded. The loss takes it apart and works over blocks of tokens; whoever else uses it as
-a tensor gets the logits, computed then, with gradients. So nothing of a model's own code is replaced, and logits are
-there for those who ask.
+The LM head returns a `LazyLogits`: the hidden states, the head, and the recorded operators that the model then applies
+to its logits with scalars (soft caps, scales). The loss takes it apart and works over blocks of tokens; any other use
+as a tensor computes the logits then, with gradients. So no code of a model is replaced, and its logits can still be
+read.
 
 Shapes: [..., V] logits of [..., D] hidden states.
 """
@@ -32,7 +32,7 @@ METADATA = {
     *(torch.is_floating_point, torch.numel, torch.is_complex, _TENSOR.__len__, _TENSOR.stride, _TENSOR.get_device),
     *(_TENSOR.is_contiguous,),
 }
-# What is recorded: functions of one element and a scalar (or one number per word).
+# These are recorded: functions of one element and a scalar (or one number per word).
 POINTWISE = {
     *(_TENSOR.mul, _TENSOR.div, _TENSOR.true_divide, _TENSOR.add, _TENSOR.sub, _TENSOR.__mul__, _TENSOR.__truediv__),
     *(_TENSOR.__rmul__, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.__sub__, torch.mul, torch.div, torch.true_divide),
@@ -42,22 +42,26 @@ POINTWISE = {
 
 
 class LazyLogits(torch.Tensor):
-    """Logits `steps(head(hidden))`.
+    """Logits `pointwise_ops(head(hidden))`, of shape [..., V].
 
     Attributes:
-        sample: the logits of one token, which have the shape and dtype of all.
-        block: how many tokens the loss takes at a time.
+        hidden: hidden states [..., D].
+        head: the LM head.
+        sample: the logits [1, V] of one token, which have the dtype of all.
+        pointwise_ops: functions that are applied to the logits, in order.
+        block: tokens that the loss takes at a time, or "auto".
         handover: where the loss leaves the gradients of the head's weights, if an engine shards them.
-        on_compute: what those get who ask for the logits.
+        is_grad_wanted: whether gradients were recorded when the head was called.
+        on_compute: applied to the logits when they are computed for another use than the loss.
     """
 
     hidden: Tensor
     head: torch.nn.Module
     sample: Tensor
-    steps: tuple[Callable[[Tensor], Tensor], ...]
+    pointwise_ops: tuple[Callable[[Tensor], Tensor], ...]
     block: int | str
     handover: GradientHandover | None
-    grad_wanted: bool
+    is_grad_wanted: bool
     on_compute: Callable[[Tensor], Tensor] | None
 
     @staticmethod
@@ -66,14 +70,16 @@ class LazyLogits(torch.Tensor):
         hidden: Tensor,
         head: torch.nn.Module,
         sample: Tensor,
-        steps: tuple,
+        pointwise_ops: tuple,
         block: int | str,
         handover: GradientHandover | None = None,
     ) -> "LazyLogits":
         shape = (*hidden.shape[:-1], sample.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample.dtype, device=sample.device)
-        self.hidden, self.head, self.sample, self.steps, self.block = hidden, head, sample, steps, block
-        self.handover, self.grad_wanted, self.on_compute = handover, torch.is_grad_enabled(), None
+        self.hidden, self.head, self.sample = hidden, head, sample
+        self.pointwise_ops, self.block, self.handover = pointwise_ops, block, handover
+        self.is_grad_wanted = torch.is_grad_enabled()
+        self.on_compute = None
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -81,21 +87,21 @@ class LazyLogits(torch.Tensor):
 
     def compute(self) -> Tensor:
         """Return the logits of all tokens. A collective call where an engine shards the head."""
-        with gathered(self.head), torch.set_grad_enabled(torch.is_grad_enabled() and self.grad_wanted):
-            logits = _compute(self.head, self.steps, self.hidden)
+        with gathered(self.head), torch.set_grad_enabled(torch.is_grad_enabled() and self.is_grad_wanted):
+            logits = _compute(self.head, self.pointwise_ops, self.hidden)
         return logits if self.on_compute is None else self.on_compute(logits)
 
     def without_gradient(self) -> "LazyLogits":
-        """Return the same logits, still deferred, detached: engines pass what a model returns through functions."""
+        """Return the same logits, detached and not computed: engines pass a model's outputs through functions."""
         with torch.no_grad():
-            return LazyLogits(self.hidden.detach(), self.head, self.sample, self.steps, self.block)
+            return LazyLogits(self.hidden.detach(), self.head, self.sample, self.pointwise_ops, self.block)
 
-    def of(self, hidden: Tensor) -> Tensor:
-        """The logits of other hidden states."""
-        return _compute(self.head, self.steps, hidden)
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] of other hidden states [..., D]."""
+        return _compute(self.head, self.pointwise_ops, hidden)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"DeferredLogits({tuple(self.shape)}, {len(self.steps)} steps)"
+        return f"LazyLogits({tuple(self.shape)}, {len(self.pointwise_ops)} pointwise operators)"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -103,22 +109,13 @@ class LazyLogits(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handles = [x for x in args if isinstance(x, LazyLogits)]
-        if func in POINTWISE and len(handles) == 1 and _scalars(args, kwargs, handles[0]):
-            handle = handles[0]
-            place = next(n for n, x in enumerate(args) if x is handle)
-            before, after = args[:place], args[place + 1 :]  # not the handle, which would be kept alive
-            step = lambda logits: func(*before, logits, *after, **kwargs)
-            with torch.no_grad():
-                sample = step(handle.sample)
-            steps = (*handle.steps, step)
-            result = LazyLogits(handle.hidden, handle.head, sample, steps, handle.block, handle.handover)
-            result.on_compute = handle.on_compute
-            return result
+        lazy_args = [x for x in args if isinstance(x, LazyLogits)]
+        if func in POINTWISE and len(lazy_args) == 1 and _others_are_scalars(args, kwargs, lazy_args[0]):
+            return _record(func, args, kwargs, lazy_args[0])
         if func is _TENSOR.detach:
-            return handles[0].without_gradient()
+            return lazy_args[0].without_gradient()
         name = getattr(func, "__name__", "")
-        if handles and args and args[0] is handles[0] and _in_place(name):
+        if lazy_args and args and args[0] is lazy_args[0] and _is_in_place(name):
             raise ValueError(
                 f"{name} would change logits in place that are not computed yet (loss_block). Use the form that "
                 "returns a new tensor, or set loss_block=None."
@@ -128,59 +125,76 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        """Where Python does not see the call: only without gradients, which would be lost here."""
+        """Compute the logits for a call that Python does not see: only without gradients, which would be lost here."""
 
-        def compute(handle: LazyLogits) -> Tensor:
-            if handle.grad_wanted and handle.hidden.requires_grad and func is not torch.ops.aten.detach.default:
+        def compute(logits: LazyLogits) -> Tensor:
+            if logits.is_grad_wanted and logits.hidden.requires_grad and func is not torch.ops.aten.detach.default:
                 raise ValueError(
                     f"{func} was called on logits that are not computed yet (loss_block), past where gradients are "
                     "recorded. Call it on logits + 0, or set loss_block=None."
                 )
-            return handle.compute().detach()
+            return logits.compute().detach()
 
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _compute(head: torch.nn.Module, steps: tuple, hidden: Tensor) -> Tensor:
+def _record(func: Any, args: tuple, kwargs: dict, logits: LazyLogits) -> LazyLogits:
+    """Return logits that `func` is applied to as well, once they are computed."""
+    index = next(n for n, x in enumerate(args) if x is logits)
+    before, after = args[:index], args[index + 1 :]  # not the logits, which would be kept alive
+
+    def operator(x: Tensor) -> Tensor:
+        return func(*before, x, *after, **kwargs)
+
+    with torch.no_grad():
+        sample = operator(logits.sample)
+    pointwise_ops = (*logits.pointwise_ops, operator)
+    result = LazyLogits(logits.hidden, logits.head, sample, pointwise_ops, logits.block, logits.handover)
+    result.on_compute = logits.on_compute
+    return result
+
+
+def _compute(head: torch.nn.Module, pointwise_ops: tuple, hidden: Tensor) -> Tensor:
     # Past the override of its forward; with its hooks, unless they are an engine's.
-    block, head.__dict__[FLAG] = head.__dict__.get(FLAG), None
+    block = head.__dict__.get(FLAG)
+    head.__dict__[FLAG] = None
     try:
         logits = call_past_hooks(head, hidden)
     finally:
         head.__dict__[FLAG] = block
-    for step in steps:
-        logits = step(logits)
+    for operator in pointwise_ops:
+        logits = operator(logits)
     return logits
 
 
-def _scalars(args: tuple, kwargs: dict, handle: LazyLogits) -> bool:
-    """Whether everything but the handle is a number, a dtype, or a constant per word."""
+def _others_are_scalars(args: tuple, kwargs: dict, logits: LazyLogits) -> bool:
+    """Return whether every argument but the logits is a number, a dtype, or a constant per word."""
 
-    def fine(x: Any) -> bool:
+    def is_scalar(x: Any) -> bool:
         if not isinstance(x, torch.Tensor):
             return x is None or isinstance(x, (int, float, bool, torch.dtype, torch.device, torch.memory_format))
-        return not x.requires_grad and (x.numel() == 1 or tuple(x.shape) == (handle.shape[-1],))
+        return not x.requires_grad and (x.numel() == 1 or tuple(x.shape) == (logits.shape[-1],))
 
-    return all(x is handle or fine(x) for x in (*args, *kwargs.values()))
+    return all(x is logits or is_scalar(x) for x in (*args, *kwargs.values()))
 
 
-def _in_place(name: str) -> bool:
-    dunder = name.startswith("__") and name.endswith("__")
+def _is_in_place(name: str) -> bool:
+    is_dunder = name.startswith("__") and name.endswith("__")
     return (
         name == "__setitem__"
-        or (dunder and name.startswith("__i") and name != "__invert__")
-        or (not dunder and name.endswith("_"))
+        or (is_dunder and name.startswith("__i") and name != "__invert__")
+        or (not is_dunder and name.endswith("_"))
     )
 
 
 def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     block = self.__dict__.get(FLAG)
-    own = type(self).forward
+    own_forward = type(self).forward
     managed = is_managed(self)  # then every rank defers, whatever the length of its rows: it costs collectives
-    few = block if isinstance(block, int) else 1
-    if block is None or args or kwargs or (not managed and hidden.shape[:-1].numel() <= few):
-        return own(self, hidden, *args, **kwargs)
+    fits_a_block = hidden.shape[:-1].numel() <= (block if isinstance(block, int) else 1)
+    if block is None or args or kwargs or (not managed and fits_a_block):
+        return own_forward(self, hidden, *args, **kwargs)
     with torch.no_grad():
         sample = _compute(self, (), hidden.detach().reshape(-1, hidden.shape[-1])[:1])
     if not managed:
@@ -191,7 +205,10 @@ def _forward(self: torch.nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -
 
 
 def _defer(self: torch.nn.Module, args: tuple, output: Any) -> Any:
-    """The last forward hook of a managed head: to the engine, whose hooks came before, it returned its input."""
+    """Return the logits of a managed head, which to the engine, whose hooks came before, has returned its input.
+
+    The last forward hook of the head.
+    """
     sample, handover = self.__dict__.pop(SAMPLE, (None, None))
     return None if sample is None else LazyLogits(output, self, sample, (), self.__dict__[FLAG], handover)
 

@@ -1,8 +1,8 @@
-"""Weights that an engine shards: when they are whole, and how computing in blocks finds them so.
+"""Weights that an engine shards: when they are whole, and how computing in blocks gets whole ones.
 
-An engine gathers the weights of a module before its forward and backward pass and frees them afterwards. What computes
-in blocks needs whole weights from the first block to the last, hands each gradient over once, and must post the same
-collectives on every rank, however many blocks or labels a rank has. Two rules do that:
+An engine gathers the weights of a module before its forward and backward pass and frees them afterwards. A module that
+computes in blocks needs whole weights from the first block to the last, hands each gradient over once, and must post
+the same collectives on every rank, however many blocks or labels a rank has. Two rules do that:
 
 - A feed-forward layer is gathered as one unit. FSDP2 gathers the decoder layer around it; ZeRO-3 gathers every
   submodule at each call unless the layer is marked as a leaf.
@@ -31,12 +31,12 @@ def is_zero3(module: nn.Module) -> bool:
 
 
 def is_released(parameter: Tensor) -> bool:
-    """Return whether ZeRO-3 has left this rank its part of a parameter only, for now."""
+    """Return whether this rank holds only its part of a parameter of ZeRO-3 at present."""
     return hasattr(parameter, "ds_status") and parameter.ds_status.name != "AVAILABLE"
 
 
 def is_dtensor(parameter: Tensor) -> bool:
-    """Return whether FSDP2 has left this rank its part of a parameter only, for now."""
+    """Return whether this rank holds only its part of a parameter (of FSDP2, or of tensor parallelism) at present."""
     return hasattr(parameter, "full_tensor")
 
 
@@ -111,7 +111,7 @@ def gather_as_unit(module: nn.Module) -> None:
 
 
 def refuse_composite(head: nn.Module) -> None:
-    """Raise if ZeRO-3 would gather parts of a head at each call, that is, once per block."""
+    """Raise ValueError if ZeRO-3 would gather parts of a head at each call, that is, once per block."""
     if is_zero3(head) and list(head.children()):
         raise ValueError(
             f"The LM head is a {type(head).__name__} made of modules (LoRA, or modules_to_save of PEFT), which ZeRO-3 "
@@ -121,13 +121,13 @@ def refuse_composite(head: nn.Module) -> None:
 
 
 def call_past_hooks(module: nn.Module, *args: Any) -> Any:
-    """Call a module; past its hooks if they are an engine's, which would gather or reduce at each block."""
+    """Call a module, without its hooks if an engine set them: they would gather or reduce at each block."""
     return type(module).forward(module, *args) if is_managed(module) else module(*args)
 
 
 @contextlib.contextmanager
 def without_hooks_of_fsdp(model: nn.Module) -> Iterator[None]:
-    """Within, FSDP2 does not see the calls of modules, so that a pass runs with whatever weights they have."""
+    """Remove the hooks of FSDP2 for the time of the context, so that a pass runs with the weights that are there."""
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -141,14 +141,16 @@ def without_hooks_of_fsdp(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(hooks: dict[int, Any], before: dict[int, Any]) -> None:
-    """Hooks are called in order, so those that were kept leave, too, before all come back."""
+    """Put all hooks back in their order, which is the one they are called in."""
     hooks.clear()
     hooks.update(before)
 
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within, the weights of a module are whole on every rank. A collective call, unless they are whole already.
+    """Gather the weights of a module on every rank for the time of the context.
+
+    A collective call unless they are whole already.
 
     Raises:
         ValueError: if they cannot be gathered.
@@ -171,8 +173,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
 class GradientHandover:
     """Takes the gradients of a module's weights to the backward pass of its call.
 
-    `gradients` is filled in the backward pass of the loss, which comes before. Call it with the input of the module,
-    in its forward pass; it returns an alias of that input.
+    The backward pass of the loss, which comes before, fills `gradients`. Call the handover with the input of the
+    module `[..., D]` in its forward pass; it returns an alias of that input.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Steps of small models with and without levers, in fp64, and what is counted of them."""
+"""Steps of small models with and without memory options, in fp64, and counters of operators and bytes."""
 
 import weakref
 from collections import Counter
@@ -26,7 +26,7 @@ def ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch=None, ignore_
 
 
 def batch(num_rows: int = 2, length: int = 40, seed: int = 0) -> dict[str, Tensor]:
-    """Random tokens; the first row has a prompt without labels."""
+    """Return random tokens [num_rows, length]; the first row has a prompt without labels."""
     tokens = torch.randint(3, SIZES["vocab_size"], (num_rows, length), generator=torch.Generator().manual_seed(seed))
     labels = tokens.clone()
     labels[0, :9] = -100
@@ -34,14 +34,14 @@ def batch(num_rows: int = 2, length: int = 40, seed: int = 0) -> dict[str, Tenso
 
 
 def model_of(name: str, attention: str = "ring_zigzag", **more: Any) -> Any:
-    """A family of `ring_hf/verify/model_families.py`, in fp64, training."""
+    """Return a small model of a family of `ring_hf/verify/model_families.py`, in fp64, in training mode."""
     model = tiny(name, attention, **more).train()
     model.loss_function = ForCausalLMLoss
     return model
 
 
 def step(model: Any, inputs: dict[str, Any], count: int | None = 71, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one step."""
+    """Return the loss and the gradients by name of one step."""
     model.zero_grad()
     count_of = {} if count is None else {"num_items_in_batch": count}
     output = model(**inputs, **count_of, use_cache=False, **more)
@@ -57,10 +57,10 @@ def gradients(model: Any) -> dict[str, Tensor]:
     }
 
 
-def apart(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]]) -> float:
-    """The largest difference of losses and gradients, relative to the largest entry of each (infinite for NaN)."""
-    assert set(found[1]) == set(wanted[1])
-    pairs = [(found[0], wanted[0]), *((found[1][name], wanted[1][name]) for name in wanted[1])]
+def relative_difference(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> float:
+    """Return the largest difference of losses and gradients, relative to the largest entry of each (NaN: infinity)."""
+    assert set(actual[1]) == set(expected[1])
+    pairs = [(actual[0], expected[0]), *((actual[1][name], expected[1][name]) for name in expected[1])]
     worst = 0.0
     for a, b in pairs:
         ratio = ((a - b).abs().max() / b.abs().max().clamp_min(1e-4)).item()
@@ -69,7 +69,7 @@ def apart(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[st
 
 
 class CountOperators(TorchDispatchMode):
-    """How often each operator runs, by name."""
+    """Counts the calls of each operator, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class CountOperators(TorchDispatchMode):
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of tensor storages that operators made and that were alive at once, at most; parameters not counted."""
+    """Tracks the peak bytes of live tensor storages that operators made; parameters are not counted."""
 
     def __init__(self) -> None:
         super().__init__()

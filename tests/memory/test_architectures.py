@@ -1,6 +1,7 @@
-"""Every exact family: each lever leaves loss and gradients of a step as they are, or is refused by message.
+"""Every exact family: each option leaves the loss and gradients of a step unchanged, or is refused with a message.
 
-In fp64 and one process, against the model as it is. `REFUSED` names what is refused; all else must be exact.
+In fp64 and one process, against the model without options. `REFUSED` names the refused families; all others must be
+exact.
 """
 
 import copy
@@ -14,15 +15,15 @@ import transformers
 from ring_hf.memory import MemoryConfig, apply
 from ring_hf.verify.model_families import EXACT, ROUTED, ROUTER_LOSS
 from tests.harness import ROOT
-from tests.memory.models import apart, batch, model_of, step
+from tests.memory.models import batch, model_of, relative_difference, step
 
-LEVERS = {
+OPTIONS = {
     "save": {"attention": "save", "ffn_block": None, "loss_block": None},
     "ffn": {"attention": "none", "ffn_block": 7, "loss_block": None},
     "loss": {"attention": "none", "ffn_block": None, "loss_block": 7},
     "all": {"attention": "save", "offload": "all", "ffn_block": 11, "loss_block": 13},
 }
-# Families by what is refused of them, with words of the message.
+# Refused families, by option, with words of the message.
 NOT_SAVED = {  # values of another head dim, in one process: PyTorch has no fused attention for them
     *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
 }
@@ -59,45 +60,45 @@ IN_FP32 = {"beam": 2e-6}  # it computes logits and activations in fp32, also in 
 
 @functools.cache
 def reference(name: str, **more):
-    """The model, and what one step of it as it is comes to."""
+    """Return the model, and the loss and gradients of a step without options."""
     model = model_of(name, **more)
     return copy.deepcopy(model), step(model, batch())
 
 
-def wrong(name: str, lever: str, **more) -> str | None:
-    """What is wrong with a family under a lever: None if it is exact, or refused as the table says."""
-    plain, wanted = reference(name, **more)
+def find_mismatch(name: str, option: str, **more) -> str | None:
+    """Return why a family under an option is neither exact nor refused as the table says, or None."""
+    plain, expected = reference(name, **more)
     model = copy.deepcopy(plain)
     try:
-        apply(model, MemoryConfig(**LEVERS[lever]))
-        far = apart(step(model, batch()), wanted)
+        apply(model, MemoryConfig(**OPTIONS[option]))
+        difference = relative_difference(step(model, batch()), expected)
     except ValueError as error:
-        expected = REFUSED[lever].get(name)
-        return None if expected and re.search(expected, str(error)) else f"{name}: {error}"
-    if name in REFUSED[lever]:
+        refusal = REFUSED[option].get(name)
+        return None if refusal and re.search(refusal, str(error)) else f"{name}: {error}"
+    if name in REFUSED[option]:
         return f"{name} was not refused"
-    return None if far <= IN_FP32.get(name, 1e-9) else f"{name}: {far:.1e}"
+    return None if difference <= IN_FP32.get(name, 1e-9) else f"{name}: {difference:.1e}"
 
 
-@pytest.mark.parametrize("lever", LEVERS)
-def test_every_family_is_exact_or_refused(lever):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_family_is_exact_or_refused(option):
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    found = [wrong(name, lever) for name in (TOGETHER if lever == "all" else EXACT)]
-    assert [message for message in found if message] == []
-    assert set(REFUSED[lever]) <= set(EXACT)
-    print(f"{lever}: {len(EXACT) - len(REFUSED[lever])} exact, {len(REFUSED[lever])} refused")
+    mismatches = [find_mismatch(name, option) for name in (TOGETHER if option == "all" else EXACT)]
+    assert [message for message in mismatches if message] == []
+    assert set(REFUSED[option]) <= set(EXACT)
+    print(f"{option}: {len(EXACT) - len(REFUSED[option])} exact, {len(REFUSED[option])} refused")
 
 
 def test_auxiliary_losses_of_routers_are_unchanged():
     """The router stays whole: its logits are recorded once per layer, for all tokens, with gradients."""
-    found = [wrong(name, "all", **ROUTER_LOSS) for name in ROUTED]
-    assert [message for message in found if message] == []
+    mismatches = [find_mismatch(name, "all", **ROUTER_LOSS) for name in ROUTED]
+    assert [message for message in mismatches if message] == []
 
 
 def test_page_of_memory_options_counts_these_tables():
     text = " ".join((ROOT / "docs" / "memory.md").read_text().split())
-    save, ffn, loss = (len(EXACT) - len(REFUSED[lever]) for lever in ("save", "ffn", "loss"))
+    save, ffn, loss = (len(EXACT) - len(REFUSED[option]) for option in ("save", "ffn", "loss"))
     assert loss == len(EXACT)
     table = f"Of the {len(EXACT)} configurations in [the table of models](models.md)"
     assert f"{table}, one process finds saved attention exact for {save}," in text

@@ -1,4 +1,4 @@
-"""Token-wise functions over blocks: values, gradients, what is computed how often, and how parameters hear of it."""
+"""Token-wise functions over blocks: values, gradients, numbers of executions, and the hooks of parameters."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from ring_hf.memory import apply, chunked_mlp
 from ring_hf.memory.chunked import in_blocks, spans
 from ring_hf.memory.mlp_lookup import find_mlps
-from tests.memory.models import CountOperators, apart, batch, model_of, step
+from tests.memory.models import CountOperators, batch, model_of, relative_difference, step
 
 
 def problem(num_tokens: int = 23):
@@ -26,12 +26,12 @@ def function(x, scale, up, down):
 def test_values_and_gradients_are_those_of_all_tokens_at_once(block):
     x, scale, up, down = problem()
     weights = torch.randn(23, 3, dtype=torch.float64)
-    want, which = function(x, scale, up, down)
-    found, places = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), block)
-    assert torch.equal(places, which) and (found - want).abs().max() <= 1e-14
+    expected, expected_indices = function(x, scale, up, down)
+    actual, indices = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), block)
+    assert torch.equal(indices, expected_indices) and (actual - expected).abs().max() <= 1e-14
     inputs = (x, scale, up, down)
-    right = torch.autograd.grad((want * weights).sum(), inputs)
-    for a, b in zip(torch.autograd.grad((found * weights).sum(), inputs), right, strict=True):
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((actual * weights).sum(), inputs), expected_gradients, strict=True):
         assert (a - b).abs().max() <= 1e-13
     assert [stop - start for start, stop in spans(5, 2)] == [2, 2, 1]
 
@@ -42,24 +42,26 @@ def test_only_what_is_trained_gets_a_gradient(trained):
     for n, x in enumerate(tensors):
         x.requires_grad_(n in trained)
     x, scale, up, down = tensors
-    found, _ = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), 5)
-    assert found.requires_grad == bool(trained)
+    actual, _ = in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), 5)
+    assert actual.requires_grad == bool(trained)
     if trained:
-        found.sum().backward()
-        want, _ = function(x, scale, up, down)
-        right = torch.autograd.grad(want.sum(), [tensors[n] for n in trained])
-        assert all((tensors[n].grad - g).abs().max() <= 1e-13 for n, g in zip(trained, right, strict=True))
+        actual.sum().backward()
+        expected, _ = function(x, scale, up, down)
+        expected_gradients = torch.autograd.grad(expected.sum(), [tensors[n] for n in trained])
+        assert all(
+            (tensors[n].grad - g).abs().max() <= 1e-13 for n, g in zip(trained, expected_gradients, strict=True)
+        )
         assert all((x.grad is not None) == (n in trained) for n, x in enumerate(tensors))
 
 
-def test_parameters_hear_of_their_gradient_once():
-    """DDP takes the second time for an error."""
+def test_hooks_of_parameters_run_once():
+    """DDP raises an error the second time."""
     x, scale, up, down = problem()
-    heard = []
+    shapes = []
     for parameter in (up, down):
-        parameter.register_post_accumulate_grad_hook(lambda p: heard.append(p.shape))
+        parameter.register_post_accumulate_grad_hook(lambda p: shapes.append(p.shape))
     in_blocks(lambda a, b: function(a, b, up, down), (x, scale), (up, down), 5)[0].sum().backward()
-    assert sorted(heard) == [(4, 6), (6, 3)]
+    assert sorted(shapes) == [(4, 6), (6, 3)]
 
 
 def test_sums_over_blocks_are_in_fp32():
@@ -80,7 +82,7 @@ def test_sums_over_blocks_are_in_fp32():
 
 
 def test_checkpointing_around_blocks_stops_at_their_input():
-    """Forward once, recomputed once: not once more for the checkpoint around."""
+    """Blocks run once in the forward pass and once in the backward pass: not again for the checkpoint around them."""
     x, scale, up, down = problem()
 
     def layer(x):
@@ -97,11 +99,10 @@ def test_checkpointing_around_blocks_stops_at_their_input():
 def test_rows_of_any_number_and_length(name, shape):
     plain, model = model_of(name), model_of(name)
     apply(model, attention="none", ffn_block=5, loss_block=None)
-    assert apart(step(model, batch(*shape)), step(plain, batch(*shape))) <= 1e-10
+    assert relative_difference(step(model, batch(*shape)), step(plain, batch(*shape))) <= 1e-10
 
 
-def test_what_is_found():
-    """By structure: dense layers whole, experts behind their router, shared experts beside them."""
+def test_dense_layers_and_experts_behind_their_router_are_taken():
     names = {family: {mlp.name.split(".", 2)[2] for mlp in find_mlps(model_of(family))} for family in MLPS}
     assert names == MLPS
 

@@ -16,7 +16,7 @@ from ring_hf.memory.mlp_lookup import find_mlps
 from ring_hf.verify.mlp_families import build, family_names, probe, token_wise_activations
 from ring_hf.verify.model_families import EXACT
 from tests.harness import load_script
-from tests.memory.models import apart, batch, model_of, step
+from tests.memory.models import batch, model_of, relative_difference, step
 
 ALL = bool(os.environ.get("RING_HF_ALL_CASES"))
 # What differs most: dense, experts, shared ones, containers, a cross-residual, several calls, norms, images.
@@ -118,7 +118,7 @@ def test_an_unknown_class_is_refused_until_it_is_declared():
         apply(model, **FFN)
     declare_mlp(with_own_mlp(), OwnMLP)
     assert len(apply(model, **FFN).feed_forward) == 2
-    assert apart(step(model, batch()), step(plain, batch())) <= 1e-10
+    assert relative_difference(step(model, batch()), step(plain, batch())) <= 1e-10
 
 
 def test_a_declaration_that_the_probe_refutes_fails_with_the_reason():

@@ -1,7 +1,7 @@
-"""What waits in host memory: exact, in the right order, and nothing read or reused before its copy is done.
+"""Offloaded tensors: exact, in the right order, and none is read or reused before its copy is done.
 
-`Cuda` stands in for `torch.cuda`: a copy is made when somebody waits for it, the latest moment that the waits allow.
-What is read before is the NaN of an empty buffer.
+`FakeCuda` stands in for `torch.cuda`: a copy is made when a stream waits for it, the latest moment that the waits
+allow. An earlier read returns the NaN of an empty buffer.
 """
 
 import contextlib
@@ -15,38 +15,38 @@ import torch
 
 from ring_hf.memory import apply, offload
 from ring_hf.memory.offload import CpuCopies, CudaCopies, OffloadedTensor, OffloadSession, copy_backend_of
-from tests.memory.models import apart, batch, model_of, step
+from tests.memory.models import batch, model_of, relative_difference, step
 
 
 class Event:
-    def __init__(self, stream, place):
-        self.stream, self.place = stream, place
+    def __init__(self, stream, num_operations):
+        self.stream, self.num_operations = stream, num_operations
 
 
 class Stream:
-    """Work that is done when somebody waits for it."""
+    """A queue of operations that run when another stream waits for them."""
 
     def __init__(self, name):
-        self.name, self.work, self.done = name, [], 0
+        self.name, self.operations, self.num_done = name, [], 0
 
-    def run_to(self, place):
-        while self.done < place:
-            self.work[self.done]()
-            self.done += 1
+    def run_to(self, num_operations):
+        while self.num_done < num_operations:
+            self.operations[self.num_done]()
+            self.num_done += 1
 
     def record_event(self):
-        return Event(self, len(self.work))
+        return Event(self, len(self.operations))
 
     def wait_event(self, event):
-        self.work.append(lambda: event.stream.run_to(event.place))
+        self.operations.append(lambda: event.stream.run_to(event.num_operations))
         if self.name == "computing":  # computes at once: all it waits for is done now
-            self.run_to(len(self.work))
+            self.run_to(len(self.operations))
 
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
 
-class Cuda:
+class FakeCuda:
     """`torch.cuda` as `CudaCopies` uses it."""
 
     def __init__(self):
@@ -54,7 +54,7 @@ class Cuda:
         self._current = self.computing
 
     def Stream(self):
-        self.streams.append(Stream(("out", "home")[len(self.streams)]))
+        self.streams.append(Stream(("to host", "to device")[len(self.streams)]))
         return self.streams[-1]
 
     def current_stream(self):
@@ -70,130 +70,136 @@ class Cuda:
         assert non_blocking and self._current is not self.computing, "a copy on the computing stream"
         stream = self._current
         self.log.append((stream.name, source.numel()))
-        stream.work.append(lambda: target.data.copy_(source))
+        stream.operations.append(lambda: target.data.copy_(source))
         return target
 
 
 @pytest.fixture
 def cuda():
-    """The stand-in, with `Tensor.copy_` put off and `record_stream` noted."""
-    made = Cuda()
-    plain = torch.Tensor.copy_
+    """The stand-in, with `Tensor.copy_` deferred and `record_stream` logged."""
+    fake = FakeCuda()
+    original = torch.Tensor.copy_
 
     def copy(target, source, non_blocking=False):
-        return made.copy(target, source, True) if non_blocking else plain(target, source)
+        return fake.copy(target, source, True) if non_blocking else original(target, source)
 
-    noted = mock.patch.object(torch.Tensor, "record_stream", lambda x, stream: made.log.append(("claimed", x.numel())))
-    with mock.patch.object(torch.Tensor, "copy_", copy), noted:
-        yield made
+    def record_stream(x, stream):
+        fake.log.append(("recorded", x.numel()))
+
+    with mock.patch.multiple(torch.Tensor, copy_=copy, record_stream=record_stream):
+        yield fake
 
 
-def trip(cuda, road=CudaCopies):
-    return OffloadSession(road(cuda, pin=False))
+def session_of(cuda, kind=CudaCopies):
+    return OffloadSession(kind(cuda, pin=False))
 
 
 @pytest.fixture(autouse=True)
-def _everything_leaves():
+def _every_tensor_is_offloaded():
     with mock.patch.object(offload, "SMALLEST", 0):
         yield
 
 
-def test_what_left_comes_home_whole(cuda):
-    away = trip(cuda)
-    away.next_layer()
+def test_offloaded_tensors_come_back_whole(cuda):
+    session = session_of(cuda)
+    session.next_layer()
     x = torch.arange(5.0)
-    back = away.keep(x)
-    assert cuda.log == [("out", 5)]
-    assert torch.equal(back(), torch.arange(5.0))
-    assert cuda.log == [("out", 5), ("home", 5), ("claimed", 5)]
+    read = session.keep(x)
+    assert cuda.log == [("to host", 5)]
+    assert torch.equal(read(), torch.arange(5.0))
+    assert cuda.log == [("to host", 5), ("to device", 5), ("recorded", 5)]
 
 
 def test_device_memory_is_given_back_only_when_the_copy_is_done(cuda):
-    away = trip(cuda)
-    away.next_layer()
+    session = session_of(cuda)
+    session.next_layer()
     x = torch.arange(5.0)
-    gone = weakref.ref(x)
-    back = away.keep(x)
+    reference = weakref.ref(x)
+    read = session.keep(x)
     del x
-    away.next_layer()
-    assert gone() is not None and cuda.streams[0].done == 0, "the copy has not been made: it must be alive"
-    away.next_layer()  # two layers on: the computing stream waits for the copy, and the memory is free
-    cuda.streams[0].work.clear()
+    session.next_layer()
+    assert reference() is not None and cuda.streams[0].num_done == 0, "the copy has not been made: it must be alive"
+    session.next_layer()  # two layers on: the computing stream waits for the copy, and the memory is free
+    cuda.streams[0].operations.clear()
     gc.collect()
-    assert gone() is None
-    assert torch.equal(back(), torch.arange(5.0))
+    assert reference() is None
+    assert torch.equal(read(), torch.arange(5.0))
 
 
 def test_the_layer_before_is_fetched_ahead(cuda):
-    away = trip(cuda)
-    backs = []
+    session = session_of(cuda)
+    reads = []
     for layer in range(3):
-        away.next_layer()
-        backs.append([away.keep(torch.full((layer + 2,), float(layer))), away.keep(torch.full((10 + layer,), 1.0))])
+        session.next_layer()
+        tensors = torch.full((layer + 2,), float(layer)), torch.full((10 + layer,), 1.0)
+        reads.append([session.keep(x) for x in tensors])
     cuda.log.clear()
-    backs[2][0]()
-    assert next(entry for entry in cuda.log if entry[0] == "home") == ("home", 4)
-    assert {entry for entry in cuda.log if entry[0] == "home"} == {("home", 4), ("home", 3), ("home", 11)}
-    assert torch.equal(backs[1][0](), torch.full((3,), 1.0))
-    assert {entry for entry in cuda.log if entry[0] == "home"} >= {("home", 2), ("home", 10)}
+
+    def fetched():
+        return [num_elements for stream, num_elements in cuda.log if stream == "to device"]
+
+    reads[2][0]()
+    assert fetched()[0] == 4 and set(fetched()) == {4, 3, 11}
+    assert torch.equal(reads[1][0](), torch.full((3,), 1.0))
+    assert set(fetched()) >= {2, 10}
 
 
-class NoWaitHome(CudaCopies):
-    def wait_home(self, event, x):
+class NoWaitToDevice(CudaCopies):
+    def wait_to_device(self, event, x):
         pass
 
 
-class NoWaitForCompute(CudaCopies):
-    """Copies out what may not have been computed yet."""
+class NoWaitToHost(CudaCopies):
+    """Copies back from a host buffer that may not be complete yet."""
 
-    def home(self, host, device):
-        with self._cuda.stream(self._home):
+    def to_device(self, host, device):
+        with self._cuda.stream(self._to_device_stream):
             x = torch.empty_like(host)
             x.copy_(host, non_blocking=True)
-        return x, self._home.record_event()
+        return x, self._to_device_stream.record_event()
 
 
-@pytest.mark.parametrize("road", [NoWaitHome, NoWaitForCompute])
-def test_a_missing_wait_shows(cuda, road):
-    away = trip(cuda, road)
-    away.next_layer()
-    back = away.keep(torch.arange(1.0, 6.0))
+@pytest.mark.parametrize("kind", [NoWaitToDevice, NoWaitToHost])
+def test_a_missing_wait_shows(cuda, kind):
+    session = session_of(cuda, kind)
+    session.next_layer()
+    read = session.keep(torch.arange(1.0, 6.0))
     with mock.patch.object(OffloadedTensor, "release", lambda self: None):
-        assert not torch.equal(back(), torch.arange(1.0, 6.0))
+        assert not torch.equal(read(), torch.arange(1.0, 6.0))
 
 
-def test_a_step_over_the_stand_in_is_exact_and_copies_nothing_twice(cuda):
-    wanted = step(model_of("llama", num_hidden_layers=4), batch())
+def test_a_step_over_the_stand_in_is_exact_and_copies_each_tensor_once(cuda):
+    expected = step(model_of("llama", num_hidden_layers=4), batch())
     model = model_of("llama", num_hidden_layers=4)
     apply(model, attention="save", offload="all", ffn_block=7, loss_block=7)
     with mock.patch("ring_hf.memory.layer_checkpointing.copy_backend_of", lambda device: CudaCopies(cuda, pin=False)):
-        found = step(model, batch())
-    assert apart(found, wanted) <= 1e-10
-    moved = Counter(name for name, _ in cuda.log)
-    # Per layer its input and attention's two results; a few more that the decoder keeps. Each comes home once.
-    assert moved["out"] == moved["home"] == moved["claimed"] >= 4 * 3
+        result = step(model, batch())
+    assert relative_difference(result, expected) <= 1e-10
+    num_copies = Counter(name for name, _ in cuda.log)
+    # Per layer its input and attention's two results; a few more that the decoder keeps. Each comes back once.
+    assert num_copies["to host"] == num_copies["to device"] == num_copies["recorded"] >= 4 * 3
 
 
-def test_on_a_cpu_there_are_plain_copies():
+def test_copies_on_a_cpu_are_plain():
     assert isinstance(copy_backend_of(torch.device("cpu")), CpuCopies)
-    away = OffloadSession(CpuCopies())
-    away.next_layer()
+    session = OffloadSession(CpuCopies())
+    session.next_layer()
     x = torch.arange(5.0)
-    back = away.keep(x)
-    assert torch.equal(back(), x) and back() is not x
+    read = session.keep(x)
+    assert torch.equal(read(), x) and read() is not x
     numbers, weight = torch.arange(5), torch.nn.Parameter(torch.ones(5))
-    assert away.keep(numbers)() is numbers and away.keep(weight)() is weight
+    assert session.keep(numbers)() is numbers and session.keep(weight)() is weight
     with mock.patch.object(offload, "SMALLEST", 21):
-        assert away.keep(x)() is x
+        assert session.keep(x)() is x
 
 
-@pytest.mark.parametrize("smallest", [0, 2**20], ids=["moved", "kept"])
-def test_a_change_in_place_while_it_is_away_is_refused(smallest):
-    away = OffloadSession(CpuCopies())
-    away.next_layer()
+@pytest.mark.parametrize("smallest", [0, 2**20], ids=["offloaded", "kept"])
+def test_a_change_in_place_after_saving_is_refused(smallest):
+    session = OffloadSession(CpuCopies())
+    session.next_layer()
     x = torch.arange(5.0)
     with mock.patch.object(offload, "SMALLEST", smallest):
-        back = away.keep(x)
+        read = session.keep(x)
     x += 1
     with pytest.raises(ValueError, match="was changed in place after it was saved for the backward pass"):
-        back()
+        read()

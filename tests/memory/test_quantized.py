@@ -75,10 +75,10 @@ def quantized_steps(folder, storage, **options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_adapters_on_4_bits_train_as_without_memory_options(tmp_path, name, storage):
     model_of("llama").save_pretrained(tmp_path)
-    want, gradients = quantized_steps(tmp_path, storage)
+    expected, gradients = quantized_steps(tmp_path, storage)
     got, ours = quantized_steps(tmp_path, storage, **OPTIONS[name])
     assert len(ours) == len(gradients) and all(g is not None for g in ours)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     for mine, theirs in zip(ours, gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert max(float(g.abs().max()) for g in gradients) > 1e-3

@@ -1,5 +1,4 @@
-"""What `memory.apply` cannot do, by message: which model, which setting, and the way out. A refused model is as it
-was."""
+"""Refusals of `memory.apply`, by message: which model, which setting, the way out. A refused model is unchanged."""
 
 import copy
 import functools
@@ -14,18 +13,18 @@ from ring_hf.hf.checks.argument_rules import check_memory, first_error
 from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.memory import MemoryConfig, applied_to, apply, declare_mlp, selective_checkpoint
 from ring_hf.memory.mlp_lookup import find_mlps
-from tests.memory.models import apart, batch, model_of, step
+from tests.memory.models import batch, model_of, relative_difference, step
 
 CONFIGS = {
     "attention": ({"attention": "keep"}, "attention='keep' is not known. Choose one of save, recompute, none"),
     "offload": ({"offload": "disk"}, "offload='disk' is not known. Choose one of None, attention, layers, all"),
     "nothing to move": (
         {"attention": "none", "offload": "layers"},
-        "offload='layers' moves what attention='none' does not keep apart. Set attention='save' or 'recompute'",
+        "offload='layers' moves tensors that attention='none' does not keep apart. Set attention='save' or 'recomp",
     ),
     "nothing saved": (
         {"attention": "recompute", "offload": "attention"},
-        "offload='attention' moves what attention='recompute' does not",
+        "offload='attention' moves tensors that attention='recompute' does not",
     ),
     "block of nothing": ({"ffn_block": 0}, 'ffn_block=0 must be a number of tokens, "auto" or None'),
     "block of words": ({"loss_block": "big"}, "loss_block='big' must be a number of tokens"),
@@ -84,7 +83,7 @@ def trained_scale():
 
 
 def mixing(strength=1.0):
-    """A feed-forward layer whose rows see each other: what a capacity, or a norm over the batch, would do."""
+    """A feed-forward layer whose rows depend on each other, as with a capacity, or a norm over the batch."""
     model = model_of("llama")
     for layer in model.model.layers:
         layer.mlp.act_fn = Mean(strength)
@@ -131,7 +130,7 @@ def without_weights():
         return model_of("llama")
 
 
-NOTHING = {"attention": "none", "ffn_block": None, "loss_block": None}
+NO_OPTIONS = {"attention": "none", "ffn_block": None, "loss_block": None}
 MODELS = {
     "checkpointing": (already_on, {"attention": "save"}, "has activation checkpointing .* on already"),
     "no layers": (
@@ -175,18 +174,18 @@ def _compiled():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_is_refused_and_left_as_it_was(name):
+def test_model_is_refused_and_unchanged(name):
     build, settings, message = MODELS[name]
     model = build()
     before = {path: set(vars(module)) for path, module in model.named_modules()}
     hooks = {path: len(module._forward_hooks) for path, module in model.named_modules()}
     with pytest.raises(ValueError, match=message):
-        apply(model, **{**NOTHING, "loss_block": 5, **settings})
+        apply(model, **{**NO_OPTIONS, "loss_block": 5, **settings})
     assert {path: set(vars(module)) for path, module in model.named_modules()} == before
     assert {path: len(module._forward_hooks) for path, module in model.named_modules()} == hooks
 
 
-def test_capacity_is_seen_by_the_probe_and_not_by_a_name():
+def test_experts_with_a_capacity_are_refused_and_cannot_be_declared():
     with pytest.raises(ValueError, match="experts with a capacity"):
         find_mlps(with_capacity())
     with pytest.raises(ValueError, match=r"Capacity cannot be computed over blocks .*depends on other tokens"):
@@ -205,25 +204,25 @@ def test_the_same_call_twice_changes_nothing_and_another_one_is_refused():
         apply(model, ffn_block=9)
     with pytest.raises(ValueError, match="were both given"):
         apply(model, config, ffn_block=9)
-    assert apart(step(model, batch()), step(plain, batch())) <= 1e-10
+    assert relative_difference(step(model, batch()), step(plain, batch())) <= 1e-10
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_no_lever_is_no_change():
+def test_no_option_is_no_change():
     model = model_of("llama")
-    apply(model, **NOTHING)
+    apply(model, **NO_OPTIONS)
     assert applied_to(model) is None and not model._forward_pre_hooks
 
 
-def test_copies_have_their_own_levers():
+def test_copies_of_a_model_have_their_own_options():
     model = model_of("llama")
     apply(model, ffn_block=7, loss_block=7, attention="none")
     twin = copy.deepcopy(model)
-    wanted = step(model_of("llama"), batch())
+    expected = step(model_of("llama"), batch())
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-    assert apart(step(twin, batch()), wanted) <= 1e-10
+    assert relative_difference(step(twin, batch()), expected) <= 1e-10
 
 
 def test_checkpointing_that_is_switched_on_again_is_refused():
@@ -235,7 +234,7 @@ def test_checkpointing_that_is_switched_on_again_is_refused():
     assert check_memory(off, model) is None and check_memory(on, model_of("llama")) is None
     assert "activation_checkpointing=True" in check_memory(on, model) and "'save'" in check_memory(on, model)
     model.activation_checkpointing_enable()  # as the Trainer does when it is not asked first
-    with pytest.raises(ValueError, match="its layers did not ask what to save: checkpointing was switched on anew"):
+    with pytest.raises(ValueError, match="its layers did not ask what to save: checkpointing was switched on again"):
         step(model, batch())
 
 
@@ -254,8 +253,8 @@ def test_attention_dropout_that_would_not_be_drawn_again_is_refused():
 
     q = torch.randn(1, 2, 8, 4)
     with (
-        mock.patch.object(selective_checkpoint, "SAVED", {"ring_hf_tests::attention"}),
-        selective_checkpoint.CachingMode(selective_checkpoint.SavedResults(selective_checkpoint.resident)),
+        mock.patch.object(selective_checkpoint, "SAVED_OPS", {"ring_hf_tests::attention"}),
+        selective_checkpoint.CachingMode(selective_checkpoint.SavedResults(selective_checkpoint.keep_on_device)),
     ):
         attention(q, 0.0)
         for call in (lambda: attention(q, 0.5), lambda: attention(q, dropout_p=0.5)):
@@ -297,10 +296,10 @@ def test_lora_of_experts_is_exact_before_and_refused_after(first):
             step(model, batch())
         return
     get_peft_model(model, settings, autocast_adapter_dtype=False)
-    wanted = step(model, batch())
+    expected = step(model, batch())
     apply(model, attention="none", ffn_block=7, loss_block=None)
-    assert apart(step(model, batch()), wanted) <= 1e-10
-    assert any("lora" in name and gradient.abs().max() > 0 for name, gradient in wanted[1].items())
+    assert relative_difference(step(model, batch()), expected) <= 1e-10
+    assert any("lora" in name and gradient.abs().max() > 0 for name, gradient in expected[1].items())
 
 
 def test_a_hook_that_changes_a_part_for_one_pass_is_refused():
@@ -342,9 +341,9 @@ def test_weights_beside_a_loss_outside_the_model_are_refused():
 
 
 def test_second_derivatives_are_refused():
-    for levers in ({"ffn_block": 7, "loss_block": None}, {"ffn_block": None, "loss_block": 7}):
+    for options in ({"ffn_block": 7, "loss_block": None}, {"ffn_block": None, "loss_block": 7}):
         model = model_of("llama")
-        apply(model, attention="none", **levers)
+        apply(model, attention="none", **options)
         with pytest.raises(ValueError, match=r"create_graph=True: what memory.apply computes in blocks has no second"):
             loss = model(**batch(), use_cache=False).loss
             torch.autograd.grad(loss, model.model.embed_tokens.weight, create_graph=True)

@@ -10,8 +10,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from ring_hf.memory import apply
 from tests.memory.models import batch, model_of, step
 
-NOTHING = {"attention": "none", "ffn_block": None, "loss_block": None}
-LEVERS = [{"attention": "save"}, {"ffn_block": 7}, {"loss_block": 7}]
+NO_OPTIONS = {"attention": "none", "ffn_block": None, "loss_block": None}
+OPTIONS = [{"attention": "save"}, {"ffn_block": 7}, {"loss_block": 7}]
 
 
 def add_stand_in_for_trls_head(model):
@@ -43,13 +43,13 @@ def add_trls_head(model):
 HEADS = [add_stand_in_for_trls_head, add_trls_head]
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=str)
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
 @pytest.mark.parametrize("add_head", HEADS)
-def test_after_trl_the_message_names_its_head_and_the_order(add_head, lever):
+def test_after_trl_the_message_names_its_head_and_the_order(add_head, option):
     model = model_of("llama")
     add_head(model)
     with pytest.raises(ValueError) as refusal:
-        apply(model, **{**NOTHING, **lever})
+        apply(model, **{**NO_OPTIONS, **option})
     assert str(refusal.value) == (
         "The forward of 1 modules was replaced (LlamaForCausalLM, for example), by TRL: its trainers give a model a "
         "fused LM head, which takes the loss tile by tile itself. Call memory.apply before the trainer is made, with "
@@ -58,10 +58,10 @@ def test_after_trl_the_message_names_its_head_and_the_order(add_head, lever):
 
 
 @pytest.mark.parametrize("add_head", HEADS)
-def test_before_trl_levers_work_without_blocks_of_the_loss(add_head):
+def test_before_trl_options_work_without_blocks_of_the_loss(add_head):
     tokens = batch()["input_ids"]
     plain, model = model_of("llama"), model_of("llama")
-    apply(model, **{**NOTHING, "attention": "save", "ffn_block": 7})
+    apply(model, **{**NO_OPTIONS, "attention": "save", "ffn_block": 7})
     losses = []
     for each in (plain, model):
         add_head(each)
@@ -74,7 +74,7 @@ def test_before_trl_levers_work_without_blocks_of_the_loss(add_head):
         assert torch.allclose(weight.grad, gradients[name], rtol=1e-4, atol=1e-7), name
 
     blocks = model_of("llama")
-    apply(blocks, **{**NOTHING, "loss_block": 7})
+    apply(blocks, **{**NO_OPTIONS, "loss_block": 7})
     add_head(blocks)
     with pytest.raises(
         ValueError, match=r"TRL gave LlamaForCausalLM a fused LM head.* be ignored. Set loss_block=None"
@@ -89,7 +89,7 @@ def test_hooks_of_accelerate_and_functions_of_others_are_named():
     with pytest.raises(
         ValueError, match=r"modules was replaced .*as Accelerate does for device_map. .*without device_map"
     ):
-        apply(hooked, **{**NOTHING, "ffn_block": 7})
+        apply(hooked, **{**NO_OPTIONS, "ffn_block": 7})
 
     model = model_of("llama")
     mlp = model.model.layers[1].mlp
@@ -97,15 +97,15 @@ def test_hooks_of_accelerate_and_functions_of_others_are_named():
     with pytest.raises(
         ValueError, match=r"\(model.layers.1.mlp, for example\), by a function of transformers.models.ll"
     ):
-        apply(model, **{**NOTHING, "ffn_block": 7})
+        apply(model, **{**NO_OPTIONS, "ffn_block": 7})
     mlp.forward = torch.relu
     with pytest.raises(ValueError, match=r"by something that is not a Python function. Call memory.apply first"):
-        apply(model, **{**NOTHING, "ffn_block": 7})
+        apply(model, **{**NO_OPTIONS, "ffn_block": 7})
 
 
 def test_a_replacement_does_not_outlive_its_removal():
     model = model_of("llama")
     add_stand_in_for_trls_head(model)
     del model.forward
-    apply(model, **{**NOTHING, "loss_block": 7})
+    apply(model, **{**NO_OPTIONS, "loss_block": 7})
     assert torch.isfinite(step(model, batch())[0])

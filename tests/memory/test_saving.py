@@ -1,5 +1,5 @@
-"""Saved attention: what runs how often per layer and step, in one process and in two; gradients are those of a plain
-model."""
+"""Saved attention: how often operators run per layer and step, in one process and in two, with the gradients of a
+plain model."""
 
 import copy
 import functools
@@ -15,12 +15,19 @@ from ring_hf.geometry import RingOptions, ShardedSequence
 from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import ContextParallelMetadata
 from ring_hf.memory import apply
-from ring_hf.memory.selective_checkpoint import SAVED, CachedMode, CachingMode, SavedResults, name_of, resident
+from ring_hf.memory.selective_checkpoint import (
+    SAVED_OPS,
+    CachedMode,
+    CachingMode,
+    SavedResults,
+    keep_on_device,
+    name_of,
+)
 from ring_hf.parallel import cut
 from ring_hf.parallel.transport import RingComm
 from ring_hf.verify.thread_ranks import threads_as_ranks
 from tests.hf.models import rank_of
-from tests.memory.models import CountOperators, PeakBytes, apart, batch, gradients, model_of, step
+from tests.memory.models import CountOperators, PeakBytes, batch, gradients, model_of, relative_difference, step
 
 ATTENTION = {
     "ring_zigzag": ("ring_hf::ring_attention", "ring_hf::ring_attention_backward"),
@@ -34,11 +41,11 @@ EXECUTIONS = {"none": (1, 1), "recompute": (2, 1), "save": (1, 1)}
 LAYERS = 2
 
 
-def levers(attention: str, **more):
+def options_of(attention: str, **more):
     return {"attention": attention, "ffn_block": None, "loss_block": None, **more}
 
 
-def counted(model, inputs) -> tuple[Counter, tuple]:
+def count_operators(model, inputs) -> tuple[Counter, tuple]:
     with CountOperators() as count:
         result = step(model, inputs)
     return count.calls, result
@@ -48,22 +55,22 @@ def counted(model, inputs) -> tuple[Counter, tuple]:
 @pytest.mark.parametrize("name, backend", [("llama", "sdpa"), ("gemma2", "ring_zigzag")])
 def test_attention_of_one_process_runs_once_where_it_is_saved(name, backend, attention):
     model = model_of(name, backend)
-    wanted = step(copy.deepcopy(model), batch())
-    apply(model, **levers(attention))
+    expected = step(copy.deepcopy(model), batch())
+    apply(model, **options_of(attention))
     for _ in range(2):  # every step alike
-        calls, found = counted(model, batch())
+        calls, actual = count_operators(model, batch())
         assert tuple(calls[op] for op in ATTENTION[backend]) == tuple(LAYERS * n for n in EXECUTIONS[attention])
-        assert apart(found, wanted) <= 1e-10
+        assert relative_difference(actual, expected) <= 1e-10
 
 
-def shards(
+def run_two_ranks(
     layout: str, attention: str, offload: str | None = None, head_chunks: int = 1
 ) -> list[tuple[Counter, int, tuple]]:
     """One step of both ranks of two: operators, exchanges of the ring, and what the step comes to."""
     ulysses = 2 if layout == "ulysses" else 1
     models = [model_of("llama", f"ring_{layout}" if ulysses == 1 else layout) for _ in range(2)]
     for model in models:
-        apply(model, **levers(attention, offload=offload))
+        apply(model, **options_of(attention, offload=offload))
     whole = batch()
     sequence = ShardedSequence("contiguous" if ulysses > 1 else layout, 40, 2, ulysses=ulysses)
     whole["shift_labels"] = torch.nn.functional.pad(whole["labels"], (0, 1), value=-100)[:, 1:]
@@ -81,26 +88,26 @@ def shards(
         inputs = {key: cut(value, sequence.segments(rank), 1) for key, value in whole.items()}
         announcements.register(models[rank])
         announcements.announce(models[rank], description)
-        calls, result = counted(models[rank], {**inputs, "context_parallel": description})
+        calls, result = count_operators(models[rank], {**inputs, "context_parallel": description})
         return calls, posts[rank], result
 
     with rank_of(2, 0), threads_as_ranks() as start, mock.patch.object(RingComm, "isend_irecv", isend_irecv):
         return start(2, run)
 
 
-def together(results) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sum_over_ranks(results) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of the whole sequence: the sum over ranks."""
     first, second = (result for _, _, result in results)
     return first[0] + second[0], {name: first[1][name] + second[1][name] for name in first[1]}
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "ulysses"])
-def test_attention_and_exchanges_of_two_ranks_run_once_where_they_are_saved(layout):
-    wanted = step(model_of("llama"), batch())
+def test_attention_and_exchanges_of_two_ranks_run_once_if_saved(layout):
+    expected = step(model_of("llama"), batch())
     exchanges = {}
     for attention, executions in EXECUTIONS.items():
-        results = shards(layout, attention)
-        assert apart(together(results), wanted) <= 1e-9
+        results = run_two_ranks(layout, attention)
+        assert relative_difference(sum_over_ranks(results), expected) <= 1e-9
         for calls, posts, _ in results:
             assert tuple(calls[op] for op in ATTENTION["ring_zigzag"]) == tuple(LAYERS * n for n in executions)
             exchanges.setdefault(attention, set()).add(posts + calls["ring_hf::all_to_all"])
@@ -115,9 +122,9 @@ CHUNKED = "ring_hf::chunked_ulysses", "ring_hf::chunked_ulysses_backward"
 
 
 @pytest.mark.parametrize("attention", EXECUTIONS)
-def test_heads_in_chunks_are_exchanged_and_attended_with_once_where_their_result_is_saved(attention):
-    results, before = shards("ulysses", attention, head_chunks=2), shards("ulysses", attention)
-    assert apart(together(results), step(model_of("llama"), batch())) <= 1e-9
+def test_chunks_of_heads_run_once_where_their_result_is_saved(attention):
+    results, before = run_two_ranks("ulysses", attention, head_chunks=2), run_two_ranks("ulysses", attention)
+    assert relative_difference(sum_over_ranks(results), step(model_of("llama"), batch())) <= 1e-9
     for (calls, _, _), (plain, _, _) in zip(results, before, strict=True):
         assert tuple(calls[op] for op in CHUNKED) == tuple(LAYERS * n for n in EXECUTIONS[attention])
         assert tuple(calls[op] for op in CHUNKED) == tuple(plain[op] for op in ATTENTION["ring_zigzag"])
@@ -128,8 +135,8 @@ def test_heads_in_chunks_are_exchanged_and_attended_with_once_where_their_result
 def test_offloading_changes_no_number_and_no_count(offload):
     for layout, chunks, operator in (("zigzag", 1, "ring_hf::ring_attention"), ("ulysses", 2, CHUNKED[0])):
         with mock.patch("ring_hf.memory.offload.SMALLEST", 0):
-            results = shards(layout, "save", offload, chunks)
-        assert apart(together(results), step(model_of("llama"), batch())) <= 1e-9
+            results = run_two_ranks(layout, "save", offload, chunks)
+        assert relative_difference(sum_over_ranks(results), step(model_of("llama"), batch())) <= 1e-9
         assert all(calls[operator] == LAYERS for calls, _, _ in results)
 
 
@@ -137,38 +144,38 @@ def layer(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q.sin(), k, v).cos() * q
 
 
-def test_the_modes_do_what_pytorchs_own_selective_checkpointing_does():
+def test_the_modes_agree_with_pytorchs_selective_checkpointing():
     inputs = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
     def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if name_of(op) in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if name_of(op) in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     def ours():
-        shelf = SavedResults(resident)
-        return CachingMode(shelf), CachedMode(shelf)
+        results = SavedResults(keep_on_device)
+        return CachingMode(results), CachedMode(results)
 
-    found = []
+    results = []
     for contexts in (ours, functools.partial(create_selective_checkpoint_contexts, policy)):
         with CountOperators() as count:
             out = checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
             grads = torch.autograd.grad(out.sum(), inputs)
-        found.append((grads, {name: n for name, n in count.calls.items() if name != "aten::detach"}))
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+        results.append((grads, {name: n for name, n in count.calls.items() if name != "aten::detach"}))
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
 
 
 def test_a_second_backward_pass_and_changes_in_place_are_refused():
     model = model_of("llama")
-    apply(model, **levers("save"))
+    apply(model, **options_of("save"))
     loss = model(**batch(), use_cache=False).loss
     loss.backward(retain_graph=True)
     with pytest.raises(ValueError, match="was used already: a step with saved attention"):
         loss.backward()
     x = torch.ones(3)
-    back = resident(x)
+    read = keep_on_device(x)
     x += 1
     with pytest.raises(ValueError, match="was changed in place after it was saved"):
-        back()
+        read()
 
 
 def test_a_model_with_lora_saves_as_well_and_generates_as_before():
@@ -186,17 +193,17 @@ def test_a_model_with_lora_saves_as_well_and_generates_as_before():
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
         return model
 
-    wanted = step(adapted(False), batch())
+    expected = step(adapted(False), batch())
     tokens = {"input_ids": batch()["input_ids"], "max_new_tokens": 4, "do_sample": False}
-    said = adapted(False).eval().generate(**tokens)
+    generated = adapted(False).eval().generate(**tokens)
     for first in (True, False):  # before and after PEFT
         model = adapted(first)
         if not first:
             apply(model, attention="save", ffn_block=7, loss_block=9)
-        calls, found = counted(model, batch())
+        calls, actual = count_operators(model, batch())
         assert calls[ATTENTION["sdpa"][0]] == LAYERS
-        assert apart(found, wanted) <= 1e-10
-        assert torch.equal(model.eval().generate(**tokens), said)
+        assert relative_difference(actual, expected) <= 1e-10
+        assert torch.equal(model.eval().generate(**tokens), generated)
 
 
 def test_gradients_accumulate_over_steps_and_the_cache_is_off_only_in_training():
@@ -204,9 +211,9 @@ def test_gradients_accumulate_over_steps_and_the_cache_is_off_only_in_training()
     model, plain = model_of("llama"), model_of("llama")
     apply(model, attention="save", ffn_block=7, loss_block=9)
     for each in (model, plain):
-        for one in inputs:
-            each(**one, num_items_in_batch=142, use_cache=False).loss.backward()
-    assert apart((torch.ones(()), gradients(model)), (torch.ones(()), gradients(plain))) <= 1e-10
+        for micro_batch in inputs:
+            each(**micro_batch, num_items_in_batch=142, use_cache=False).loss.backward()
+    assert relative_difference((torch.ones(()), gradients(model)), (torch.ones(()), gradients(plain))) <= 1e-10
     tokens = inputs[0]["input_ids"]
     assert model.eval()(input_ids=tokens, use_cache=True).past_key_values.get_seq_length() == tokens.shape[1]
     assert model.train()(input_ids=tokens, use_cache=True).past_key_values is None
@@ -230,7 +237,7 @@ def test_the_feed_forward_layer_runs_twice_and_not_three_times(attention):
 LONG = {"intermediate_size": 256, "vocab_size": 1024, "num_hidden_layers": 3, "max_position_embeddings": 512}
 
 
-def test_peak_of_live_tensors_falls_with_every_lever():
+def test_peak_of_live_tensors_falls_with_every_option():
     """Bytes of all tensors alive at once in a step, parameters apart: 512 tokens, 32 wide, 1,024 words, 3 layers."""
     peaks = {}
     for name, settings in {

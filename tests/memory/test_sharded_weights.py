@@ -1,6 +1,6 @@
 """Weights that an engine shards, without an engine: heads that hand gradients over, weights that are elsewhere.
 
-What engines do with them is tested in `tests/engines`.
+`tests/engines` tests the same with engines.
 """
 
 from types import SimpleNamespace
@@ -16,13 +16,13 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from ring_hf.memory import apply, lazy_logits, sharding_error, token_wise
 from ring_hf.memory.sharded_weights import refuse_composite
-from tests.memory.models import apart, batch, model_of, step
+from tests.memory.models import batch, model_of, relative_difference, step
 
 BLOCKS = {"attention": "none", "ffn_block": 7, "loss_block": 7}
 
 
 def managed(name="llama"):
-    """A model whose head carries the mark that FSDP2 leaves on modules whose weights it gathers."""
+    """Return a model whose head has the attribute that FSDP2 sets on modules whose weights it gathers."""
     model = model_of(name)
     model.get_output_embeddings()._is_fsdp_managed_module = True
     return model
@@ -32,7 +32,7 @@ def managed(name="llama"):
 def test_gradients_that_are_handed_over_are_those_of_the_whole_loss(settings):
     plain, model = model_of("llama"), managed()
     apply(model, **settings)
-    assert apart(step(model, batch()), step(plain, batch())) <= 1e-9
+    assert relative_difference(step(model, batch()), step(plain, batch())) <= 1e-9
 
 
 def test_the_head_is_called_once_and_its_hooks_not_at_every_block():
@@ -44,7 +44,7 @@ def test_the_head_is_called_once_and_its_hooks_not_at_every_block():
     assert len(calls) == 1
 
 
-def test_rows_shorter_than_a_block_take_the_same_way():
+def test_rows_shorter_than_a_block_post_the_same_collectives():
     """Ranks whose rows are short must post the collectives of those whose rows are long."""
     model = managed()
     apply(model, **{**BLOCKS, "loss_block": 10**6})
@@ -53,7 +53,7 @@ def test_rows_shorter_than_a_block_take_the_same_way():
     assert handover.call_count == 1
 
 
-def test_detached_logits_are_not_computed_until_somebody_looks():
+def test_detached_logits_are_not_computed_until_they_are_used():
     model = managed()
     apply(model, **BLOCKS)
     output = model(**batch(), num_items_in_batch=71, use_cache=False)
@@ -61,8 +61,8 @@ def test_detached_logits_are_not_computed_until_somebody_looks():
         detached = output.logits.detach()
         assert isinstance(detached, lazy_logits.LazyLogits) and compute.call_count == 0
         assert not detached.requires_grad and not (detached + 1).requires_grad and compute.call_count == 0
-        want = model_of("llama")(**batch(), num_items_in_batch=71, use_cache=False).logits
-        assert torch.allclose(detached.sum(), want.sum()) and compute.call_count == 1
+        expected = model_of("llama")(**batch(), num_items_in_batch=71, use_cache=False).logits
+        assert torch.allclose(detached.sum(), expected.sum()) and compute.call_count == 1
 
 
 def test_heads_made_of_modules_are_refused_under_zero3():
@@ -84,7 +84,7 @@ def test_feed_forward_layers_are_gathered_as_one_unit():
     assert not hasattr(model.lm_head, "_z3_leaf")
 
 
-def test_a_model_without_weights_is_proven_with_others():
+def test_a_model_without_weights_is_tried_with_random_ones():
     model, before = model_of("llama"), model_of("llama")
     with torch.no_grad():
         for weight in model.parameters():
@@ -94,10 +94,10 @@ def test_a_model_without_weights_is_proven_with_others():
     assert {name: id(weight) for name, weight in model.named_parameters()} == own
     assert all(not weight.any() for weight in model.parameters())
     model.load_state_dict(before.state_dict())
-    assert apart(step(model, batch()), step(before, batch())) <= 1e-9
+    assert relative_difference(step(model, batch()), step(before, batch())) <= 1e-9
 
 
-def test_weights_that_are_there_are_used():
+def test_weights_of_this_process_are_used():
     model = model_of("llama")
     own = [id(weight) for weight in model.parameters()]
     with token_wise.stand_in_weights(model):

@@ -1,4 +1,4 @@
-"""The Trainer with two processes that share sequences and every lever pulled, against one process with none."""
+"""The Trainer with two processes that share sequences, with memory options, against one process without any."""
 
 import json
 
@@ -17,11 +17,11 @@ def launched(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_with_levers_follows_one_process_without(launched, tmp_path, name):
+def test_training_with_options_follows_one_process_without(launched, tmp_path, name):
     reference = train(CASES[name].reference(), tmp_path)
-    found = launched[name]
-    assert_same_run(name, found, reference)
-    assert found["models left"] == 0
+    actual = launched[name]
+    assert_same_run(name, actual, reference)
+    assert actual["models left"] == 0
     if "evaluation" in reference:
-        assert found["evaluation"] == pytest.approx(reference["evaluation"], rel=2e-5)
-        assert found["loss alone"] == pytest.approx(reference["evaluation"][0], rel=1e-5)
+        assert actual["evaluation"] == pytest.approx(reference["evaluation"], rel=2e-5)
+        assert actual["loss alone"] == pytest.approx(reference["evaluation"][0], rel=1e-5)

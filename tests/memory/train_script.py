@@ -1,4 +1,4 @@
-"""Runs the Trainer with levers pulled: `accelerate launch --num_processes 2 tests/memory/train_script.py OUTPUT.json`.
+"""Trains with memory options: `accelerate launch --num_processes 2 tests/memory/train_script.py OUTPUT.json`.
 
 Rank 0 writes the losses, grad norms and evaluations of every case of `CASES`.
 """
@@ -20,14 +20,14 @@ from tests.liger_stand_in import SETTINGS, liger
 from tests.trainer.cases import Case, Rows, build_model
 from tests.trainer.train_script import arguments, curves
 
-LEVERS = {"attention": "save", "ffn_block": 20, "loss_block": 20}
+OPTIONS = {"attention": "save", "ffn_block": 20, "loss_block": 20}
 NO_BLOCKS = {"ffn_block": None, "loss_block": None}
 BASE = Case("", "zigzag", 2, steps=4)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A case with levers, and what one process without blocks or context parallelism is compared with.
+    """A case with memory options; `reference` is the run in one process that it is compared with.
 
     Attributes:
         find_unused: whether DDP looks for unused parameters, and so at the outputs of the model.
@@ -35,32 +35,32 @@ class Run:
     """
 
     case: Case
-    levers: dict[str, Any] | None
+    options: dict[str, Any] | None
     find_unused: bool = False
     liger: bool = False
     weighted: bool = False
 
     def reference(self) -> "Run":
-        levers = {"attention": "none", "ffn_block": None, "loss_block": 10**6} if self.weighted else None
-        return Run(self.case.reference(), levers, weighted=self.weighted)
+        options = {"attention": "none", "ffn_block": None, "loss_block": 10**6} if self.weighted else None
+        return Run(self.case.reference(), options, weighted=self.weighted)
 
 
 CASES = {
-    "zigzag": Run(BASE, LEVERS),
+    "zigzag": Run(BASE, OPTIONS),
     "zigzag, a rank without labels": Run(
-        replace(BASE, data="hole", hole_layout="zigzag"), {**LEVERS, "attention": "none"}, find_unused=True
+        replace(BASE, data="hole", hole_layout="zigzag"), {**OPTIONS, "attention": "none"}, find_unused=True
     ),
     "zigzag, Liger's loss": Run(BASE, {"attention": "save", **NO_BLOCKS}, liger=True),
-    "zigzag, weighted tokens": Run(BASE, LEVERS, weighted=True),
-    "ulysses, LoRA, offload": Run(replace(BASE, layout="ulysses", lora=True), {**LEVERS, "offload": "all"}),
+    "zigzag, weighted tokens": Run(BASE, OPTIONS, weighted=True),
+    "ulysses, LoRA, offload": Run(replace(BASE, layout="ulysses", lora=True), {**OPTIONS, "offload": "all"}),
     "balanced, packed, weighted": Run(
-        replace(BASE, layout="balanced", packing=True), {**LEVERS, "attention": "recompute"}, weighted=True
+        replace(BASE, layout="balanced", packing=True), {**OPTIONS, "attention": "recompute"}, weighted=True
     ),
 }
 
 
 class Weighted(Dataset):
-    """Rows whose tokens weigh between 0 and 2."""
+    """Rows whose tokens have weights between 0 and 2."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -76,19 +76,19 @@ class Weighted(Dataset):
 
 def metrics(prediction: Any) -> dict[str, float]:
     logits, labels = torch.tensor(prediction.predictions).double(), torch.tensor(prediction.label_ids)
-    counted = labels[:, 1:] != -100
-    right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[counted]
-    return {"accuracy": right.double().mean().item(), "size": logits[:, :-1][counted].square().sum().item()}
+    is_counted = labels[:, 1:] != -100
+    is_right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[is_counted]
+    return {"accuracy": is_right.double().mean().item(), "size": logits[:, :-1][is_counted].square().sum().item()}
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
-    """Four steps; with padding also an evaluation that asks for the logits, and one that does not."""
+    """Train four steps; with padding, also evaluate once with the logits and once without."""
     torch.set_num_threads(1)
     set_seed(0)
     case, weigh = run.case, Weighted if run.weighted else lambda rows: rows
     model = build_model(case)
-    if run.levers is not None:
-        ring_hf.memory.apply(model, **run.levers)
+    if run.options is not None:
+        ring_hf.memory.apply(model, **run.options)
     args = arguments(replace(case, name="run"), folder)
     args.ddp_find_unused_parameters = run.find_unused
     args.remove_unused_columns = not run.weighted
@@ -113,7 +113,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def models_left() -> int:
-    """Models that something still holds when their Trainer is gone."""
+    """Return how many models are still referenced when their Trainer is gone."""
     gc.collect()
     return sum(issubclass(type(x), PreTrainedModel) for x in gc.get_objects())
 
