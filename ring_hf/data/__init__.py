@@ -1,24 +1,23 @@
-"""Documents -> tokens -> packed sequences, each step a `datasets.Dataset` on disk that is computed once and found
-again.
+"""Documents -> tokens -> packed sequences: each step is a `datasets.Dataset` on disk, computed once and cached.
 
     documents = load_documents("books/*.txt")                       # or a folder, a hub dataset, "builtin"
     train, heldout = split_documents(documents, heldout_fraction=0.05)
     tokens = tokenize_documents(train, tokenizer)
     sequences = pack_documents(tokens, length=32768)                # input_ids, position_ids, labels
 
-Nothing here knows how a sequence is shared between processes: that is the collator's business, and it finds the
-documents inside a sequence by the positions that start again at 0.
+Nothing here depends on how a sequence is shared between processes: the collator does that, and it finds the documents
+inside a sequence by the positions that start again at 0.
 """
 
 from .byte_level import build_byte_tokenizer
-from .packing import PACKINGS, Piece, pack_best_fit, pack_documents, pack_separate, pack_stream
+from .packing import PACKINGS, DocumentSpan, pack_best_fit, pack_documents, pack_separate, pack_stream
 from .sources import load_documents
 from .splits import split_documents
 from .tokens import tokenize_documents
 
 __all__ = [
     "PACKINGS",
-    "Piece",
+    "DocumentSpan",
     "build_byte_tokenizer",
     "load_documents",
     "pack_best_fit",

@@ -11,8 +11,10 @@ PADDING = "<|padding|>"
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte: itself if it is visible, else the next one
-    from 256 on."""
+    """Return the printable character that byte-level BPE writes for each byte.
+
+    A visible byte stands for itself; the others take the characters from 256 on, in order.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

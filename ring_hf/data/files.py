@@ -1,8 +1,7 @@
-"""Documents of files: a .txt is one, a .json, .jsonl or .parquet has one in each row.
+"""Documents of files: a .txt is one document, a .json, .jsonl or .parquet has one in each row.
 
 All but .parquet may be compressed. Only the text is read, so that other columns may hold anything. A row whose text is
-empty or null is no document and is left out; whatever else cannot be read as text is refused with the file, the row
-and the cause.
+empty or null is left out; anything else that cannot be read as text is refused with the file, the row and the cause.
 """
 
 import bz2
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 logger = logging.getLogger("ring_hf")
 
-Row = tuple[str, Any]  # where it is ("line 3"), and its text or whatever is in the place of it
+Row = tuple[str, Any]  # its location ("line 3"), and its text or the value that should be a text
 
 
 def _open_zstandard(path: str) -> IO[bytes]:
@@ -36,9 +35,9 @@ def _open_zstandard(path: str) -> IO[bytes]:
     return zstandard.open(path, "rb")
 
 
-# Ending of the file name -> what opens it for reading.
+# Ending of the file name -> function that opens the file for reading.
 COMPRESSIONS: dict[str, Callable[[str], Any]] = {
-    "": lambda path: open(path, "rb"),  # noqa: SIM115  whoever calls it closes it
+    "": lambda path: open(path, "rb"),  # noqa: SIM115  the caller closes it
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -47,7 +46,7 @@ COMPRESSIONS: dict[str, Callable[[str], Any]] = {
 
 
 def ending_of(path: str | Path) -> str | None:
-    """Return the ending that says how a file is read, such as `.jsonl.gz`, or None if none does."""
+    """Return the ending that decides how a file is read, such as `.jsonl.gz`, or None if it is unknown."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     return next((ending for ending in ("".join(suffixes[-2:]), "".join(suffixes[-1:])) if ending in ENDINGS), None)
 
@@ -58,20 +57,23 @@ def read_documents(
     """Yield `{"text": ...}` for every document of the files, in order.
 
     Args:
-        files: path, size and time of change of each; the latter two are there so that the cache of `datasets` notices
-            when a file has changed.
+        files: path, size in bytes and time of change in ns of each; with the latter two, the cache of `datasets`
+            notices that a file has changed.
         text_column (`str`): the key or column that holds the text.
         encoding (`str`): of .txt, .json and .jsonl files.
+
+    Raises:
+        ValueError: if a file or row cannot be read as text, or if there is no text at all.
     """
     num_documents = num_without_text = 0
     first_without_text = ""
     for path, *_ in files:
-        for place, text in _rows(path, text_column, encoding):
+        for location, text in _rows(path, text_column, encoding):
             if text is None or text == "":
-                first_without_text = first_without_text or f"{path}, {place}"
+                first_without_text = first_without_text or f"{path}, {location}"
                 num_without_text += 1
                 continue
-            yield {"text": _checked(text, text_column, path, place)}
+            yield {"text": _checked(text, text_column, path, location)}
             num_documents += 1
     num_rows = num_documents + num_without_text
     if not num_documents:
@@ -112,7 +114,7 @@ def _whole(text: io.TextIOWrapper, text_column: str, path: str) -> Iterator[Row]
 
 
 def _json(text: io.TextIOWrapper, text_column: str, path: str) -> Iterator[Row]:
-    """An array of objects, one object, or (as some write it) an object in each line."""
+    """Read an array of objects, one object, or (as some write it) an object in each line."""
     content = text.read()
     if not content.strip():
         return
@@ -149,15 +151,15 @@ def _json_lines(lines: io.TextIOBase, text_column: str, path: str) -> Iterator[R
 def _objects(rows: Iterator[Row], text_column: str, path: str) -> Iterator[Row]:
     keys: dict[str, None] = {}
     has_column = False
-    for place, row in rows:
+    for location, row in rows:
         if not isinstance(row, dict):
             raise ValueError(
-                f"{path}, {place}: {_excerpt(row)} is a {type(row).__name__} and no object with the key "
+                f"{path}, {location}: {_excerpt(row)} is a {type(row).__name__} and no object with the key "
                 f"{text_column!r}. Write each row as {{{json.dumps(text_column)}: ...}}."
             )
         has_column |= text_column in row
         keys |= dict.fromkeys(row)
-        yield place, row.get(text_column)
+        yield location, row.get(text_column)
     if keys and not has_column:
         raise ValueError(_no_such_column(path, text_column, list(keys)))
 
@@ -181,10 +183,10 @@ def _parquet(path: str, text_column: str) -> Iterator[Row]:
                 yield f"row {row}", text
 
 
-def _checked(text: Any, text_column: str, path: str, place: str) -> str:
+def _checked(text: Any, text_column: str, path: str, location: str) -> str:
     if not isinstance(text, str):
         raise ValueError(
-            f"{path}, {place}: {text_column!r} holds a {type(text).__name__} and no text: {_excerpt(text)}. Set "
+            f"{path}, {location}: {text_column!r} holds a {type(text).__name__} and no text: {_excerpt(text)}. Set "
             "text_column to the key that holds the text, or write the rows as text first (a chat: with the "
             "tokenizer's apply_chat_template)."
         )
@@ -192,8 +194,8 @@ def _checked(text: Any, text_column: str, path: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{path}, {place}: character {error.start + 1} of the text, {text[error.start]!r}, is half of a surrogate "
-            "pair and no character. Repair or remove the row."
+            f"{path}, {location}: character {error.start + 1} of the text, {text[error.start]!r}, is half of a "
+            "surrogate pair and no character. Repair or remove the row."
         ) from None
     return text
 
@@ -210,20 +212,21 @@ def _explain_nothing(files: tuple[tuple[str, int, int], ...], num_rows: int, fir
 
 
 def _explain_encoding(path: str, compression: str, encoding: str, error: UnicodeDecodeError) -> str:
-    """Name the line, which the error of a buffered reader does not."""
-    decoder, start, place = codecs.getincrementaldecoder(encoding)(), b"", "at its end"
+    """Return a message that names the line, which the error of a buffered reader does not."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    start, location = b"", "at its end"
     with COMPRESSIONS[compression](path) as stream:
         for number, line in enumerate(stream, 1):
             start = start or line[:2]
             try:
                 decoder.decode(line)
-            except UnicodeDecodeError as in_line:
-                error, place = in_line, f"line {number}"
+            except UnicodeDecodeError as line_error:
+                error, location = line_error, f"line {number}"
                 break
     other = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
     byte = error.object[error.start : error.start + 1].hex()
     return (
-        f"{path}, {place}: byte 0x{byte} is no {encoding} ({error.reason}). Name the encoding of the files, "
+        f"{path}, {location}: byte 0x{byte} is no {encoding} ({error.reason}). Name the encoding of the files, "
         f"such as encoding={other!r}, or convert them: iconv -f {other} -t utf-8."
     )
 

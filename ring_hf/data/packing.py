@@ -1,17 +1,16 @@
-"""Packing: cut documents into pieces of at most `length` tokens and lay the pieces into sequences of at most `length`
+"""Packing: cut documents into spans of at most `length` tokens and put the spans into sequences of at most `length`
 tokens.
 
-Three ways, by name. Each places every token of every document exactly once.
+There are three packings, by name. Each puts every token of every document into exactly one sequence.
 
 stream      Documents end to end in order, cut every `length` tokens. All sequences but the last are full; a document
-            that meets the end of a sequence goes on in the next one, without what it had before.
-best_fit    A piece is cut only from a document longer than `length`; pieces, longest first, go into the fullest
-            sequence that has room (best-fit decreasing bin packing; Ding et al. 2024, "Fewer Truncations Improve
-            Language Modeling"). Sequences may be shorter.
-separate    One piece per sequence.
+            that meets the end of a sequence continues in the next one, without its earlier tokens.
+best_fit    Only documents longer than `length` are cut; spans, longest first, go into the fullest sequence that has
+            room (best-fit decreasing bin packing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
+            Sequences may be shorter.
+separate    One span per sequence.
 
-The packed dataset tells documents apart by `position_ids`, which start again at 0 with each piece: the convention
-Transformers reads too.
+In the packed dataset `position_ids` start again at 0 with each span, which is how Transformers tells documents apart.
 """
 
 import bisect
@@ -22,12 +21,12 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Sequence as SequenceFeature
 
-IGNORED = -100  # label of a token that no loss is taken of; PyTorch's and Transformers' convention
+IGNORED = -100  # label of a token without a loss: the convention of PyTorch and Transformers
 FEATURES = Features({name: SequenceFeature(Value("int32")) for name in ("input_ids", "position_ids", "labels")})
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentSpan:
     """Tokens `start` to `stop` of one document."""
 
     document: int
@@ -38,9 +37,17 @@ class Piece:
         return self.stop - self.start
 
 
-def pack_stream(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
-    """Documents end to end, cut every `length` tokens."""
-    sequences: list[list[Piece]] = []
+def pack_stream(num_tokens: Sequence[int], length: int) -> list[list[DocumentSpan]]:
+    """Pack documents end to end, cut every `length` tokens.
+
+    Args:
+        num_tokens: of each document.
+        length: the most tokens in a sequence.
+
+    Returns:
+        The spans of each sequence.
+    """
+    sequences: list[list[DocumentSpan]] = []
     room = 0
     for document, total in enumerate(num_tokens):
         start = 0
@@ -49,29 +56,29 @@ def pack_stream(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
                 sequences.append([])
                 room = length
             stop = min(total, start + room)
-            sequences[-1].append(Piece(document, start, stop))
+            sequences[-1].append(DocumentSpan(document, start, stop))
             room -= stop - start
             start = stop
     return sequences
 
 
-def pack_separate(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
-    """One piece per sequence."""
+def pack_separate(num_tokens: Sequence[int], length: int) -> list[list[DocumentSpan]]:
+    """Pack one span per sequence; arguments and result as for `pack_stream`."""
     return [
-        [Piece(document, start, min(total, start + length))]
+        [DocumentSpan(document, start, min(total, start + length))]
         for document, total in enumerate(num_tokens)
         for start in range(0, total, length)
     ]
 
 
-def pack_best_fit(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
-    """Longest piece first, each into the fullest sequence that has room for it."""
-    pieces = [piece for (piece,) in pack_separate(num_tokens, length)]
-    sequences: list[list[Piece]] = []
-    rooms: list[int] = []  # the distinct amounts of room there are, sorted
-    with_room: dict[int, list[int]] = {}  # room -> the sequences that have it
-    for piece in sorted(pieces, key=len, reverse=True):  # stable: equal lengths stay in order
-        i = bisect.bisect_left(rooms, len(piece))
+def pack_best_fit(num_tokens: Sequence[int], length: int) -> list[list[DocumentSpan]]:
+    """Pack the longest span first, each into the fullest sequence that has room for it; see `pack_stream`."""
+    spans = [span for (span,) in pack_separate(num_tokens, length)]
+    sequences: list[list[DocumentSpan]] = []
+    rooms: list[int] = []  # the distinct numbers of free tokens, sorted
+    with_room: dict[int, list[int]] = {}  # number of free tokens -> the sequences that have it
+    for span in sorted(spans, key=len, reverse=True):  # stable: equal lengths stay in order
+        i = bisect.bisect_left(rooms, len(span))
         if i == len(rooms):
             sequence, room = len(sequences), length
             sequences.append([])
@@ -80,8 +87,8 @@ def pack_best_fit(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
             sequence = with_room[room].pop()
             if not with_room[room]:
                 del with_room[room], rooms[i]
-        sequences[sequence].append(piece)
-        room -= len(piece)
+        sequences[sequence].append(span)
+        room -= len(span)
         if room:
             if room not in with_room:
                 bisect.insort(rooms, room)
@@ -89,7 +96,7 @@ def pack_best_fit(num_tokens: Sequence[int], length: int) -> list[list[Piece]]:
     return sequences
 
 
-PACKINGS: dict[str, Callable[[Sequence[int], int], list[list[Piece]]]] = {
+PACKINGS: dict[str, Callable[[Sequence[int], int], list[list[DocumentSpan]]]] = {
     "stream": pack_stream,
     "best_fit": pack_best_fit,
     "separate": pack_separate,
@@ -100,11 +107,17 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
     """Pack tokenised documents into sequences with the columns `input_ids`, `position_ids` and `labels`.
 
     Args:
-        tokens (`Dataset`): what `tokenize_documents` returns.
+        tokens (`Dataset`): the result of `tokenize_documents`.
         length (`int`): the most tokens in a sequence.
         packing (`str`): `stream`, `best_fit` or `separate`.
-        mask_boundaries (`bool`): give the first token of each piece the label -100: it would be predicted from the
+        mask_boundaries (`bool`): give the first token of each span the label -100: it would be predicted from the
             last token of another document. (The labels are not shifted; the model or the collator does that.)
+
+    Returns:
+        Rows of int32 columns `[num_tokens]`, each of at most `length`.
+
+    Raises:
+        ValueError: if the packing is unknown, `length` is below 2, or there are no tokens.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing={packing!r} is unknown. Choose one of {', '.join(PACKINGS)}.")
@@ -112,8 +125,8 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
         raise ValueError(f"length={length} leaves no token to predict. Use at least 2.")
     if not any(num_tokens(tokens)):
         raise ValueError(f"the {len(tokens)} documents hold no tokens. Check the data source and its text column.")
-    layout = {"tokens": tokens, "length": length, "packing": packing}
-    sequences = Dataset.from_generator(_pieces_of_sequences, gen_kwargs=layout)
+    settings = {"tokens": tokens, "length": length, "packing": packing}
+    sequences = Dataset.from_generator(_spans_of_sequences, gen_kwargs=settings)
     return sequences.map(
         _assemble,
         batched=True,
@@ -126,7 +139,7 @@ def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask
 
 
 def num_tokens(tokens: Dataset) -> list[int]:
-    """The length of each document, read from the offsets of the Arrow table and not from its tokens."""
+    """Return the length of each document, read from the offsets of the Arrow table and not from its tokens."""
     table = tokens.with_format("arrow")
     lengths = [
         np.asarray(batch["input_ids"].combine_chunks().value_lengths()) for batch in table.iter(batch_size=1024)
@@ -134,9 +147,9 @@ def num_tokens(tokens: Dataset) -> list[int]:
     return np.concatenate(lengths).tolist() if lengths else []
 
 
-def _pieces_of_sequences(tokens: Dataset, length: int, packing: str) -> Iterator[dict[str, list[list[int]]]]:
-    for pieces in PACKINGS[packing](num_tokens(tokens), length):
-        yield {"pieces": [[piece.document, piece.start, piece.stop] for piece in pieces]}
+def _spans_of_sequences(tokens: Dataset, length: int, packing: str) -> Iterator[dict[str, list[list[int]]]]:
+    for spans in PACKINGS[packing](num_tokens(tokens), length):
+        yield {"spans": [[span.document, span.start, span.stop] for span in spans]}
 
 
 def _assemble(
@@ -144,12 +157,12 @@ def _assemble(
 ) -> dict[str, list[np.ndarray]]:
     documents = tokens.with_format("numpy")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
-    last, row = -1, np.empty(0, np.int32)
-    for pieces in batch["pieces"]:
+    last_document, row = -1, np.empty(0, np.int32)
+    for spans in batch["spans"]:
         parts = []
-        for document, start, stop in pieces:
-            if document != last:  # a book is cut into many pieces: read it once
-                last, row = document, np.asarray(documents[document]["input_ids"], dtype=np.int32)
+        for document, start, stop in spans:
+            if document != last_document:  # a book is cut into many spans: read it once
+                last_document, row = document, np.asarray(documents[document]["input_ids"], dtype=np.int32)
             parts.append(row[start:stop])
         input_ids = np.concatenate(parts)
         position_ids = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])

@@ -1,4 +1,4 @@
-"""Where documents come from: files, a dataset of the hub, or the text that every Python installation carries.
+"""Sources of documents: files, a dataset of the hub, or the text that every Python installation contains.
 
 A source is one string. `builtin` is the standard library's own modules and the language reference
 (`pydoc_data.topics`): about ten megabytes of real documents, hundreds of them longer than 16,000 characters, on every
@@ -68,19 +68,18 @@ def load_documents(source: str, text_column: str = "text", split: str = "train",
             f"encoding={encoding!r} is unknown to Python. Name one such as utf-8, latin-1 or utf-16."
         ) from None
     stats = [(os.path.abspath(path), os.stat(path)) for path in files]
-    described = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-    settings = {"files": described, "text_column": text_column, "encoding": encoding}
+    files_with_stats = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    settings = {"files": files_with_stats, "text_column": text_column, "encoding": encoding}
     try:
         return Dataset.from_generator(read_documents, features=_TEXT, gen_kwargs=settings)
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # of `read_documents`, which says more
+        if isinstance(error.__cause__, ValueError):  # of `read_documents`, which is more precise
             raise error.__cause__ from None
         raise
 
 
 def find_files(source: str) -> list[str]:
-    """Return the files that a path, folder or glob stands for, sorted; none if it looks like the name of a hub dataset
-    instead.
+    """Return the files of a path, folder or glob, sorted; none if it looks like the name of a hub dataset.
 
     Raises:
         ValueError: if it is a path and no file can be read there.
@@ -109,10 +108,10 @@ def _files_in(folder: Path) -> list[str]:
     readable = [file for file in files if ending_of(file) is not None]
     if not readable:
         endings = Counter("".join(Path(file).suffixes[-2:]) or "no ending" for file in files)
-        there = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(4)) or "no file at all"
+        contents = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(4)) or "no file at all"
         raise ValueError(
-            f"the folder {str(folder)!r} holds nothing that can be read as text: {there}. Give a file, folder or glob "
-            f"of {_KINDS}."
+            f"the folder {str(folder)!r} holds nothing that can be read as text: {contents}. Give a file, folder or "
+            f"glob of {_KINDS}."
         )
     return readable
 
@@ -144,24 +143,26 @@ def _hub_documents(source: str, text_column: str, split: str) -> Dataset:
 
 def _with_text(documents: Dataset, source: str) -> Dataset:
     """Leave out the rows without text."""
-    table, rows = documents.with_format("arrow"), []
+    table = documents.with_format("arrow")
+    rows: list[int] = []
     for start in range(0, len(documents), 1000):
         texts = table[start : start + 1000]["text"].cast(pa.large_string())  # a column of nulls has no length
         has_text = pc.greater(pc.fill_null(pc.utf8_length(texts), 0), 0)
-        rows += [start + row for row, keep in enumerate(has_text.to_pylist()) if keep]
+        rows += [start + row for row, is_text in enumerate(has_text.to_pylist()) if is_text]
     if not rows:
         raise ValueError(f"There is no text in {source!r}: all {len(documents)} rows are empty or null.")
     if len(rows) < len(documents):
-        without = len(documents) - len(rows)
-        logger.warning("%d of %d rows of %s hold no text and are left out.", without, len(documents), source)
+        num_empty = len(documents) - len(rows)
+        logger.warning("%d of %d rows of %s hold no text and are left out.", num_empty, len(documents), source)
         documents = documents.select(rows)
     return documents
 
 
 def builtin_documents(python: str) -> Iterator[dict[str, str]]:
-    """The standard library's modules, then the topics of the language reference, in alphabetical order.
+    """Yield the standard library's modules, then the topics of the language reference, in alphabetical order.
 
-    `python` is only there so that the cache of one Python version is not taken for another's.
+    Args:
+        python (`str`): the Python version, so that `datasets` caches the documents of each version separately.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):

@@ -1,4 +1,4 @@
-"""Which documents are held out of training: whole ones where there are enough of them, else the end of each."""
+"""Hold documents out of training: whole ones where there are enough of them, else the end of each."""
 
 import hashlib
 import logging
@@ -7,20 +7,23 @@ from datasets import Dataset
 
 logger = logging.getLogger("ring_hf")
 
-_REACH = 1000  # characters before a cut in which a line or a word may end
+_MAX_SHIFT = 1000  # characters by which a cut may move back to the end of a line or a word
 
 
 def split_documents(documents: Dataset, heldout_fraction: float) -> tuple[Dataset, Dataset | None]:
     """Split documents into (train, held out).
 
-    A document goes where the hash of its text sends it, so the split does not depend on order or number of the
-    others, and two copies of one document never end up on both sides. Where that leaves one side empty, because there
+    The hash of its text decides the side of a document, so the split does not depend on the order or number of the
+    others, and two copies of one document never end up on both sides. If that leaves one side empty, because there
     are too few documents (one book, say), the last `heldout_fraction` of the text of every document is held out
     instead, from the end of a line or a word on.
 
     Args:
-        documents (`Dataset`): what `load_documents` returns.
+        documents (`Dataset`): the result of `load_documents`.
         heldout_fraction (`float`): from 0 to below 1. 0 holds nothing out: (documents, None).
+
+    Raises:
+        ValueError: if the fraction is out of range, or leaves one side without text.
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(
@@ -32,18 +35,21 @@ def split_documents(documents: Dataset, heldout_fraction: float) -> tuple[Datase
     threshold = int(heldout_fraction * 2**32)
     heldout = [_hash(text) < threshold for text in documents["text"]]
     if any(heldout) and not all(heldout):
-        train, rest = (documents.select([i for i, out in enumerate(heldout) if out == side]) for side in (False, True))
-        return train, rest
+        train = documents.select([i for i, is_out in enumerate(heldout) if not is_out])
+        return train, documents.select([i for i, is_out in enumerate(heldout) if is_out])
     return _split_texts(documents, heldout_fraction)
 
 
-def cut_of(text: str, heldout_fraction: float) -> int:
-    """Return where the held-out end of a text begins: at most `heldout_fraction` of the text, rounded, comes after the
-    cut before it is moved back to the end of a line, or else of a word, if there is one nearby."""
+def cut_index(text: str, heldout_fraction: float) -> int:
+    """Return the index of the first held-out character of a text.
+
+    `heldout_fraction` of the text, rounded, comes after the cut; it then moves back to the end of a line, or else of a
+    word, if there is one within `_MAX_SHIFT` characters.
+    """
     cut = len(text) - round(len(text) * heldout_fraction)
-    reach = max(0, cut - _REACH)
+    earliest = max(0, cut - _MAX_SHIFT)
     for boundary in ("\n", " "):
-        end = text.rfind(boundary, reach, cut)
+        end = text.rfind(boundary, earliest, cut)
         if end > 0:
             return end + 1
     return cut
@@ -57,14 +63,14 @@ def _split_texts(documents: Dataset, heldout_fraction: float) -> tuple[Dataset, 
             batched=True,
             batch_size=64,  # documents may be books
             fn_kwargs={"heldout_fraction": heldout_fraction, "heldout": heldout},
-            desc="Cutting off what is held out",
+            desc="Cutting off the held-out text",
         )
         if not len(parts):
-            lengths = sum(len(text) for text in documents["text"])
+            num_characters = sum(len(text) for text in documents["text"])
             raise ValueError(
-                f"heldout_fraction={heldout_fraction} of {len(documents)} documents with {lengths} characters leaves "
-                "one side empty. Name a held-out source of its own (heldout_data), or set heldout_fraction=0 to train "
-                "without evaluation."
+                f"heldout_fraction={heldout_fraction} of {len(documents)} documents with {num_characters} characters "
+                "leaves one side empty. Name a held-out source of its own (heldout_data), or set heldout_fraction=0 to "
+                "train without evaluation."
             )
         sides.append(parts)
     logger.warning(
@@ -78,7 +84,7 @@ def _split_texts(documents: Dataset, heldout_fraction: float) -> tuple[Dataset, 
 def _cut(batch: dict[str, list[str]], heldout_fraction: float, heldout: bool) -> dict[str, list[str]]:
     parts = []
     for text in batch["text"]:
-        cut = cut_of(text, heldout_fraction)
+        cut = cut_index(text, heldout_fraction)
         parts.append(text[cut:] if heldout else text[:cut])
     return {"text": [part for part in parts if part]}
 

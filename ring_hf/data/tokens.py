@@ -12,9 +12,12 @@ def tokenize_documents(documents: Dataset, tokenizer: Callable[..., Any], num_pr
     Special tokens are those the tokenizer adds by itself; the end-of-text token, if it has one, closes every document.
 
     Args:
-        documents (`Dataset`): what `load_documents` returns.
+        documents (`Dataset`): the result of `load_documents`.
         tokenizer: a Transformers tokenizer, or anything that is called the same way and has `eos_token_id`.
         num_proc (`int`, *optional*): worker processes.
+
+    Returns:
+        The single column `input_ids`, a list of ids for each document.
     """
     return documents.map(
         _tokenize,

@@ -1,5 +1,4 @@
-"""Held-out perplexity by context length: measured in one process for any causal language model, as a table and as a
-plot."""
+"""Held-out perplexity by context length, in one process, for any causal language model: as a table and as a plot."""
 
 from .perplexity import LengthResult, evaluation_windows, perplexity_by_length, position_buckets
 from .perplexity_report import format_positions, format_table, plot_perplexity

@@ -1,14 +1,14 @@
 """Perplexity of the same held-out text at several context lengths.
 
-The text is cut into windows of the longest length once. To measure a shorter length, every window is cut into that
-many parts: each length therefore predicts the same tokens (but for the first of each part) and differs only in how
-much came before. The mean is over tokens, not over windows, and a window is always full: no padding, no sliding.
+The text is cut into windows of the longest length once. For a shorter length, every window is cut into parts of that
+length: all lengths therefore predict the same tokens (but for the first of each part) and differ only in the number of
+preceding tokens. The mean is over tokens, not over windows, and a window is always full: no padding, no sliding.
 
-By position: with windows of the longest length, the mean over the tokens that have 1, 2-3, 4-7, ... tokens before
-them (Kaplan et al. 2020 plot the loss this way): a model that cannot use its context stops improving, one that is
-beyond what it was trained for gets worse.
+By position: the mean over the tokens of the longest windows that have 1, 2-3, 4-7, ... tokens before them (Kaplan et
+al. 2020 plot the loss this way): a model that cannot use its context stops improving, one that is beyond the length it
+was trained for gets worse.
 
-N windows, S tokens in a window, V vocabulary.
+B rows of a batch, N windows, S tokens in a window, V vocabulary.
 """
 
 import math
@@ -24,12 +24,19 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class LengthResult:
-    """What was measured at one context length: the mean loss in nats over `num_tokens` predicted tokens."""
+    """The measurement at one context length.
+
+    Attributes:
+        length: tokens of context.
+        num_tokens: how many tokens were predicted.
+        loss: their mean loss in nats.
+        position_losses: the same for each of `position_buckets(length)`.
+    """
 
     length: int
     num_tokens: int
     loss: float
-    position_losses: tuple[float, ...]  # one for each of position_buckets(length)
+    position_losses: tuple[float, ...]
 
     @property
     def perplexity(self) -> float:
@@ -40,11 +47,21 @@ class LengthResult:
 
 
 def evaluation_windows(documents: Iterable[Sequence[int]], length: int, max_windows: int | None = None) -> Tensor:
-    """Cut tokenised documents into full windows of `length` tokens, each from one document; the rest of a document is
-    left out.
+    """Cut tokenised documents into full windows, each from one document; the rest of a document is left out.
 
-    The windows are taken in rounds, the first of every document before the second of any: with `max_windows` as many
-    documents as possible are seen.
+    The windows are taken in rounds, the first of every document before the second of any: `max_windows` of them come
+    from as many documents as possible.
+
+    Args:
+        documents: token ids of each.
+        length (`int`): tokens of a window.
+        max_windows (`int`, *optional*): return at most this many.
+
+    Returns:
+        int64 token ids `[N, length]`.
+
+    Raises:
+        ValueError: if every document is shorter.
     """
     tokens = [torch.as_tensor(document, dtype=torch.long) for document in documents]
     num_rounds = max((len(row) // length for row in tokens), default=0)
@@ -61,8 +78,10 @@ def evaluation_windows(documents: Iterable[Sequence[int]], length: int, max_wind
 
 
 def position_buckets(length: int) -> list[tuple[int, int]]:
-    """(first, last) number of preceding tokens of each bucket, doubling: (1, 1), (2, 3), (4, 7), ..., (.., length -
-    1)."""
+    """Return the (first, last) number of preceding tokens of each bucket: (1, 1), (2, 3), (4, 7), ...
+
+    Buckets double in size; the last one ends at `length` - 1.
+    """
     return [(1 << i, min((2 << i) - 1, length - 1)) for i in range((length - 1).bit_length())]
 
 
@@ -79,11 +98,17 @@ def perplexity_by_length(
     Args:
         model: called as `model(input_ids=..., use_cache=False).logits`. Put into evaluation mode for the time of the
             call.
-        windows_NS (`Tensor`): what `evaluation_windows` returns.
+        windows_NS (`Tensor`): the result of `evaluation_windows`, int64 token ids.
         lengths: context lengths, each a divisor of S.
         tokens_per_batch (`int`): short windows are batched up to this many tokens; a longer window goes alone. Logits
-            of one batch are held whole.
+            of one batch are in memory at once.
         progress (`str`, *optional*): shows a progress bar with this text.
+
+    Returns:
+        A result for each length, in order.
+
+    Raises:
+        ValueError: if a length does not divide S, or is below 2.
     """
     longest = windows_NS.shape[1]
     for length in lengths:
@@ -96,9 +121,8 @@ def perplexity_by_length(
     with tqdm(total=windows_NS.numel() * len(lengths), desc=progress, unit="tok", disable=progress is None) as bar:
         for length in lengths:
             rows = windows_NS.reshape(-1, length)
-            losses_S = torch.zeros(
-                length - 1, dtype=torch.float64
-            )  # summed over windows; by number of preceding tokens, from 1
+            # Summed over windows; by number of preceding tokens, from 1.
+            losses_S = torch.zeros(length - 1, dtype=torch.float64)
             for batch in rows.split(max(1, tokens_per_batch // length)):
                 logits_BSV = model(input_ids=batch.to(device), use_cache=False).logits
                 for row, logits_SV in zip(batch, logits_BSV, strict=True):

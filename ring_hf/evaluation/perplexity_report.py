@@ -7,13 +7,17 @@ from pathlib import Path
 from ..text import markdown_table
 from .perplexity import LengthResult, position_buckets
 
-# Colours that stay apart for colour-blind readers and in print (Okabe and Ito 2008).
+# Colours that colour-blind readers can tell apart, in print as well (Okabe and Ito 2008).
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def format_table(results: Mapping[str, Sequence[LengthResult]]) -> str:
-    """Perplexity with a row per model and a column per context length: aligned in a terminal and valid Markdown."""
+    """Return perplexities with a row per model and a column per context length, as aligned Markdown.
+
+    Args:
+        results: by name of the model.
+    """
     lengths = sorted({result.length for rows in results.values() for result in rows})
     table = [["held-out perplexity at", *(f"{length:,}" for length in lengths)]]
     for name, rows in results.items():
@@ -23,7 +27,7 @@ def format_table(results: Mapping[str, Sequence[LengthResult]]) -> str:
 
 
 def format_positions(results: Mapping[str, Sequence[LengthResult]]) -> str:
-    """Mean loss by the number of preceding tokens, in each model's longest windows."""
+    """Return the mean loss in nats by the number of preceding tokens, in each model's longest windows, as Markdown."""
     longest = {name: max(rows, key=lambda result: result.length) for name, rows in results.items()}
     buckets = position_buckets(max(result.length for result in longest.values()))
     table = [
@@ -53,7 +57,7 @@ def plot_perplexity(
         trained_lengths (*optional*): name -> context length it was trained at, drawn as a vertical line in the colour
             of that model.
     """
-    # imported here: half a second that only plotting needs
+    # Imported here: it takes half a second, and only plotting needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

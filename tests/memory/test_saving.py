@@ -206,7 +206,7 @@ def test_a_model_with_lora_saves_as_well_and_generates_as_before():
         assert torch.equal(model.eval().generate(**tokens), generated)
 
 
-def test_gradients_accumulate_over_steps_and_the_cache_is_off_only_in_training():
+def test_gradients_accumulate_and_the_cache_is_off_only_in_training():
     inputs = [batch(seed=seed) for seed in (0, 1)]
     model, plain = model_of("llama"), model_of("llama")
     apply(model, attention="save", ffn_block=7, loss_block=9)

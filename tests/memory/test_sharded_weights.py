@@ -155,7 +155,7 @@ def test_layers_that_fsdp2_gathers_are_not_refused(mesh):
     assert len(apply(model, **BLOCKS).feed_forward) == 2 and sharding_error(model) is None
 
 
-def test_parts_that_an_engine_shards_after_apply_are_refused_before_a_step(mesh):
+def test_parts_sharded_after_apply_are_refused_before_a_step(mesh):
     model = model_of("llama")
     assert sharding_error(model) is None
     apply(model, **BLOCKS)
@@ -165,7 +165,7 @@ def test_parts_that_an_engine_shards_after_apply_are_refused_before_a_step(mesh)
     assert "FSDP2 wraps Linear inside of LlamaMLP" in sharding_error(model)
 
 
-def test_layers_called_several_times_are_refused_where_zero3_releases_their_parts():
+def test_layers_called_several_times_are_refused_under_zero3():
     model = model_of("hrm_text")
     apply(model, **BLOCKS)
     assert sharding_error(model) is None

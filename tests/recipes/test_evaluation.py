@@ -1,4 +1,4 @@
-"""Perplexity by context length is the mean over tokens of the same text, and its reports say what was measured."""
+"""Perplexity by context length is the mean over tokens of the same text; its reports contain the measurements."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def llama():
 
 
 class Uniform(torch.nn.Module):
-    """Knows nothing: every token of a vocabulary of 10 is as likely."""
+    """A model that gives every token of a vocabulary of 10 the same probability."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Uniform(torch.nn.Module):
         return types.SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 10))
 
 
-def test_uniform_model_has_the_perplexity_of_its_vocabulary_at_every_length():
+def test_uniform_model_has_the_perplexity_of_its_vocabulary():
     results = perplexity_by_length(Uniform(), torch.randint(0, 10, (3, 32)), [4, 16, 32])
     for result, length in zip(results, [4, 16, 32], strict=True):
         assert result.length == length

@@ -1,4 +1,4 @@
-"""Whatever is in a file, it is read as text or refused with the file, the row, the cause and the way out."""
+"""A file is read as text or refused with the file, the row, the cause and the way out."""
 
 import bz2
 import errno
@@ -42,7 +42,7 @@ PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compr
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("kind", [".txt", ".json", ".jsonl"])
 def test_compressed_files_are_read_like_others(tmp_path, monkeypatch, kind, compression):
-    stand_in = SimpleNamespace(open=open)  # of a package that is not installed: it unpacks what was not packed
+    stand_in = SimpleNamespace(open=open)  # of a package that may not be installed: it reads uncompressed files
     monkeypatch.setitem(sys.modules, "zstandard", stand_in)
     content = b"eins\r\nzwei" if kind == ".txt" else LINES
     path = write(tmp_path, f"Corpus.v1.2{kind}{compression}".upper(), PACK[compression](content))
@@ -78,7 +78,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl", "a.jsonl.gz"])
-def test_another_encoding_is_read_where_it_is_named_and_else_refused(tmp_path, name):
+def test_another_encoding_is_read_if_named_and_else_refused(tmp_path, name):
     rows = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in ("ascii", "caf\u00e9"))
     content = (rows if "json" in name else "ascii\ncaf\u00e9").encode("latin-1")
     path = write(tmp_path, name, gzip.compress(content) if name.endswith(".gz") else content)
@@ -93,7 +93,7 @@ def test_another_encoding_is_read_where_it_is_named_and_else_refused(tmp_path, n
     assert "such as encoding='latin-1', or convert them: iconv -f latin-1 -t utf-8" in str(refusal.value)
 
 
-def test_the_line_of_a_wrong_byte_is_named_however_far_down_it_is(tmp_path):
+def test_the_line_of_a_wrong_byte_is_named_wherever_it_is(tmp_path):
     path = write(tmp_path, "a.txt", b"fine\n" * 9000 + b"\xff\n" + b"fine\n" * 9000)
     with pytest.raises(ValueError, match=r"a.txt, line 9001: byte 0xff is no utf-8"):
         read(path)
@@ -237,8 +237,8 @@ def test_rows_of_the_hub_without_text_are_left_out_and_counted(monkeypatch, capl
     with caplog.at_level(logging.WARNING, "ring_hf"):
         assert read("some/name", text_column="body") == ["a", "b"] * 600
     assert caplog.messages == ["1200 of 2400 rows of some/name hold no text and are left out."]
-    for nothing in ([None, None], ["", None]):
-        hub(monkeypatch, {"text": nothing})
+    for empty_column in ([None, None], ["", None]):
+        hub(monkeypatch, {"text": empty_column})
         with pytest.raises(ValueError, match="There is no text in 'some/name': all 2 rows are empty or null"):
             read("some/name")
 

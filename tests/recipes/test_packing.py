@@ -1,4 +1,4 @@
-"""Packing places every token exactly once, whatever the lengths."""
+"""Packing puts every token into exactly one sequence, whatever the lengths."""
 
 import itertools
 
@@ -16,21 +16,19 @@ LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 @pytest.mark.parametrize("packing", PACKINGS)
 @settings(max_examples=300)
 @given(num_tokens=LENGTHS, length=st.integers(1, 24))
-def test_every_token_is_placed_exactly_once(packing, num_tokens, length):
+def test_every_token_is_in_exactly_one_sequence(packing, num_tokens, length):
     sequences = PACKINGS[packing](num_tokens, length)
-    placed = [
-        (piece.document, token) for row in sequences for piece in row for token in range(piece.start, piece.stop)
-    ]
-    assert sorted(placed) == [(document, token) for document, n in enumerate(num_tokens) for token in range(n)]
-    assert all(0 < sum(map(len, row)) <= length and all(len(piece) for piece in row) for row in sequences)
+    tokens = [(span.document, token) for row in sequences for span in row for token in range(span.start, span.stop)]
+    assert sorted(tokens) == [(document, token) for document, n in enumerate(num_tokens) for token in range(n)]
+    assert all(0 < sum(map(len, row)) <= length and all(len(span) for span in row) for row in sequences)
 
 
 @settings(max_examples=300)
 @given(num_tokens=LENGTHS, length=st.integers(1, 24))
 def test_stream_keeps_the_order_and_fills_all_sequences_but_the_last(num_tokens, length):
     sequences = pack_stream(num_tokens, length)
-    pieces = list(itertools.chain(*sequences))
-    assert pieces == sorted(pieces, key=lambda piece: (piece.document, piece.start))
+    spans = list(itertools.chain(*sequences))
+    assert spans == sorted(spans, key=lambda span: (span.document, span.start))
     assert all(sum(map(len, row)) == length for row in sequences[:-1])
 
 
@@ -38,15 +36,15 @@ def test_stream_keeps_the_order_and_fills_all_sequences_but_the_last(num_tokens,
 @given(num_tokens=LENGTHS, length=st.integers(1, 24))
 def test_best_fit_cuts_only_documents_that_are_too_long_and_wastes_little(num_tokens, length):
     sequences = pack_best_fit(num_tokens, length)
-    whole = {piece.document for row in sequences for piece in row if len(piece) == num_tokens[piece.document]}
-    assert whole == {document for document, n in enumerate(num_tokens) if 0 < n <= length}
+    uncut = {span.document for row in sequences for span in row if len(span) == num_tokens[span.document]}
+    assert uncut == {document for document, n in enumerate(num_tokens) if 0 < n <= length}
     # Two sequences that are at most half full would have been one.
     assert sum(2 * sum(map(len, row)) <= length for row in sequences) <= 1
 
 
 @settings(max_examples=300)
 @given(num_tokens=LENGTHS, length=st.integers(1, 24))
-def test_separate_puts_one_piece_into_each_sequence(num_tokens, length):
+def test_separate_puts_one_span_into_each_sequence(num_tokens, length):
     sequences = pack_separate(num_tokens, length)
     assert all(len(row) == 1 for row in sequences)
     assert len(sequences) == sum(-(-n // length) for n in num_tokens)
@@ -68,13 +66,13 @@ def test_packed_rows_carry_positions_that_restart_and_labels(packing, mask_bound
         assert len(row["input_ids"]) == len(row["position_ids"]) == len(row["labels"]) <= 10
         assert row["position_ids"][0] == 0
         for i, (token, position, label) in enumerate(zip(*row.values(), strict=True)):
-            follows = position > 0
-            if follows:
+            is_continued = position > 0
+            if is_continued:
                 assert (row["input_ids"][i - 1], row["position_ids"][i - 1]) == (token - 1, position - 1)
-            assert label == (token if follows or not mask_boundaries else -100)
+            assert label == (token if is_continued or not mask_boundaries else -100)
 
 
-def test_packing_is_computed_once_and_found_again():
+def test_packing_is_computed_once_and_cached():
     tokens = documents(5, 23, 8)
     first, again, other = (pack_documents(tokens, length=length) for length in (10, 10, 12))
     assert first.cache_files == again.cache_files != other.cache_files

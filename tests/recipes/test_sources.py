@@ -1,4 +1,4 @@
-"""Documents are found and read the same way every time, and become tokens."""
+"""Documents are listed and read in the same order every time, and become tokens."""
 
 import pytest
 from datasets import Dataset

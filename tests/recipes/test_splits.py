@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ring_hf.data import split_documents
-from ring_hf.data.splits import cut_of
+from ring_hf.data.splits import cut_index
 
 BOOK = "".join(f"Line {i} of a book that is long enough.\n" for i in range(500))
 
@@ -49,7 +49,7 @@ def test_of_one_document_the_end_is_held_out_from_a_line_on(fraction, caplog):
     assert f"of 1 documents holds out either none of them or all, so the last {100 * fraction:g} %" in caplog.text
 
 
-def test_of_a_few_documents_the_end_of_each_is_held_out_and_copies_stay_apart():
+def test_of_a_few_documents_the_end_of_each_is_held_out():
     texts = [BOOK, BOOK[::-1], BOOK]
     train, heldout = split(texts, 0.01)
     assert [a + b for a, b in zip(train, heldout, strict=True)] == texts
@@ -58,15 +58,15 @@ def test_of_a_few_documents_the_end_of_each_is_held_out_and_copies_stay_apart():
 
 @given(st.text(max_size=3000), st.floats(0.001, 0.999))
 def test_a_cut_is_in_the_text_and_at_most_a_little_early(text, fraction):
-    cut, exact = cut_of(text, fraction), len(text) - round(len(text) * fraction)
+    cut, exact = cut_index(text, fraction), len(text) - round(len(text) * fraction)
     assert max(0, exact - 1000) <= cut <= exact
     assert cut == exact or text[cut - 1] in "\n "
 
 
 def test_words_are_kept_whole_where_there_are_no_lines():
-    assert cut_of("one two three four", 0.3) == len("one two ")
-    assert cut_of("x" * 100, 0.25) == 75
-    assert cut_of("line\n" + "x" * 5000, 0.5) == 5005 - round(2502.5)  # the line ends too far before
+    assert cut_index("one two three four", 0.3) == len("one two ")
+    assert cut_index("x" * 100, 0.25) == 75
+    assert cut_index("line\n" + "x" * 5000, 0.5) == 5005 - round(2502.5)  # the line ends too far before
 
 
 @pytest.mark.parametrize(("texts", "fraction"), [(["a"], 0.2), (["a"], 0.8), (["ab", "c"], 0.01)])
