@@ -69,8 +69,8 @@ def _split_texts(documents: Dataset, heldout_fraction: float) -> tuple[Dataset, 
             num_characters = sum(len(text) for text in documents["text"])
             raise ValueError(
                 f"heldout_fraction={heldout_fraction} of {len(documents)} documents with {num_characters} characters "
-                "leaves one side empty. Name a held-out source of its own (heldout_data), or set heldout_fraction=0 to "
-                "train without evaluation."
+                "leaves one side empty. Name a held-out source of its own (heldout_data), or set heldout_fraction=0 "
+                "to train without evaluation."
             )
         sides.append(parts)
     logger.warning(
