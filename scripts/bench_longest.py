@@ -53,7 +53,7 @@ def loss_alone(job: dict[str, Any]) -> float:
 
 def main() -> None:
     arguments = parse_arguments()
-    job = {**vars(arguments), "steps": 1, "checkpointing": "saved", "levers": "ffn+loss"}
+    job = {**vars(arguments), "steps": 1, "checkpointing": "saved", "memory_options": "ffn+loss"}
     torch.set_num_threads(arguments.processes)
     pool = start_pool(arguments.processes, measures_memory=True)
     pool.run({**job, "length": 256})

@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown; the first row over each."""
-    cells = [["levers", "peak MiB", "less by", "loss, difference"]]
+    cells = [["memory_options", "peak MiB", "less by", "loss, difference"]]
     for row in rows:
         figures = [f"{row['memory'] / 2**20:,.0f}", f"{row['ratio']:.1f}x", f"{row['difference']:.1e}"]
         cells.append([row["case"], *figures])

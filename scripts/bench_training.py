@@ -37,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="tokens of a step")
     parser.add_argument("--processes", type=int, default=2, help="ranks that share the sequence, one thread each")
     parser.add_argument("--checkpointing", nargs="+", default=list(CHECKPOINTING), choices=CHECKPOINTING)
-    parser.add_argument("--levers", nargs="+", default=["", "ffn", "loss", "ffn+loss"], help="in blocks: ffn, loss")
+    parser.add_argument(
+        "--memory_options", nargs="+", default=["", "ffn", "loss", "ffn+loss"], help="in blocks: ffn, loss"
+    )
     parser.add_argument("--alone-too", action="store_true", help="every lever in one process as well, not only none")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
@@ -81,7 +83,9 @@ def train_steps(rank: int, job: Job) -> dict[str, float]:
     gc.collect()  # else the last Trainer, a reference cycle, and its model are freed during the measurement
     before = peak_bytes(reset=True)
     model = LlamaForCausalLM(model_config(job, "ring_zigzag" if shared else "sdpa"))
-    blocks = {f"{name}_block": "auto" if name in job["levers"].split("+") else None for name in ("ffn", "loss")}
+    blocks = {
+        f"{name}_block": "auto" if name in job["memory_options"].split("+") else None for name in ("ffn", "loss")
+    }
     attention = "save" if job["checkpointing"] == "saved" else "none"
     if attention == "save" or any(blocks.values()):
         apply(model, MemoryConfig(attention=attention, **blocks))
@@ -141,9 +145,13 @@ def start_pool(processes: int, measures_memory: bool = False) -> ComparisonPool:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row per length and variant."""
-    both = [(False, checkpointing, levers) for checkpointing in arguments.checkpointing for levers in arguments.levers]
+    both = [
+        (False, checkpointing, memory_options)
+        for checkpointing in arguments.checkpointing
+        for memory_options in arguments.memory_options
+    ]
     single_process = both if arguments.alone_too else [(False, "none", "")]
-    variants = [(True, checkpointing, levers) for _, checkpointing, levers in single_process] + both
+    variants = [(True, checkpointing, memory_options) for _, checkpointing, memory_options in single_process] + both
     memory = start_pool(arguments.processes, measures_memory=True)
     timing = None if arguments.only_memory else start_pool(arguments.processes)
     runs = 1 if arguments.only_memory else arguments.repeats + 1
@@ -152,8 +160,17 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     options = vars(arguments)
     for length in arguments.lengths:
         jobs = [
-            ({**options, "length": length, "checkpointing": checkpointing, "levers": levers, "steps": 2}, single)
-            for single, checkpointing, levers in variants
+            (
+                {
+                    **options,
+                    "length": length,
+                    "checkpointing": checkpointing,
+                    "memory_options": memory_options,
+                    "steps": 2,
+                },
+                single,
+            )
+            for single, checkpointing, memory_options in variants
         ]
         timed: list[list[float]] = [[] for _ in jobs]
         peaks = [0.0 for _ in jobs]
@@ -167,7 +184,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             progress.update()
         for (job, single), seconds, peak in zip(jobs, timed, peaks, strict=True):
             row = {"length": length, "processes": 1 if single else arguments.processes}
-            row |= {"checkpointing": job["checkpointing"], "levers": job["levers"] or "none", "memory": peak}
+            row |= {
+                "checkpointing": job["checkpointing"],
+                "memory_options": job["memory_options"] or "none",
+                "memory": peak,
+            }
             if seconds:
                 row["seconds"] = statistics.median(seconds)
                 row["ratio"] = statistics.median(a / b for a, b in zip(seconds, timed[0], strict=True))
@@ -188,7 +209,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "seconds" in row:
             rate = f"{row['length'] / row['seconds']:,.0f}"
             time_cells = (f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", rate)
-        line = [f"{row['length']:,}", str(row["processes"]), row["checkpointing"], row["levers"], *time_cells]
+        line = [f"{row['length']:,}", str(row["processes"]), row["checkpointing"], row["memory_options"], *time_cells]
         cells.append([*line, f"{row['memory'] / 2**20:,.0f}", f"{row['memory_ratio']:.2f}"])
     return markdown_table(cells, align="rrllr", padded=False)
 

@@ -20,11 +20,11 @@ _FIRST = ("engines", "trainer", "silent", "recipes", "verify", "distributed", "h
 def pytest_collection_modifyitems(items):
     """The order of folders; within one it stays."""
 
-    def place(item):
+    def rank_of_item(item):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
 
-    items.sort(key=place)
+    items.sort(key=rank_of_item)
 
 
 @pytest.fixture(scope="session", autouse=True)

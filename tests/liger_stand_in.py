@@ -69,8 +69,10 @@ def stand_in(loss: Callable[..., Any]) -> Callable[..., None]:
         if labels is None:
             return CausalLMOutputWithPast(logits=logits)
         size = self.config.vocab_size
-        found = self.loss_function(logits=logits, labels=labels, vocab_size=size, shift_labels=shift_labels, **kwargs)
-        return CausalLMOutputWithPast(loss=found, logits=logits)
+        own_loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=size, shift_labels=shift_labels, **kwargs
+        )
+        return CausalLMOutputWithPast(loss=own_loss, logits=logits)
 
     def gated(self: Any, x: Any) -> Any:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

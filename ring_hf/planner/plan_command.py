@@ -13,6 +13,7 @@ from .model_config import read_model
 from .model_table import MODEL_TABLE
 from .optimizer_table import make_optimizer_table
 from .optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, PRECISIONS, OptimizerSpec
+from .option_selection import format_selection, make_selection_table, select_options
 from .paper_tables import (
     make_appendix_d_table,
     make_hundred_million_table,
@@ -21,7 +22,6 @@ from .paper_tables import (
 )
 from .plan_report import format_plan
 from .published import make_published_table
-from .selection import format_selection, make_selection_table, select_options
 from .training_job import CHECKPOINTS, OFFLOADS, TrainingJob
 from .training_plan import plan
 

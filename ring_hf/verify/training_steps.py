@@ -11,8 +11,8 @@ A run that was too large in spite of the plan is a result, "out of memory". Resu
 the FLOPs of the model, causal and without recomputation, over the device's dense peak in bf16.
 
 `agreement` shows that the timed runs are the same training: in short steps, `ring_zigzag` with and without memory
-options may differ from one process in fp32 at most twice as much as `sdpa` in bf16 does; the same bar holds between
-the timed runs and those of `sdpa` at the shortest length.
+options may differ from fp32 at most twice as much as `sdpa` in bf16 does; so may the timed runs at the shortest
+length.
 """
 
 import math

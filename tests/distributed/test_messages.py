@@ -36,5 +36,7 @@ def test_messages_have_a_group_of_their_own():
 
 def test_a_tensor_goes_where_the_backend_can_send_it_from():
     x = torch.ones(3)
-    assert groups._reachable(x, SimpleNamespace(_device_types=[torch.device("cpu"), torch.device("cuda")])) is x
-    assert groups._reachable(x, SimpleNamespace(_device_types=[torch.device("meta")])).device.type == "meta"
+    assert (
+        groups._on_backend_device(x, SimpleNamespace(_device_types=[torch.device("cpu"), torch.device("cuda")])) is x
+    )
+    assert groups._on_backend_device(x, SimpleNamespace(_device_types=[torch.device("meta")])).device.type == "meta"

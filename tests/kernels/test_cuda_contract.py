@@ -191,13 +191,13 @@ def test_stand_ins_return_the_shapes_and_strides_of_pytorch(kind, heads):
     num_kv = num_heads if kind == "efficient" else num_kv
 
     def results(forward, backward, dtype, device):
-        def ones(length, number, width):
+        def unit_tensor(length, number, width):
             if number == 1:
-                return torch.ones(2, 1, length, width, dtype=dtype, device=device)
-            return torch.ones(2, length, number, width, dtype=dtype, device=device).transpose(1, 2)
+                return torch.unit_tensor(2, 1, length, width, dtype=dtype, device=device)
+            return torch.unit_tensor(2, length, number, width, dtype=dtype, device=device).transpose(1, 2)
 
-        q, k = ones(40, num_heads, dim), ones(44, num_kv, dim)
-        v, dout = ones(44, num_kv, v_dim), ones(40, num_heads, v_dim)
+        q, k = unit_tensor(40, num_heads, dim), unit_tensor(44, num_kv, dim)
+        v, dout = unit_tensor(44, num_kv, v_dim), unit_tensor(40, num_heads, v_dim)
         options = (None, True, 0.0, False) + ((False,) if kind == "cudnn" else ())
         forward_results = out, lse, *_ = forward(q, k, v, *options, scale=0.3)
         zeros = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]

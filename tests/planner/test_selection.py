@@ -8,8 +8,7 @@ from ring_hf.planner import TrainingJob, read_model
 from ring_hf.planner.launch_command import list_unsupported_settings
 from ring_hf.planner.memory_estimate import estimate_memory
 from ring_hf.planner.million_tokens import iter_compared_runs
-from ring_hf.planner.plan_command import TABLES
-from ring_hf.planner.selection import (
+from ring_hf.planner.option_selection import (
     OPTIONS,
     TABLE_MODELS,
     fits_memory,
@@ -19,6 +18,7 @@ from ring_hf.planner.selection import (
     select_options,
     with_options,
 )
+from ring_hf.planner.plan_command import TABLES
 from ring_hf.planner.step_times import estimate_times
 from tests.harness import ROOT
 

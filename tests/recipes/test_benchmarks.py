@@ -54,10 +54,10 @@ def test_exponents_are_slopes_in_log_log():
         {"dtype": "float32", "variant": "x", "length": n, "forward": 3 * n**2, "total": n, "forward_memory": n**1.5}
         for n in (64, 128, 256, 512)
     ]
-    (found,) = BENCH_LENGTHS.exponents([{**row, "memory": 7} for row in rows], fit=3)
-    assert (found["from"], found["to"]) == (128, 512)
-    assert [round(found[key], 9) for key in BENCH_LENGTHS.FIGURES] == [2, 1, 1.5, 0]
-    assert math.isclose(found["forward"], 2)
+    (result,) = BENCH_LENGTHS.exponents([{**row, "memory": 7} for row in rows], fit=3)
+    assert (result["from"], result["to"]) == (128, 512)
+    assert [round(result[key], 9) for key in BENCH_LENGTHS.FIGURES] == [2, 1, 1.5, 0]
+    assert math.isclose(result["forward"], 2)
 
 
 def test_a_variant_that_fits_at_one_length_has_no_exponent(tmp_path):
@@ -67,9 +67,9 @@ def test_a_variant_that_fits_at_one_length_has_no_exponent(tmp_path):
         for length in (64, 128)
         for variant in (BENCH_LENGTHS.SDPA, BENCH_LENGTHS.RING, BENCH_LENGTHS.STANDARD)
     ][:-1]
-    found = BENCH_LENGTHS.exponents(rows, fit=3)
-    assert [row["variant"] for row in found] == [BENCH_LENGTHS.SDPA, BENCH_LENGTHS.RING]
-    BENCH_LENGTHS.plot(rows, found, tmp_path / "lengths.png")
+    result = BENCH_LENGTHS.exponents(rows, fit=3)
+    assert [row["variant"] for row in result] == [BENCH_LENGTHS.SDPA, BENCH_LENGTHS.RING]
+    BENCH_LENGTHS.plot(rows, result, tmp_path / "lengths.png")
     assert Image.open(tmp_path / "lengths-float32.png").size == (1320, 960)
 
 
@@ -88,12 +88,16 @@ def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path
 def test_training_steps_are_timed_with_every_lever(tmp_path):
     model = ["--layers", "1", "--hidden", "64", "--vocabulary", "48"]
     words = ["--lengths", "256", *model, "--repeats", "1", "--checkpointing", "none", "saved"]
-    run_command([*script("training"), *words, "--levers", "", "ffn+loss", "--output", str(tmp_path)])
+    run_command([*script("training"), *words, "--memory_options", "", "ffn+loss", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
-    found = [(row["processes"], row["checkpointing"], row["levers"]) for row in rows]
-    assert found == [
+    result = [(row["processes"], row["checkpointing"], row["memory_options"]) for row in rows]
+    assert result == [
         (1, "none", "none"),
-        *((2, way, levers) for way in ("none", "saved") for levers in ("none", "ffn+loss")),
+        *(
+            (2, checkpointing, memory_options)
+            for checkpointing in ("none", "saved")
+            for memory_options in ("none", "ffn+loss")
+        ),
     ]
     assert all(row["seconds"] > 0 and len(row["runs"]) == 1 for row in rows)
 

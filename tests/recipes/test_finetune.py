@@ -36,7 +36,16 @@ logging_steps: 1
 eval_strategy: steps
 eval_steps: 8
 """
-LEVERS = ["--memory_attention", "save", "--memory_offload", "all", "--ffn_block", "100", "--loss_block", "auto"]
+MEMORY_OPTIONS = [
+    "--memory_attention",
+    "save",
+    "--memory_offload",
+    "all",
+    "--ffn_block",
+    "100",
+    "--loss_block",
+    "auto",
+]
 RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +67,7 @@ def folder(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("\n".join(rows))
     (folder / "run.yaml").write_text(RUN)
     start(folder, [sys.executable], "one")
-    start(folder, LAUNCH, "two", "--context_parallel_size", "2", *LEVERS)
+    start(folder, LAUNCH, "two", "--context_parallel_size", "2", *MEMORY_OPTIONS)
     return folder
 
 
@@ -91,9 +100,9 @@ def compare(got, want, loss, grad_norm):
 
 
 def test_two_processes_give_the_losses_of_one(folder):
-    one, two = history(folder, "one"), history(folder, "two")
-    assert compare(two, one, loss=1e-5, grad_norm=1e-4) == 8
-    evaluations = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (one, two)]
+    first, second = history(folder, "one"), history(folder, "two")
+    assert compare(second, first, loss=1e-5, grad_norm=1e-4) == 8
+    evaluations = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (first, second)]
     assert len(evaluations[0]) == 1
     assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
 
@@ -105,7 +114,7 @@ def test_training_reduces_the_loss(folder):
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(folder):
     shutil.copytree(folder / "two" / "checkpoint-4", folder / "again" / "checkpoint-4")
-    fork(folder, 2, "again", *LEVERS)
+    fork(folder, 2, "again", *MEMORY_OPTIONS)
     assert compare(history(folder, "again"), history(folder, "two"), loss=1e-7, grad_norm=1e-6) == 8
 
 
@@ -186,14 +195,14 @@ def test_perplexity_measures_models_and_earlier_results(folder):
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"), [(None, "checkpoint-10"), ("none", None), ("some/checkpoint", "some/checkpoint")]
+    ("asked", "expected"), [(None, "checkpoint-10"), ("none", None), ("some/checkpoint", "some/checkpoint")]
 )
-def test_the_checkpoint_to_go_on_from_is_the_last_or_the_one_asked_for(tmp_path, asked, found):
+def test_the_checkpoint_to_go_on_from_is_the_last_or_the_one_asked_for(tmp_path, asked, expected):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     find = importlib.import_module("finetune").find_checkpoint
     checkpoint = find(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
-    assert checkpoint == (str(tmp_path / found) if found and asked is None else found)
+    assert checkpoint == (str(tmp_path / expected) if expected and asked is None else expected)
     assert find(SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path / "absent"))) is None
 
 

@@ -62,15 +62,15 @@ SOURCES = [
 def imports(path):
     """Every module a file imports, also inside functions, as absolute dotted names."""
     package = path.relative_to(ROOT).parent.parts
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*base, *((node.module,) if node.module else ())))
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def floor_of(path):
@@ -169,6 +169,53 @@ def test_files_are_short_and_the_median_is_below_200_lines():
 def test_every_file_opens_with_a_paragraph_of_what_it_is_for():
     silent = [name for name, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []
+
+
+# Words that an earlier version of this code had invented, or used as names of whatever a function found.
+REFUSED_NAMES = {
+    *("lane", "lanes", "mark", "marks", "place", "places", "piece", "pieces", "parcel", "parcels", "trip", "road"),
+    *("shelf", "way", "ways", "lever", "levers", "found", "one", "seen", "said", "wanted", "told", "everybody"),
+}
+
+
+def assigned_names(tree):
+    """Names that a module gives to variables, arguments, attributes, functions and classes, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield (node.id if isinstance(node, ast.Name) else node.attr), node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+
+
+def test_names_are_words_of_the_field():
+    refused, num_names = [], 0
+    for path in SOURCES:
+        if path.suffix == ".py":
+            for name, line in assigned_names(ast.parse(path.read_text())):
+                num_names += 1
+                if name.strip("_").lower() in REFUSED_NAMES:
+                    refused.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert refused == []
+    assert num_names > 10_000
+
+
+def test_modules_have_names_of_their_own():
+    """No basename stands in two packages, and no name that a package exports hides one of its modules."""
+    modules = [path for path in FILES.values() if path.name != "__init__.py"]
+    names = [path.stem for path in modules]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+    for path in PACKAGE.rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        values = [ast.literal_eval(node.value) for node in tree.body if _assigns_all(node)]
+        siblings = {module.stem for module in modules if module.parent == path.parent}
+        hidden = {name for exported in values for name in exported} & siblings
+        assert not hidden, f"{path.relative_to(ROOT)} exports {hidden}, which are modules, too"
+
+
+def _assigns_all(node):
+    return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
 
 
 def test_sources_are_ascii():

@@ -63,13 +63,13 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(start):
+def single_process(start):
     begin, folder = start
     return begin([], "one", "--model", str(folder / "init"))
 
 
 @pytest.mark.parametrize("name", CASES if os.environ.get("RING_HF_ALL_CASES") else SAMPLE)
-def test_the_recipe_gives_the_losses_of_one_process(start, one, name):
+def test_the_recipe_gives_the_losses_of_one_process(start, single_process, name):
     begin, folder = start
     machines, arguments, engine = CASES[name]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCHES[name]), *machines]
@@ -77,8 +77,8 @@ def test_the_recipe_gives_the_losses_of_one_process(start, one, name):
     env = {"ENGINE_FILE": str(folder / f"{name}.json")}
     losses, norms, model = begin(launcher, name, "--model", str(folder / "init"), *arguments, env=env)
     assert json.loads((folder / f"{name}.json").read_text())["engine"] == engine
-    assert losses == pytest.approx(one[0], abs=1e-5) and len(losses) == 3
-    assert norms == pytest.approx(one[1], rel=1e-4)
-    ours, theirs = load_file(model), load_file(one[2])
+    assert losses == pytest.approx(single_process[0], abs=1e-5) and len(losses) == 3
+    assert norms == pytest.approx(single_process[1], rel=1e-4)
+    ours, theirs = load_file(model), load_file(single_process[2])
     assert ours.keys() == theirs.keys()
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 1e-4

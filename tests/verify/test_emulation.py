@@ -30,9 +30,9 @@ def compare(layout, mask, transport="ring", documents=None, ulysses=1, softcap=N
     spec = AttentionSpec(**vars(mask), scale=0.3, softcap=softcap)
     emulation = Emulation(sequence, spec, RingOptions(transport, inner, kernel="reference"))
     got = forward_backward(lambda q, k, v, s=None: emulated_attention(q, k, v, emulation, s), *tensors, dout=dout)
-    seen = dense_mask(sequence, mask, ROWS)
+    visible = dense_mask(sequence, mask, ROWS)
     want = forward_backward(
-        lambda q, k, v, s=None: dense_attention(q, k, v, s, visible_BSS=seen, scale=0.3, softcap=softcap),
+        lambda q, k, v, s=None: dense_attention(q, k, v, s, visible_BSS=visible, scale=0.3, softcap=softcap),
         *tensors,
         dout=dout,
     )

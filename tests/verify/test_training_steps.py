@@ -80,17 +80,17 @@ def test_out_of_memory_is_a_row_and_a_failure_is_tried_again(trained):
             raise RuntimeError("no kernel image\nis available")
 
     trained.fail = fail
-    found = section()
-    row = found["rows"]["sdpa, 64 tokens"]
+    report = section()
+    row = report["rows"]["sdpa, 64 tokens"]
     assert row["outcome"] == "out of memory" and row["predicted"]["memory"] > 0 and "seconds" not in row
     failure = {"kind": "failure", "outcome": "RuntimeError: no kernel image is available"}
-    assert found["rows"]["one rank of 8, 128 tokens"] == failure and not found["ok"] and found["finished"]
-    lines = verify_report._SECTIONS["steps"](found)
+    assert report["rows"]["one rank of 8, 128 tokens"] == failure and not report["ok"] and report["finished"]
+    lines = verify_report._SECTIONS["steps"](report)
     assert any(line.startswith("| sdpa, 64 tokens | off | sdpa ") and "| out of memory |" in line for line in lines)
     assert "- one rank of 8, 128 tokens: RuntimeError: no kernel image is available" in lines
 
     trained.runs, trained.fail = [], lambda run: None
-    again = section(found)
+    again = section(report)
     assert [run.attention for run in trained.runs] == [ring_share.ATTENTION]
     assert again["ok"] and again["rows"]["sdpa, 64 tokens"] == row
 
@@ -125,20 +125,20 @@ def test_the_budget_leaves_runs_out_until_the_next_call(trained, monkeypatch):
 def test_a_run_that_takes_longer_than_the_section_may_is_not_promised(trained, monkeypatch):
     monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setitem(steps.BUDGET, "emulated", 4 * steps.SETUP - 1)
-    found = section()
-    assert list(found["left_out"]) == ["agreement"] and "run again" not in found["left_out"]["agreement"]
-    assert found["finished"] and set(found["rows"]) == ALL - {"agreement"}
+    report = section()
+    assert list(report["left_out"]) == ["agreement"] and "run again" not in report["left_out"]["agreement"]
+    assert report["finished"] and set(report["rows"]) == ALL - {"agreement"}
 
 
 def planned(device, lengths=steps.LENGTHS):
     """Settings and verdict of each variant and length on a device."""
     bench = steps.Bench(CPU, device, tiny=False, quick=False)
     assert bench.lengths == lengths
-    found = {}
+    report = {}
     for case in steps.cases(bench):
         if case.plan is not None:
-            found[case.name] = (case.plan.job, case.plan.memory.total / case.plan.memory_budget)
-    return found
+            report[case.name] = (case.plan.job, case.plan.memory.total / case.plan.memory_budget)
+    return report
 
 
 def test_the_planner_chooses_settings_and_what_is_tried():
@@ -166,10 +166,10 @@ def test_what_is_too_large_by_the_plan_is_left_out(trained, monkeypatch):
     monkeypatch.setattr(
         ring_share, "time_attention", lambda *_: {name: [1, 1] for name in ("forward", "backward", "flops")}
     )
-    found = section(tiny=False)
-    assert list(found["left_out"]) == ["sdpa, 65,536 tokens", "ring_zigzag, 65,536 tokens"]
-    assert all("and the device has 79 GiB" in why for why in found["left_out"].values())
-    assert found["rows"]["ring_zigzag, memory options, 65,536 tokens"]["lengths"] == [2**16] * 3
+    report = section(tiny=False)
+    assert list(report["left_out"]) == ["sdpa, 65,536 tokens", "ring_zigzag, 65,536 tokens"]
+    assert all("and the device has 79 GiB" in why for why in report["left_out"].values())
+    assert report["rows"]["ring_zigzag, memory options, 65,536 tokens"]["lengths"] == [2**16] * 3
 
 
 @pytest.mark.parametrize(
@@ -199,10 +199,10 @@ def test_devices_of_the_planner_are_known_by_name_and_memory(name, num_bytes, ke
 def test_a_device_that_the_planner_does_not_know_is_named(monkeypatch):
     properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=25e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = steps.run(torch.device("cuda"), True, False, lambda words, total: None, {}, lambda partial: None)
+    report = steps.run(torch.device("cuda"), True, False, lambda words, total: None, {}, lambda partial: None)
     why = f"the planner knows no NVIDIA GeForce RTX 4090, only {', '.join(DEVICES)}"
-    assert found["ok"] and found["left_out"] == {"all runs": why}
-    assert verify_report._SECTIONS["steps"](found)[-1] == f"- all runs: {why}"
+    assert report["ok"] and report["left_out"] == {"all runs": why}
+    assert verify_report._SECTIONS["steps"](report)[-1] == f"- all runs: {why}"
 
 
 def test_another_training_than_that_of_sdpa_is_found(monkeypatch):
@@ -221,10 +221,10 @@ def test_another_training_than_that_of_sdpa_is_found(monkeypatch):
 def test_a_disagreement_fails_the_section_and_is_measured_again(trained, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(steps, "deviation", lambda got, want: {"loss": math.nan, "grad_norm": 0.0})
-        found = section()
-    assert not found["ok"] and [row["same"] for row in found["agreement"]] == [False] * 4
+        report = section()
+    assert not report["ok"] and [row["same"] for row in report["agreement"]] == [False] * 4
     before = len(trained.runs)
-    assert section(found)["ok"] and len(trained.runs) == 2 * before
+    assert section(report)["ok"] and len(trained.runs) == 2 * before
 
 
 def test_a_share_is_what_its_queries_see_of_all_keys():
