@@ -7,12 +7,11 @@ top; then there is one rank's share of a ring of 8 (`ring_share`). Before each r
     with which settings   the first of a variant's that fit the device
     whether it starts     not if it would need far more memory than there is, or more time than the section has left
 
-A run that was too large in spite of the plan is a result, "out of memory". Results are kept run by run. MFU counts
-the FLOPs of the model, causal and without recomputation, over the device's dense peak in bf16.
+A run that was too large in spite of the plan is a result, "out of memory". MFU counts the FLOPs of the model,
+causal and without recomputation, over the device's dense peak in bf16.
 
 `agreement` shows that the timed runs are the same training: in short steps, `ring_zigzag` with and without memory
-options may differ from fp32 at most twice as much as `sdpa` in bf16 does; so may the timed runs at the shortest
-length.
+options may differ from fp32 at most twice as much as `sdpa` in bf16; so may timed runs at the shortest length.
 """
 
 import math
