@@ -230,6 +230,7 @@ SHARD = {"input_ids": ONES[:, :8], METADATA_KEY: SHARD_METADATA}
 FORWARD_ARGUMENTS: dict[str, Refusal] = {
     "mask": Refusal(kwargs={"attention_mask": ONES}, message="attention_mask was passed with a sharded batch"),
     "cache": Refusal(kwargs={"past_key_values": object()}, message="past_key_values was passed with a sharded batch"),
+    "cache by its new name": Refusal(kwargs={"cache": object()}, message="cache was passed with a sharded batch"),
     "embeddings": Refusal(kwargs={"inputs_embeds": ONES}, message="inputs_embeds was passed with a sharded batch"),
     "attention weights": Refusal(kwargs={"output_attentions": True}, message="output_attentions=True"),
     "loss weights without a loss in blocks": Refusal(

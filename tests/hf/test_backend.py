@@ -5,10 +5,18 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ring_hf.geometry import LAYOUTS
+from ring_hf.hf.attention import backend
 from ring_hf.hf.attention.backend import attention
 from ring_hf.hf.attn_names import BACKENDS
 from ring_hf.testing import assert_close
@@ -127,3 +135,12 @@ def test_fp32_queries_of_a_bf16_layer_return_to_bf16():
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     out, weights = attention(layer, query, key, key, None, scaling=0.3)
     assert out.dtype == torch.bfloat16 and out.shape == (1, 6, 4, 8) and weights is None
+
+
+def test_union_of_masks_is_seen_however_transformers_nests_it():
+    numbers = torch.zeros(1, 4)
+    union = or_masks(causal_mask_function, lambda *indices: True)
+    packed = packed_sequence_mask_function(numbers)
+    assert backend._is_union(union) and backend._is_union(and_masks(union, packed))  # before and since 5.24
+    assert not backend._is_union(and_masks(causal_mask_function, packed))
+    assert not backend._is_union(sliding_window_causal_mask_function(3))

@@ -73,6 +73,7 @@ def _check_unsupported(kwargs: dict[str, Any]) -> str | None:
     for name, reason in (
         ("attention_mask", "ContextParallelCollator already describes padding and documents in the batch"),
         ("past_key_values", "a KV cache cannot be combined with sharded sequences"),
+        ("cache", "a KV cache cannot be combined with sharded sequences"),  # its name since Transformers 5.24
         ("inputs_embeds", "only token ids can be sharded"),
     ):
         if kwargs.get(name) is not None:
