@@ -191,6 +191,26 @@ def test_the_planned_run_fits_and_the_text_states_what_other_engines_need(capsys
         assert engine in printed and sentence.format(number) in text
 
 
+def test_the_table_of_head_chunks_is_what_the_planner_prints(capsys):
+    page = "docs/head_chunks.md"
+    words = command(page, "ring-hf", "plan").words[1:]
+    assert words[-2:] == ("--head-chunks", "4")
+    rows = [row for row in map(cells, PAGES[page].splitlines()) if len(row) == 4 and "GiB" in row[1]]
+    assert [row[0] for row in rows] == ["1", "2", "4"]
+    lengths_on_device = []
+    for num_chunks, memory, length, sent in rows:
+        arguments = [*words[:-1], num_chunks]
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        (total,) = re.findall(r"\n\| total +\| +([\d.]+) \|.* % \|", printed)
+        assert memory == f"{float(total):.1f} GiB"
+        assert re.findall(r" tokens \(([\d.]+M)\)", printed) == [length]
+        assert re.findall(r"a rank sends (\d+ GB)", printed) == [sent.replace(",", "")]
+        assert main(["layers" if argument == "layers,optimizer" else argument for argument in arguments]) == 0
+        lengths_on_device += re.findall(r" tokens \(([\d.]+M)\)", capsys.readouterr().out)
+    assert "{}, {} and {} tokens fit.".format(*lengths_on_device) in PAGES[page]
+
+
 def test_the_diff_trains_with_two_processes(model, tmp_path):
     (diff,) = (block.content for block in BLOCKS if block.language == "diff")
     body = "\n".join(line[1:] for line in diff.splitlines())
