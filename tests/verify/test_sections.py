@@ -19,7 +19,7 @@ from tests.harness import ROOT, load_script, run_command
 
 GPU_CHECK = load_script("gpu_check")
 PAGE = (ROOT / "docs" / "check_your_machine.md").read_text()
-(COMMAND,) = re.findall(r"^python (scripts/gpu_check.py .*)$", PAGE, re.MULTILINE)
+(COMMAND,) = re.findall(r"^ring-hf (verify .*)$", PAGE, re.MULTILINE)
 QUICK = ["--emulate", "--quick"]
 STEPS_ROWS = ["agreement", "sdpa, 64 tokens", "ring_zigzag, 64 tokens", "ring_zigzag, memory options, 64 tokens"]
 STEPS_ROWS += ["one rank of 8, one layer's attention, 128 tokens", "one rank of 8, 128 tokens"]
@@ -34,7 +34,7 @@ def first_columns(text):
 def test_everything_runs_on_a_cpu_and_is_written(tmp_path):
     words = shlex.split(COMMAND)
     assert words[1:] == QUICK
-    done = run_command([sys.executable, *words, "--output", str(tmp_path / "new")])
+    done = run_command([sys.executable, "-m", "ring_hf.cli", *words, "--output", str(tmp_path / "new")])
     text = (tmp_path / "new" / "results.md").read_text()
     assert text in done.stdout
     results = json.loads((tmp_path / "new" / "results.json").read_text())
