@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: if an option is wrong or there is no GPU.
     """
-    return verify(options, command=" ".join(["ring-hf", *options.words]))
+    return verify(options, command=" ".join(["ring-hf", *options.argv]))
 
 
 def verify(options: argparse.Namespace, command: str) -> int:
