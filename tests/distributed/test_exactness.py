@@ -195,7 +195,9 @@ def test_maths_of_model_families_is_exact(name):
         _print(name, dtype, check_exact(cases))
 
 
-@pytest.mark.parametrize("transport, inner", [("allgather", 1), ("direct", 1), ("double_ring", 2), ("auto", 1)])
+@pytest.mark.parametrize(
+    "transport, inner", [("allgather", 1), ("direct", 1), ("double_ring", 2), ("auto", 1), ("auto", 2)]
+)
 def test_without_overlap_every_transport_gives_the_same(transport, inner):
     check_exact(
         [
