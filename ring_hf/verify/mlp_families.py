@@ -25,8 +25,8 @@ MAX_PARAMETERS = 4_000_000
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"head_dim": None, "num_key_value_heads": 4},
-    {"hidden_size": 512, "head_dim": 128, "intermediate_size": 192, "moe_intermediate_size": 64},
-    {"hidden_size": 256, "head_dim": 64, "intermediate_size": 192, "moe_intermediate_size": 64},
+    {"hidden_size": 512, "head_dim": 128, "intermediate_size": 192, "moe_intermediate_size": 192},
+    {"hidden_size": 256, "head_dim": 64, "intermediate_size": 192, "moe_intermediate_size": 192},
     {"head_dim": None, "qk_rope_head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 1},
 )
 # Heavy enough to be taken for feed-forward layers in small models only.
