@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -119,8 +120,13 @@ def test_the_first_lines_name_the_engine_and_its_offload(options, expected, verd
 def bytes_of_ddp(rank, world_size):
     """Return the bytes of the gradients, and the bytes that DDP allocates before there are gradients."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    weight_bytes = sum(weight.nbytes for weight in layers.parameters())
     with LiveTensorTracker(*layers.parameters()) as live:
         wrapped = DistributedDataParallel(layers)  # with Accelerate's arguments
+        # A thread of gloo frees the copy of the weights that DDP broadcasts, some time after the broadcast.
+        deadline = time.monotonic() + 10
+        while live.now > 1.5 * weight_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
         allocated = live.now
         wrapped(torch.ones(1, 64)).sum().backward()
     return sum(weight.grad.nbytes for weight in layers.parameters()), allocated
