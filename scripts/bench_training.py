@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="ranks that share the sequence, one thread each")
     parser.add_argument("--checkpointing", nargs="+", default=list(CHECKPOINTING), choices=CHECKPOINTING)
     parser.add_argument(
-        "--memory_options", nargs="+", default=["", "ffn", "loss", "ffn+loss"], help="in blocks: ffn, loss"
+        "--memory-options", nargs="+", default=["", "ffn", "loss", "ffn+loss"], help="in blocks: ffn, loss"
     )
     parser.add_argument("--alone-too", action="store_true", help="every lever in one process as well, not only none")
     parser.add_argument("--layers", type=int, default=4)

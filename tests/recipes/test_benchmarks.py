@@ -88,7 +88,7 @@ def test_what_needs_no_package_is_compared_with_fp64_before_it_is_timed(tmp_path
 def test_training_steps_are_timed_with_every_lever(tmp_path):
     model = ["--layers", "1", "--hidden", "64", "--vocabulary", "48"]
     words = ["--lengths", "256", *model, "--repeats", "1", "--checkpointing", "none", "saved"]
-    run_command([*script("training"), *words, "--memory_options", "", "ffn+loss", "--output", str(tmp_path)])
+    run_command([*script("training"), *words, "--memory-options", "", "ffn+loss", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
     result = [(row["processes"], row["checkpointing"], row["memory_options"]) for row in rows]
     assert result == [
