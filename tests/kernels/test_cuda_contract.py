@@ -193,8 +193,8 @@ def test_stand_ins_return_the_shapes_and_strides_of_pytorch(kind, heads):
     def results(forward, backward, dtype, device):
         def unit_tensor(length, number, width):
             if number == 1:
-                return torch.unit_tensor(2, 1, length, width, dtype=dtype, device=device)
-            return torch.unit_tensor(2, length, number, width, dtype=dtype, device=device).transpose(1, 2)
+                return torch.ones(2, 1, length, width, dtype=dtype, device=device)
+            return torch.ones(2, length, number, width, dtype=dtype, device=device).transpose(1, 2)
 
         q, k = unit_tensor(40, num_heads, dim), unit_tensor(44, num_kv, dim)
         v, dout = unit_tensor(44, num_kv, v_dim), unit_tensor(40, num_heads, v_dim)
