@@ -29,7 +29,11 @@ def ulysses_group(group: ProcessGroup, ulysses: int, device: torch.device) -> Pr
     return dedicated_group(group, range(first, first + ulysses), "ulysses", device)
 
 
-@torch.library.custom_op("ring_hf::all_to_all", mutates_args=())
+# The schema is explicit because torch 2.6 cannot infer it from list[int].
+_SCHEMA = "(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor"
+
+
+@torch.library.custom_op("ring_hf::all_to_all", mutates_args=(), schema=_SCHEMA)
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     out = x.new_empty(sum(received))
     dist.all_to_all_single(out, x, received, sent, group=ulysses_group(group_of(group), len(sent), x.device))
