@@ -144,3 +144,8 @@ def test_union_of_masks_is_seen_however_transformers_nests_it():
     assert backend._is_union(union) and backend._is_union(and_masks(union, packed))  # before and since 5.24
     assert not backend._is_union(and_masks(causal_mask_function, packed))
     assert not backend._is_union(sliding_window_causal_mask_function(3))
+
+    def recursive(*indices):
+        return recursive
+
+    assert not backend._is_union(recursive)

@@ -9,6 +9,7 @@ has no other). An argument that would change the result and is not implemented r
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -108,11 +109,17 @@ def _is_union(mask_function: Any) -> bool:
     Transformers nests mask functions in closures, in an order that depends on its version: since 5.24 the packed
     documents are outermost.
     """
-    if "or_masks" in getattr(mask_function, "__qualname__", ""):
-        return True
-    contents = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    nested = [item for content in contents for item in (content if isinstance(content, tuple) else (content,))]
-    return any(_is_union(item) for item in nested if callable(item))
+    pending, checked = [mask_function], []
+    while pending:
+        function = pending.pop()
+        if "or_masks" in getattr(function, "__qualname__", ""):
+            return True
+        checked.append(function)  # a closure may refer to itself
+        variables = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        for value in variables.values():
+            nested = value if isinstance(value, tuple) else (value,)
+            pending += [item for item in nested if inspect.isfunction(item) and item not in checked]
+    return False
 
 
 def attention(
