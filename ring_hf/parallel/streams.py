@@ -8,7 +8,7 @@ compute stream waits for an event of the side stream just before the first tile 
 
 On a CPU an operation is complete when its call returns: the same calls, and nothing to order. (CUDA's rules: the
 documentation of `torch.cuda.Stream` and `torch.distributed.batch_isend_irecv`. Not yet run on a GPU: the order is
-proven on a model of streams, `tests/cuda_streams.py`.)
+proven on a model of streams, `tests/support/cuda_streams.py`.)
 """
 
 import contextlib

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.harness import accelerate_launch, launch_forked
+from tests.support.harness import accelerate_launch, launch_forked
 from tests.trainer.conftest import shared_folder
 
 # DeepSpeed takes its device from `use_cpu`, FSDP version 1 from Accelerate's own variable.

@@ -21,7 +21,7 @@ from ring_hf.hf import ContextParallelCollator, ContextParallelConfig
 from ring_hf.text import markdown_table
 from tests.engines.cases import engine_arguments, family_of, state_of
 from tests.engines.conftest import ENVIRONMENTS
-from tests.harness import accelerate_launch
+from tests.support.harness import accelerate_launch
 from tests.trainer.cases import Case
 from tests.trainer.train_script import arguments, curves
 

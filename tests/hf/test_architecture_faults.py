@@ -14,8 +14,8 @@ from ring_hf.hf.attention import backend
 from ring_hf.hf.checks import moe_aux_loss
 from ring_hf.hf.trainer import counters, model_guard
 from ring_hf.verify.model_families import ROUTER_LOSS
-from tests.harness import run_distributed
 from tests.hf.family_comparison import Difference, Results, compare
+from tests.support.harness import run_distributed
 
 # The references of `compare`, by rank.
 EAGER, LOCAL = 0, 1

@@ -31,8 +31,8 @@ from ring_hf.verify.model_families import (
     refused_families,
     tiny,
 )
-from tests.harness import ROOT, run_command, run_distributed
 from tests.hf.family_comparison import Results, check, compare
+from tests.support.harness import ROOT, run_command, run_distributed
 
 
 def test_exact_families_equal_one_process():

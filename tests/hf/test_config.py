@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
 from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.hf.trainer.engines import ENGINES
-from tests.harness import run_distributed
 from tests.hf.models import llama, rank_of, rows
+from tests.support.harness import run_distributed
 
 
 def test_inherited_sizes_stay_one_in_any_environment(monkeypatch):

@@ -11,9 +11,9 @@ from transformers import Trainer
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.batch_metadata import METADATA_KEY, InvalidBatch
-from tests.harness import run_distributed
 from tests.hf.faults import LeftPadding, arguments
 from tests.hf.models import llama, rows
+from tests.support.harness import run_distributed
 
 
 def model_and_rows(attention, weighted):

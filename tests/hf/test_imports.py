@@ -8,7 +8,7 @@ import pytest
 import ring_hf
 from ring_hf import doctor, hf
 from ring_hf.exports import export_lazily
-from tests.harness import run_command
+from tests.support.harness import run_command
 
 # Module -> the lowest package that it may not load; torch stands below Transformers. All are imported in one process.
 MUST_NOT_LOAD = {

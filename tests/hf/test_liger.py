@@ -11,9 +11,9 @@ from transformers.integrations import liger as integration
 
 from ring_hf.hf.checks.liger import check_liger
 from ring_hf.memory import apply
-from tests import liger_stand_in
-from tests.liger_stand_in import averaging_loss, deaf_loss, liger
 from tests.memory.models import batch, model_of, step
+from tests.support import liger_stand_in
+from tests.support.liger_stand_in import averaging_loss, deaf_loss, liger
 
 ARGUMENTS = SimpleNamespace(use_liger_kernel=True)
 

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
 from ring_hf.hf.runtime.loss_monitor import find_loss_mismatch
 from ring_hf.hf.runtime.pass_message import NO_FINGERPRINT, PassMessage, find_disagreement
-from tests.harness import run_distributed
 from tests.hf.faults import arguments
 from tests.hf.models import context_of, llama, rows
+from tests.support.harness import run_distributed
 
 FINGERPRINTS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 NUMBERS = st.floats(allow_nan=False)

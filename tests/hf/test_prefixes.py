@@ -12,8 +12,8 @@ from ring_hf.hf.attention import announcements
 from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.parallel import register_group
 from ring_hf.testing import assert_close, dense_mask
-from tests.harness import run_distributed
 from tests.hf.models import llama, rank_of, rows
+from tests.support.harness import run_distributed
 
 PREFIXES = (7, 0, 20, 5)
 

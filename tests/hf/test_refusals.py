@@ -18,7 +18,6 @@ from ring_hf.hf.checks.batch_rules import check_batch
 from ring_hf.hf.checks.model_rules import MODEL_RULES
 from ring_hf.hf.trainer.engines import ENGINES
 from ring_hf.hf.trainer.model_guard import base_model
-from tests.harness import run_distributed
 from tests.hf import faults
 from tests.hf.faults import FAULTS, LeftPadding, arguments, run_fault
 from tests.hf.models import context_of, llama, rank_of, rows
@@ -33,6 +32,7 @@ from tests.hf.refused_batches import (
     SHARD,
     SHARD_METADATA,
 )
+from tests.support.harness import run_distributed
 
 
 def by_name(table):

@@ -12,9 +12,9 @@ from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.runtime.preserved_state import preserve_state
 from ring_hf.hf.runtime.proven_classes import find_unproven_module, find_unproven_part
-from tests.harness import run_distributed
 from tests.hf.faults import arguments
 from tests.hf.models import llama, rows
+from tests.support.harness import run_distributed
 
 
 class OwnLossTrainer(Trainer):

@@ -1,8 +1,8 @@
 """The kernels on PyTorch's memory-efficient and cuDNN attention are exact on a CPU in fp64.
 
 As in `test_flash_contract.py`, whole rings run through stand-ins with the schemas, results and peculiarities of the
-operators (`tests/aten_stand_ins.py`), and are compared with dense attention at 1e-10. The real operators run on fake
-CUDA tensors, which shows that shapes, strides and arguments fit; it does not test the numbers of a GPU.
+operators (`tests/support/aten_stand_ins.py`), and are compared with dense attention at 1e-10. The real operators run
+on fake CUDA tensors, which shows that shapes, strides and arguments fit; it does not test the numbers of a GPU.
 """
 
 import inspect
@@ -18,9 +18,9 @@ from ring_hf.kernels import KERNELS, GatherIndex, cuda_cudnn, cuda_efficient, cu
 from ring_hf.parallel import local_attention
 from ring_hf.verify import random_cases
 from ring_hf.verify.thread_ranks import threads_as_ranks
-from tests import aten_stand_ins
-from tests.aten_stand_ins import ADAPTERS, CALLS, aten_stand_in
 from tests.kernels.test_flash_contract import HEADS, MASKS, max_band_difference, problem
+from tests.support import aten_stand_ins
+from tests.support.aten_stand_ins import ADAPTERS, CALLS, aten_stand_in
 
 LARGE_MASKS = ("causal", "full", "packed-full", "prefix")  # with tiles that cuDNN accepts in these tests
 

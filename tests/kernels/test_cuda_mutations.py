@@ -15,8 +15,8 @@ from ring_hf.geometry import CausalBlock
 from ring_hf.kernels import KERNELS, causal_blocks, cuda_cudnn, cuda_efficient, routed
 from ring_hf.verify import random_cases
 from ring_hf.verify.thread_ranks import threads_as_ranks
-from tests.aten_stand_ins import aten_stand_in
 from tests.kernels.test_flash_contract import max_band_difference, problem, replace
+from tests.support.aten_stand_ins import aten_stand_in
 
 MODULES = {"cuda_efficient": cuda_efficient, "cuda_cudnn": cuda_cudnn}
 

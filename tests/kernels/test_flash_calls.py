@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ring_hf.geometry import Tile
 from ring_hf.kernels import KERNELS, GatherIndex, cuda_flash, flash_varlen
 from ring_hf.parallel import local_attention
-from tests.flash_stand_ins import CALLS, aten_backward, aten_forward, stand_in
 from tests.kernels.test_flash_contract import HEADS
+from tests.support.flash_stand_ins import CALLS, aten_backward, aten_forward, stand_in
 
 CPU = torch.device("cpu")
 SHORT = (Tile(0, 1, 0, 4, 0, 4, None, 0), Tile(0, 1, 4, 9, 4, 9, None, 0), Tile(0, 2, 20, 2, 20, 2, None, 0))

@@ -1,8 +1,9 @@
 """The adapters of FlashAttention call its functions correctly, on a CPU in fp64.
 
-Whole rings run through stand-ins with the signatures, results and faults of each version (`tests/flash_stand_ins.py`),
-and are compared with dense attention at 1e-10. The numbers of CUDA kernels on a GPU are not tested. How packages are
-located is tested in `test_flash_packages.py`, how tiles become launches in `test_flash_calls.py`.
+Whole rings run through stand-ins with the signatures, results and faults of each version
+(`tests/support/flash_stand_ins.py`), and are compared with dense attention at 1e-10. The numbers of CUDA kernels on a
+GPU are not tested. How packages are located is tested in `test_flash_packages.py`, how tiles become launches in
+`test_flash_calls.py`.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from ring_hf.kernels import reference
 from ring_hf.parallel import local_attention
 from ring_hf.verify import random_cases
 from ring_hf.verify.thread_ranks import threads_as_ranks
-from tests.flash_stand_ins import ADAPTERS, ADAPTERS_WITHOUT_SOFTCAP, CALLS, PACKAGES, kernel_named, stand_in
+from tests.support.flash_stand_ins import ADAPTERS, ADAPTERS_WITHOUT_SOFTCAP, CALLS, PACKAGES, kernel_named, stand_in
 
 # A mask, whether documents are packed, and the number of tokens in the prefix of each document.
 MASKS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_hf.kernels import candidates, check_name, choose, hub
-from tests.flash_stand_ins import CALLS, kernel_named, stand_in
+from tests.support.flash_stand_ins import CALLS, kernel_named, stand_in
 
 HUB = tuple(hub.REPOSITORIES)
 

@@ -14,8 +14,8 @@ import torch
 from ring_hf.kernels import KERNELS, flash_packages, flash_varlen, hub
 from ring_hf.verify import random_cases
 from ring_hf.verify.thread_ranks import threads_as_ranks
-from tests.flash_stand_ins import kernel_named, stand_in
 from tests.kernels.test_flash_contract import max_band_difference, problem
+from tests.support.flash_stand_ins import kernel_named, stand_in
 
 
 def _replace_in_kernels(change):

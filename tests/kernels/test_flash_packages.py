@@ -24,9 +24,18 @@ from ring_hf.kernels import (
     selection,
 )
 from ring_hf.text import markdown_table
-from tests.flash_stand_ins import BEHAVIOUR, CALLS, MODULES, PACKAGES, installed, kernel_named, make_module, stand_in
-from tests.flash_stand_ins_signatures import CUTE_OF_2_8_3, SIGNATURES, THREE_OF_2_7_4
 from tests.kernels.provenance import PROVENANCE
+from tests.support.flash_stand_ins import (
+    BEHAVIOUR,
+    CALLS,
+    MODULES,
+    PACKAGES,
+    installed,
+    kernel_named,
+    make_module,
+    stand_in,
+)
+from tests.support.flash_stand_ins_signatures import CUTE_OF_2_8_3, SIGNATURES, THREE_OF_2_7_4
 
 LOCATE = {"2": flash_attn_2.locate_package, "3": flash_attn_3.locate_package, "4": flash_attn_4.locate_package}
 HUB = tuple(hub.REPOSITORIES)

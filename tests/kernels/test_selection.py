@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ring_hf.kernels import KERNELS, choose, cuda_flash, selection
 from ring_hf.parallel import local_attention
-from tests import aten_stand_ins, flash_stand_ins
+from tests.support import aten_stand_ins, flash_stand_ins
 
 
 class CountingKernel:

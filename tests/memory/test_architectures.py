@@ -14,8 +14,8 @@ import transformers
 
 from ring_hf.memory import MemoryConfig, apply
 from ring_hf.verify.model_families import EXACT, ROUTED, ROUTER_LOSS
-from tests.harness import ROOT
 from tests.memory.models import batch, model_of, relative_difference, step
+from tests.support.harness import ROOT
 
 OPTIONS = {
     "save": {"attention": "save", "ffn_block": None, "loss_block": None},

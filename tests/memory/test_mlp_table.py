@@ -15,8 +15,8 @@ from ring_hf.memory.mlp_classes import INNER_CLASSES, MLP_CLASSES, qualified_nam
 from ring_hf.memory.mlp_lookup import find_mlps
 from ring_hf.verify.mlp_families import build, family_names, probe, token_wise_activations
 from ring_hf.verify.model_families import EXACT
-from tests.harness import load_script
 from tests.memory.models import batch, model_of, relative_difference, step
+from tests.support.harness import load_script
 
 ALL = bool(os.environ.get("RING_HF_ALL_CASES"))
 # What differs most: dense, experts, shared ones, containers, a cross-residual, several calls, norms, images.

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.harness import launch_forked
 from tests.memory.train_script import CASES, train
+from tests.support.harness import launch_forked
 from tests.trainer.compare import assert_same_run
 
 

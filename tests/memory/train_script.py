@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 
 import ring_hf
-from tests.liger_stand_in import SETTINGS, liger
+from tests.support.liger_stand_in import SETTINGS, liger
 from tests.trainer.cases import Case, Rows, build_model
 from tests.trainer.train_script import arguments, curves
 

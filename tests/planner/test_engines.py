@@ -16,8 +16,8 @@ from ring_hf.planner import TrainingJob, read_model
 from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, select_engine
 from ring_hf.planner.memory_estimate import estimate_memory, trained_parameters
 from ring_hf.planner.published import RUNS
-from tests.harness import run_distributed
 from tests.planner.live import LiveTensorTracker
+from tests.support.harness import run_distributed
 
 QWEN = read_model("Qwen3-8B")
 # Accelerate's type of each engine, and the stage of ZeRO.

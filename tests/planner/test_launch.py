@@ -25,7 +25,7 @@ from ring_hf.planner.launch_command import (
     make_recipe_config,
 )
 from ring_hf.planner.plan_report import format_plan
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 QWEN = read_model("Qwen3-8B")
 FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)

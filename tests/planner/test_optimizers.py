@@ -11,7 +11,7 @@ from ring_hf.planner import TrainingJob, read_model
 from ring_hf.planner.memory_estimate import estimate_memory, optimizer_bytes
 from ring_hf.planner.optimizer_table import make_optimizer_table
 from ring_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, PRECISIONS, supports_engine
-from tests.harness import ROOT, run_distributed
+from tests.support.harness import ROOT, run_distributed
 
 LLAMA = read_model("Llama-3.1-8B")
 HIDDEN = 512

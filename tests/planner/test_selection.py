@@ -20,7 +20,7 @@ from ring_hf.planner.option_selection import (
 )
 from ring_hf.planner.plan_command import TABLES
 from ring_hf.planner.step_times import estimate_times
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 CASES = [(name, length, devices) for name in TABLE_MODELS for length in (2**15, 2**20) for devices in (1, 8)]
 

@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 from ring_hf.hf import ContextParallelConfig
 from ring_hf.hf.trainer.engines import collect_messages, find_engine
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 LAUNCHES = {path.name: path for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
 RUNS = {

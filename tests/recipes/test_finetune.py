@@ -14,7 +14,7 @@ import pytest
 from loading import load_pretrained
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
-from tests.harness import ROOT, launch_forked, run_command
+from tests.support.harness import ROOT, launch_forked, run_command
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
 RUN = """

@@ -8,8 +8,8 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness import ROOT, launch_forked, run_command
 from tests.recipes.test_configs import LAUNCHES
+from tests.support.harness import ROOT, launch_forked, run_command
 
 SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}

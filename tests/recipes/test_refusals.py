@@ -11,7 +11,7 @@ import refusals
 from arguments import ModelArguments
 
 from ring_hf.memory import MemoryConfig
-from tests.harness import ROOT, accelerate_launch
+from tests.support.harness import ROOT, accelerate_launch
 
 RUN = """
 model_config: {model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2}

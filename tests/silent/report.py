@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ring_hf.text import markdown_table
-from tests.harness import accelerate_launch, launch_forked
 from tests.silent.cases import ANY_STEP, CASES, CONSTRUCTION, FIRST_STEP, Case
+from tests.support.harness import accelerate_launch, launch_forked
 
 MODES = {"reference": 1, "alone": 1, "shared": 2}
 MAX_LOSS, MAX_GRAD_NORM = 1e-5, 1e-4  # relative, over all steps

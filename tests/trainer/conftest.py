@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.harness import accelerate_launch, launch_forked
+from tests.support.harness import accelerate_launch, launch_forked
 
 
 class Launches:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.harness import run_command
+from tests.support.harness import run_command
 from tests.trainer.cases import STEPS
 from tests.trainer.compare import assert_same_run
 

@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from tests.harness import ROOT, accelerate_launch, launch_forked
 from tests.hf.models import llama, rows
+from tests.support.harness import ROOT, accelerate_launch, launch_forked
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_loop.md").read_text(), flags=re.DOTALL)
 NUM_STEPS = 20

@@ -12,7 +12,7 @@ from ring_hf.kernels import merge
 from ring_hf.parallel import group_of, ring
 from ring_hf.verify import random_cases
 from ring_hf.verify.thread_ranks import threads_as_ranks
-from tests.harness import ROOT, load_script, run_command
+from tests.support.harness import ROOT, load_script, run_command
 
 
 def test_random_problems_match_dense_attention():

@@ -14,8 +14,8 @@ from ring_hf import cli
 from ring_hf.kernels import KERNELS, merge
 from ring_hf.verify import attention_timing, exactness, ring_emulation, single_device, trajectories, verify_report
 from ring_hf.verify.verify_command import SECTIONS
-from tests import aten_stand_ins, flash_stand_ins
-from tests.harness import ROOT, load_script, run_command
+from tests.support import aten_stand_ins, flash_stand_ins
+from tests.support.harness import ROOT, load_script, run_command
 
 GPU_CHECK = load_script("gpu_check")
 PAGE = (ROOT / "docs" / "check_your_machine.md").read_text()

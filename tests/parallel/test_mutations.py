@@ -11,8 +11,8 @@ import ring_hf.kernels.merge
 from ring_hf.geometry import Move, Plan
 from ring_hf.kernels import causal_blocks
 from ring_hf.parallel import allgather, chunked_ulysses, direct_fetch, ring, sharded_attention, transport
-from tests.distributed.cases import Case, errors
-from tests.harness import run_distributed
+from tests.parallel.cases import Case, errors
+from tests.support.harness import run_distributed
 
 
 def _stale_block(patch):

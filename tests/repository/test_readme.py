@@ -18,8 +18,8 @@ from loading import load_model, load_tokenizer
 
 from ring_hf.cli import main
 from ring_hf.kernels import KERNELS
-from tests.harness import ROOT, accelerate_launch, run_command
-from tests.recipes.documents import BLOCKS, PAGES, command, commands, excerpt
+from tests.repository.documents import BLOCKS, PAGES, command, commands, excerpt
+from tests.support.harness import ROOT, accelerate_launch, run_command
 
 ALGORITHMS, PLANNER, RECIPES = "docs/algorithms.md", "docs/planner.md", "docs/recipes.md"
 MACHINE = "docs/check_your_machine.md"

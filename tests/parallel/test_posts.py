@@ -17,8 +17,8 @@ from ring_hf.parallel.buffers import Pool
 from ring_hf.parallel.streams import CommStream
 from ring_hf.parallel.transport import RingComm
 from ring_hf.testing import rms_ratio
-from tests.distributed.cases import Case, problem, ring_result, shards
-from tests.harness import run_distributed
+from tests.parallel.cases import Case, problem, ring_result, shards
+from tests.support.harness import run_distributed
 
 OPERATORS = torch.ops.ring_hf.ring_attention.default, torch.ops.ring_hf.chunked_ulysses.default
 LAYERS, BATCHES = 2, 2

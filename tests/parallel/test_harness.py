@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.harness import launch_forked, start_workers
+from tests.support.harness import launch_forked, start_workers
 
 SCRIPT = """
 import os, sys, time

@@ -2,7 +2,7 @@
 
 import re
 
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 
 def test_every_trap_names_tests_that_exist():

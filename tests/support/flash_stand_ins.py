@@ -30,7 +30,7 @@ from ring_hf.kernels import (
     hub,
     selection,
 )
-from tests.flash_stand_ins_maths import (
+from tests.support.flash_stand_ins_maths import (
     CALLS,
     Bounds,
     clamp_window_2,
@@ -43,7 +43,7 @@ from tests.flash_stand_ins_maths import (
     supports_head_dims_3,
     supports_head_dims_4,
 )
-from tests.flash_stand_ins_signatures import SIGNATURES
+from tests.support.flash_stand_ins_signatures import SIGNATURES
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Replays a recording of `tests/cuda_streams.py`, in any order that its streams and events allow.
+"""Replays a recording of `tests/support/cuda_streams.py`, in any order that its streams and events allow.
 
 An exchange starts when its stream reaches it and ends when its other ends have started; pairs are matched by order
 alone, because NCCL has no tags. A schedule is a function that chooses among the nodes that may run next.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.cuda_streams import Machine, Node
+from tests.support.cuda_streams import Machine, Node
 
 
 class Replay:

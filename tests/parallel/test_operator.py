@@ -23,8 +23,8 @@ from ring_hf.parallel import (
 from ring_hf.parallel.op_arguments import AttentionOpArgs, from_json, to_json
 from ring_hf.parallel.transport import GRADIENTS, KEYS_AND_VALUES, RingComm
 from ring_hf.testing import assert_close
-from tests.distributed.cases import Case, problem, ring_result, shards
-from tests.harness import run_distributed
+from tests.parallel.cases import Case, problem, ring_result, shards
+from tests.support.harness import run_distributed
 
 OPERATOR = torch.ops.ring_hf.ring_attention.default
 

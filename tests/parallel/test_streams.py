@@ -1,5 +1,5 @@
-"""Exchanges on streams, proven on a model of CUDA's (`tests/cuda_streams.py`): exact under every schedule, nothing
-read before it is written or written while it is read, exchanges beside compute, no deadlock beside other
+"""Exchanges on streams, proven on a model of CUDA's (`tests/support/cuda_streams.py`): exact under every schedule,
+nothing read before it is written or written while it is read, exchanges beside compute, no deadlock beside other
 collectives; and each wait, event and hold is needed."""
 
 import contextlib
@@ -18,9 +18,9 @@ from ring_hf.parallel import buffers, streams, transport
 from ring_hf.parallel.schedule import ring_backward, ring_forward, transport_of
 from ring_hf.parallel.streams import CudaCommStream
 from ring_hf.testing import dense_attention, dense_mask, forward_backward
-from tests import cuda_streams
-from tests.distributed.cases import Case, problem, shards
-from tests.replay import Replay, policies
+from tests.parallel.cases import Case, problem, shards
+from tests.support import cuda_streams
+from tests.support.replay import Replay, policies
 
 SMALL = {"units": 1, "rows": 1, "heads": 2, "kv_heads": 1, "kernel": "reference"}
 CASES = {

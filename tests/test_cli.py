@@ -12,7 +12,7 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.geometry import LAYOUTS
-from tests.harness import ROOT, run_command
+from tests.support.harness import ROOT, run_command
 
 COMMAND = [sys.executable, "-m", "ring_hf.cli"]
 

@@ -23,8 +23,8 @@ from arguments import (
 from transformers import TrainingArguments
 
 from ring_hf.cli import parser
-from tests.harness import ROOT, run_command
-from tests.recipes.documents import BLOCKS, COMMANDS, PAGES, prose
+from tests.repository.documents import BLOCKS, COMMANDS, PAGES, prose
+from tests.support.harness import ROOT, run_command
 
 LANGUAGES = {"bash", "diff", "python", "text", "yaml"}
 RECIPES = {

@@ -28,11 +28,11 @@ import torch.distributed as dist
 from ring_hf.launcher import WorkerPool, accelerate_command, free_port, rank_environment
 from ring_hf.testing import poison_empty
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 # The server only imports: a process that has run code of torch cannot be forked safely.
 _FORKS.set_forkserver_preload(
-    ["tests.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.parallelism_config"]
+    ["tests.support.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.parallelism_config"]
 )
 
 

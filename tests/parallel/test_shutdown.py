@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ring_hf.parallel import forget_group, transport, warm_up
-from tests.distributed.cases import Case, ring_result
-from tests.harness import ROOT, run_distributed
+from tests.parallel.cases import Case, ring_result
+from tests.support.harness import ROOT, run_distributed
 
 OURS = "['ring_hf between inner rings', 'ring_hf ring', 'default']"
 # Generous, since tests share their processors; the collectives of these processes would wait for 60 s.
@@ -37,7 +37,7 @@ class Ending:
 def endings(tmp_path, case: str, world_size: int = 1) -> list[Ending]:
     """What became of the ranks of a case of `endings.py`, the last rank first; the others are killed if they do not
     end soon after it."""
-    script, store = str(ROOT / "tests/distributed/endings.py"), str(tmp_path / f"store {time.monotonic()}")
+    script, store = str(ROOT / "tests/parallel/endings.py"), str(tmp_path / f"store {time.monotonic()}")
     processes = [
         subprocess.Popen(
             [sys.executable, script, case, str(rank), str(world_size), store],

@@ -1,4 +1,4 @@
-"""Small scripts and how they end: `python tests/distributed/endings.py CASE RANK WORLD_SIZE STORE`."""
+"""Small scripts and how they end: `python tests/parallel/endings.py CASE RANK WORLD_SIZE STORE`."""
 
 import atexit
 import os

@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ring_hf.cli import main
 from ring_hf.simulate import bench_command
-from tests.harness import ROOT, load_script, run_command
+from tests.support.harness import ROOT, load_script, run_command
 
 BENCH_LENGTHS = load_script("bench_lengths")
 COMMAND = [sys.executable, "-m", "ring_hf.cli", "bench"]

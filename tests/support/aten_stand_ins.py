@@ -19,7 +19,7 @@ from torch._meta_registrations import alloc_with_matching_layout
 
 from ring_hf.geometry import Tile
 from ring_hf.kernels import cuda_cudnn, cuda_efficient, cuda_flash, flash_varlen, reference
-from tests.flash_stand_ins import CALLS, stand_in
+from tests.support.flash_stand_ins import CALLS, stand_in
 
 ADAPTERS = ("cuda_efficient", "cuda_cudnn")
 

@@ -23,7 +23,7 @@ from ring_hf.doctor.machine_report import (
 )
 from ring_hf.doctor.overlap_estimate import kernel_rates, measured_hardware, predict_overlap
 from ring_hf.kernels import KERNELS
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 # A node of 8 H100 with NVLink, flash-attn installed, Llama 3 8B at 128K tokens: nothing to change.
 GROUP = AttentionGroup(

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ring_hf.parallel import context_attention, forget_group, groups, transport, warm_up
-from tests.distributed.cases import Case, ring_result
-from tests.harness import run_distributed
+from tests.parallel.cases import Case, ring_result
+from tests.support.harness import run_distributed
 
 CPU = torch.device("cpu")
 

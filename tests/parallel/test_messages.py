@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ring_hf.parallel import all_gather, all_reduce, gather_numbers, groups, register_group
-from tests.harness import run_distributed
+from tests.support.harness import run_distributed
 
 
 def _tell(rank, world_size):

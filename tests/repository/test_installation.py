@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 
 def test_a_clone_beside_a_script_does_not_hide_the_package(tmp_path):

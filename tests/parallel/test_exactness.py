@@ -10,8 +10,8 @@ import itertools
 import pytest
 
 from ring_hf.geometry import LAYOUTS
-from tests.distributed.cases import TENSORS, Case, errors
-from tests.harness import run_distributed
+from tests.parallel.cases import TENSORS, Case, errors
+from tests.support.harness import run_distributed
 
 
 def _passes(dtype: str, name: str, apart: float, ratio: float, single: float) -> bool:

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 PACKAGE = ROOT / "ring_hf"
 # What a part of the package may import of the package; the floors from the ground up, then the rooms beside them.
