@@ -9,12 +9,12 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from ..launcher import WorkerError, WorkerPool, WorkerTimeout, report_status
 
 LINK_CHECKS = {
     "cuda": "Set NCCL_DEBUG=INFO and look for the interface and the transport it chooses; try NCCL_P2P_DISABLE=1 "
@@ -111,62 +111,31 @@ def launch_ranks(function: RankFunction, size: int, job: RankJob) -> list[Any]:
     Raises:
         RankTimeout: if a rank fails or does not answer in time; the message has the last status of every such rank.
     """
-    context = multiprocessing.get_context("spawn")
-    folder = tempfile.TemporaryDirectory(prefix="ring-hf-doctor-")
-    pipes, processes = [], []
-    num_threads = max(1, (os.cpu_count() or 1) // size)
-    for rank in range(size):
-        ours, theirs = context.Pipe()
-        arguments = (function, rank, size, job, str(Path(folder.name) / "store"), num_threads, theirs)
-        processes.append(context.Process(target=_run_rank, args=arguments, daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
+    num_threads = max(1, (os.cpu_count() or 1) // size) if job.device == "cpu" else None
+    # Started from nothing: a forked process could not use CUDA if this one has.
+    pool = WorkerPool(size, set_num_threads, (num_threads,), multiprocessing.get_context("spawn"))
     try:
-        return _collect(pipes, job)
+        with tempfile.TemporaryDirectory(prefix="ring-hf-doctor-") as folder:
+            return pool.run(run_rank, function, size, job, str(Path(folder) / "store"), timeout=job.timeout)
+    except WorkerError as error:
+        raise RankTimeout(
+            f"rank {error.rank} failed, {error.status}: {error.reason}. {suggest_check(job.device, error.status)}"
+        ) from error
+    except WorkerTimeout as error:
+        unfinished = "; ".join(f"rank {rank} was {status}" for rank, status in error.statuses.items())
+        raise RankTimeout(f"no answer in {job.timeout:g} s: {unfinished}. {LINK_CHECKS[job.device]}") from error
     finally:
-        for process in processes:
-            process.join(0.5)
-            process.kill()
-            process.join()
-        folder.cleanup()
+        pool.stop(patience=0.5)
 
 
-def _collect(pipes: list[Connection], job: RankJob) -> list[Any]:
-    statuses = dict.fromkeys(range(len(pipes)), STARTING)
-    results: dict[int, Any] = {}
-    deadline = time.monotonic() + job.timeout
-    while len(results) < len(pipes):
-        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = wait(open_pipes, max(0.0, deadline - time.monotonic()))
-        if not ready:
-            unfinished = "; ".join(f"rank {rank} was {statuses[rank]}" for rank in statuses if rank not in results)
-            raise RankTimeout(f"no answer in {job.timeout:g} s: {unfinished}. {LINK_CHECKS[job.device]}")
-        for rank, pipe in enumerate(pipes):
-            if pipe not in ready:
-                continue
-            try:
-                kind, value = pipe.recv()
-            except EOFError:
-                kind, value = "failed", "the process ended"
-            if kind == "failed":
-                status = statuses[rank]
-                raise RankTimeout(f"rank {rank} failed, {status}: {value}. {suggest_check(job.device, status)}")
-            if kind == "done":
-                results[rank] = value
-            else:
-                statuses[rank] = value
-    return [results[rank] for rank in range(len(pipes))]
+def set_num_threads(rank: int, num_threads: int | None) -> None:
+    """Let this worker compute on `num_threads` threads; None leaves PyTorch's choice."""
+    if num_threads is not None:
+        import torch
 
-
-def _run_rank(
-    function: RankFunction, rank: int, size: int, job: RankJob, store: str, num_threads: int, pipe: Connection
-) -> None:
-    import torch
-
-    if job.device == "cpu":
         torch.set_num_threads(num_threads)
-    try:
-        pipe.send(("done", function(rank, size, job, store, lambda status: pipe.send(("status", status)))))
-    except Exception as error:
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def run_rank(rank: int, function: RankFunction, size: int, job: RankJob, store: str) -> Any:
+    """Run `function` in a worker of the pool, whose statuses go to the caller."""
+    return function(rank, size, job, store, report_status)

@@ -2,12 +2,12 @@
 
 import os
 import threading
-from multiprocessing import Pipe
 
 import pytest
 
 from ring_hf.doctor import rank_launch
 from ring_hf.doctor.rank_launch import RankJob, RankTimeout
+from ring_hf.launcher import WorkerError, WorkerTimeout
 
 JOB = RankJob(
     device="cpu",
@@ -24,34 +24,42 @@ JOB = RankJob(
 )
 
 
-def test_a_rank_that_hangs_is_given_up_with_its_last_status():
-    pipes = [Pipe() for _ in range(2)]
-    pipes[0][1].send(("status", "exchanging 64 bytes with its neighbours"))
+@pytest.fixture
+def failing_pool(monkeypatch):
+    """Let a pool start no process and end with an error; what ends real ones is tested in test_harness.py."""
+
+    def install(error):
+        def run(self, *arguments, timeout):
+            raise error
+
+        monkeypatch.setattr(rank_launch.WorkerPool, "__init__", lambda self, *arguments: None)
+        monkeypatch.setattr(rank_launch.WorkerPool, "run", run)
+        monkeypatch.setattr(rank_launch.WorkerPool, "stop", lambda self, patience: None)
+
+    return install
+
+
+def test_a_rank_that_hangs_is_given_up_with_its_last_status(failing_pool):
+    statuses = {0: "exchanging 64 bytes with its neighbours", 1: "starting"}
+    failing_pool(WorkerTimeout("run_rank", statuses, JOB.timeout))
     with pytest.raises(RankTimeout) as caught:
-        rank_launch._collect([ours for ours, _ in pipes], JOB)
+        rank_launch.launch_ranks(len, 2, JOB)
     message = str(caught.value)
     assert "no answer in 0.3 s: rank 0 was exchanging 64 bytes with its neighbours; rank 1 was starting" in message
     assert "GLOO_SOCKET_IFNAME" in message
 
 
-def test_a_rank_that_fails_or_ends_is_named():
-    pipes = [Pipe() for _ in range(2)]
-    pipes[0][1].send(("done", 7))
-    pipes[1][1].send(("failed", "RuntimeError: no route"))
+def test_a_rank_that_fails_is_named(failing_pool):
+    failing_pool(WorkerError(1, 2, "starting", "RuntimeError: no route", "its traceback"))
     with pytest.raises(RankTimeout, match="rank 1 failed, starting: RuntimeError: no route"):
-        rank_launch._collect([ours for ours, _ in pipes], JOB)
-    pipes = [Pipe() for _ in range(2)]
-    pipes[0][1].close()
-    with pytest.raises(RankTimeout, match="rank 0 failed, starting: the process ended"):
-        rank_launch._collect([ours for ours, _ in pipes], JOB)
+        rank_launch.launch_ranks(len, 2, JOB)
 
 
-def test_a_kernel_that_fails_is_not_blamed_on_the_links():
-    ours, theirs = Pipe()
-    theirs.send(("status", f"{rank_launch.TIMING_ATTENTION} over 512 tokens"))
-    theirs.send(("failed", "RuntimeError: no kernel image"))
+def test_a_kernel_that_fails_is_not_blamed_on_the_links(failing_pool):
+    status = f"{rank_launch.TIMING_ATTENTION} over 512 tokens"
+    failing_pool(WorkerError(0, 1, status, "RuntimeError: no kernel image", "its traceback"))
     with pytest.raises(RankTimeout, match=r"over 512 tokens: RuntimeError: no kernel image\. The kernel itself"):
-        rank_launch._collect([ours], JOB)
+        rank_launch.launch_ranks(len, 1, JOB)
 
 
 def test_a_rank_of_a_launcher_that_hangs_ends_with_a_message(monkeypatch, capsys):
