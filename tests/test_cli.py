@@ -132,7 +132,7 @@ def test_help_teaches_by_examples_that_run(command, tmp_path, monkeypatch, capsy
 REFUSED = [
     ("show --seq 64X", "invalid parse_size value: '64X'"),
     ("show --layout diagonal", "invalid choice: 'diagonal'"),
-    ("show --transport double_ring", "inner_ring_size=1 does not cut a ring of 8"),
+    ("show --transport double_ring", "inner_ring_size=1 cannot cut a ring of 8"),
     ("show --inner 2", "--inner 2 with --transport ring: only a double ring has inner rings. Add"),
     ("show --ulysses 3", "ulysses_size=3 does not divide the 8 ranks"),
     ("show --seq 1K --documents 800,300", "The documents hold 1100 tokens, the sequence 1024. Make --seq larger"),
@@ -144,7 +144,7 @@ REFUSED = [
     ),
     ("show --full --prefix 4", "Prefixes need a causal mask without chunks: drop the prefixes or use such a mask."),
     ("simulate --heads 6 --kv-heads 4", "--kv-heads 4 does not divide --heads 6"),
-    ("simulate --inner 3", "--inner 3 does not cut a ring of 8 into several equal rings"),
+    ("simulate --inner 3", "--inner 3 cannot cut a ring of 8 ranks into several equal rings"),
     ("simulate --ulysses 3", "--ulysses 3 does not fit 8 ranks and 32 query heads"),
     ("simulate --flops -1", "--flops -1.0 must be positive"),
 ]

@@ -19,6 +19,7 @@ from ..geometry.heads import chunk_heads, head_split
 from ..geometry.layout import layout_rule
 from ..geometry.plan import Plan, Step
 from ..geometry.sequence import Mask, ShardedSequence
+from ..geometry.spec import check_inner_ring
 from ..text import format_bytes, format_duration
 from .devices import HARDWARE, Hardware, Shape
 from .timeline import LayerCost, simulate_direct, simulate_ring
@@ -259,10 +260,7 @@ def choose_transport(
     """
     size = sequence.ring_size
     if size % inner_ring_size:
-        raise ValueError(
-            f"inner_ring_size={inner_ring_size} does not divide the ring of {size}. Choose a divisor, or 1 for a "
-            "plain ring."
-        )
+        check_inner_ring(inner_ring_size, size, f"inner_ring_size={inner_ring_size}")
     if size == 1:
         return TransportChoice("ring", "the ring has one rank: no keys or values are sent")
     ring = "double_ring" if 1 < inner_ring_size < size else "ring"

@@ -19,7 +19,7 @@ from .layout import (
 )
 from .plan import Move, Plan, Slice, Step, make_plan, sent_tokens
 from .sequence import Mask, RowRegions, ShardedSequence
-from .spec import TRANSPORTS, AttentionSpec, RingOptions, check_transport, divisors, either_of
+from .spec import TRANSPORTS, AttentionSpec, RingOptions, check_inner_ring, check_transport, divisors, either_of
 from .tiles import Tile, make_tiles
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "auto_ulysses",
     "balanced_owners",
     "check_head_chunks",
+    "check_inner_ring",
     "check_length",
     "check_transport",
     "chunk_heads",

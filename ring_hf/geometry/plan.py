@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .dependencies import max_hops, needed_kv_ranges
 from .layout import Segment, join_segments, slice_segments
 from .sequence import Mask, ShardedSequence
-from .spec import check_transport
+from .spec import check_inner_ring, check_transport
 from .tiles import Tile, make_tiles
 
 
@@ -161,10 +161,7 @@ def blocks(sequence: ShardedSequence, mask: Mask, rank: int, transport: str, inn
     check_transport(transport)
     assert transport != "auto", "the caller resolves it"
     if size % inner_ring_size or (transport == "double_ring" and inner_ring_size in (1, size) and size > 1):
-        raise ValueError(
-            f"inner_ring_size={inner_ring_size} does not cut a ring of {size} into several equal rings of several "
-            'ranks. Choose a divisor in between, or transport="ring".'
-        )
+        check_inner_ring(inner_ring_size, size, f"inner_ring_size={inner_ring_size}")
     if size == 1:
         return [(Slice(0, 0, sequence.length),)]
     if transport == "allgather":

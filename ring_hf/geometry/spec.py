@@ -99,23 +99,32 @@ class RingOptions:
         Raises:
             ValueError: if the ring cannot be cut into inner rings of `inner_ring_size`.
         """
-        inner = self.inner_ring_size
-        if size == 1 and inner == 1:
-            return  # each rank has whole sequences
-        ring = size // ulysses_size
-        possible = [divisor for divisor in divisors(ring) if 1 < divisor < ring]
-        if (inner > 1 or self.transport == "double_ring") and not possible:
+        inner, ring = self.inner_ring_size, size // ulysses_size
+        if inner > 1 or (size > 1 and self.transport == "double_ring"):
             setting = f"inner_ring_size={inner}" if inner > 1 else f"transport={self.transport!r}"
-            raise ValueError(
-                f"{setting} needs a ring that is made of smaller rings, but context_parallel_size={size} / "
-                f"ulysses_size={ulysses_size} leaves a ring of {ring}. Use a ring of 4, 6, 8, ... ranks, or "
-                'transport="ring" without inner_ring_size.'
-            )
-        if inner > 1 and inner not in possible:
-            raise ValueError(
-                f"inner_ring_size={inner} does not cut the ring of {ring} ranks (context_parallel_size={size} / "
-                f"ulysses_size={ulysses_size}) into several equal rings. Set it to {either_of(possible)}."
-            )
+            sizes = f"context_parallel_size={size} / ulysses_size={ulysses_size}"
+            check_inner_ring(inner if inner > 1 else None, ring, setting, f" ({sizes})")
+
+
+def check_inner_ring(inner_ring_size: int | None, ring_size: int, setting: str, origin: str = "") -> None:
+    """Check that a ring is made of several equal rings of several ranks.
+
+    Args:
+        inner_ring_size: ranks of an inner ring; None if any number will do.
+        setting: what asks for it, as the user writes it.
+        origin: where `ring_size` comes from, for the message.
+
+    Raises:
+        ValueError: if the ring cannot be cut like that.
+    """
+    possible = [divisor for divisor in divisors(ring_size) if 1 < divisor < ring_size]
+    if inner_ring_size in possible or (inner_ring_size is None and possible):
+        return
+    way_out = f"Set it to {either_of(possible)}" if possible else "That takes a ring of 4, 6, 8, ... ranks"
+    raise ValueError(
+        f"{setting} cannot cut a ring of {ring_size} ranks{origin} into several equal rings of several ranks. "
+        f'{way_out}, or use transport="ring" without inner rings.'
+    )
 
 
 def check_transport(transport: str, inner_ring_size: int = 1) -> None:

@@ -12,6 +12,7 @@ from ..geometry import (
     Mask,
     ShardedSequence,
     auto_ulysses,
+    check_inner_ring,
     length_multiple,
     max_head_chunks,
     padded_length,
@@ -112,11 +113,8 @@ class TrainingJob:
                 f"{num_heads} query heads of {self.model.name}. Choose at most {max_chunks}"
                 + ("." if self.ulysses > 1 else ", or a --ulysses of at least 2.")
             )
-        if self.inner != 1 and (not 1 < self.inner < self.ring or self.ring % self.inner):
-            raise ValueError(
-                f"--inner {self.inner} does not cut a ring of {self.ring} into several equal rings. Choose a smaller "
-                "divisor of at least 2, or 1 for a plain ring."
-            )
+        if self.inner != 1:
+            check_inner_ring(self.inner, self.ring, f"--inner {self.inner}")
         if self.inner > 1 and self.transport not in ("auto", "double_ring"):
             raise ValueError(
                 f"--inner {self.inner} means a double ring, but --transport is {self.transport}. Use double_ring or "

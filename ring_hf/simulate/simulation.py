@@ -9,7 +9,7 @@ from typing import Any
 
 from ..costmodel.devices import BACKWARD_FLOPS_RATIO, Hardware, Shape
 from ..costmodel.pass_cost import WorkMatrices, estimate_pass
-from ..geometry import auto_ulysses, head_split
+from ..geometry import auto_ulysses, check_inner_ring, head_split
 from .scenario import Scenario
 
 
@@ -134,11 +134,8 @@ def _transports(num_ranks: int, hardware: Hardware, inner_ring_size: int | None)
     """Yield `(name, transport, inner ring size)`."""
     yield "ring", "ring", 1
     inner = hardware.ranks_per_node if inner_ring_size is None else inner_ring_size
-    if inner_ring_size is not None and (num_ranks % inner or not 1 < inner < num_ranks):
-        raise ValueError(
-            f"--inner {inner} does not cut a ring of {num_ranks} into several equal rings of several ranks. Choose a "
-            "divisor in between."
-        )
+    if inner_ring_size is not None:
+        check_inner_ring(inner, num_ranks, f"--inner {inner}")
     if 1 < inner < num_ranks and num_ranks % inner == 0:
         yield f"double ring of {inner}", "double_ring", inner
     yield "all-gather", "allgather", 1

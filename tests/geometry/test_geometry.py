@@ -249,7 +249,7 @@ REFUSALS = {
     ),
     "double ring": (
         lambda: make_plan(ShardedSequence("zigzag", 12, 6), Mask(), 0, transport="double_ring", inner_ring_size=4),
-        r"inner_ring_size=4 does not cut a ring of 6",
+        r"inner_ring_size=4 cannot cut a ring of 6 ranks",
     ),
     "plan": (
         lambda: make_plan(ShardedSequence("zigzag", 8, 2, None, (8,)), Mask(), 0, 2),

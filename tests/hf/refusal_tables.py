@@ -62,21 +62,20 @@ CONFIGS: dict[str, Refusal] = {
     ),
     "inner ring that does not divide the ring": Refusal(
         kwargs={"context_parallel_size": 8, "inner_ring_size": 3},
-        message="inner_ring_size=3 does not cut the ring of 8 ranks .context_parallel_size=8 / ulysses_size=1."
-        ".*to 2 or 4",
+        message="inner_ring_size=3 cannot cut a ring of 8 ranks .context_parallel_size=8 / ulysses_size=1..*to 2 or 4",
     ),
     "inner ring of a hybrid": Refusal(
         kwargs={"context_parallel_size": 8, "ulysses_size": 2, "inner_ring_size": 4, "transport": "double_ring"},
-        message="inner_ring_size=4 does not cut the ring of 4 ranks .context_parallel_size=8 / ulysses_size=2."
+        message="inner_ring_size=4 cannot cut a ring of 4 ranks .context_parallel_size=8 / ulysses_size=2."
         ".*Set it to 2",
     ),
     "inner ring of a ring of three": Refusal(
         kwargs={"context_parallel_size": 3, "inner_ring_size": 3},
-        message="inner_ring_size=3 needs a ring that is made of smaller rings, but .*leaves a ring of 3",
+        message="inner_ring_size=3 cannot cut a ring of 3 ranks .*takes a ring of 4, 6, 8",
     ),
     "double ring of two": Refusal(
         kwargs={"context_parallel_size": 2, "transport": "double_ring"},
-        message="transport='double_ring' needs a ring that is made of smaller rings, but .* leaves a ring of 2",
+        message="transport='double_ring' cannot cut a ring of 2 ranks",
     ),
     "no head chunks": Refusal(kwargs={"head_chunks": 0}, message="head_chunks=0 must be a whole number of at least 1"),
     "head chunks in one process": Refusal(

@@ -228,7 +228,7 @@ CALLS: dict[str, Refusal] = {
 SHARD = {"input_ids": ONES[:, :8], METADATA_KEY: SHARD_METADATA}
 # Arguments of a forward pass, which replace or extend those of `SHARD`.
 FORWARD_ARGUMENTS: dict[str, Refusal] = {
-    "mask": Refusal(kwargs={"attention_mask": ONES}, message="attention_mask was passed with a sharded batch"),
+    "mask": Refusal(kwargs={"attention_mask": ONES}, message="attention_mask reached a sharded sequence"),
     "cache": Refusal(kwargs={"past_key_values": object()}, message="past_key_values was passed with a sharded batch"),
     "cache by its new name": Refusal(kwargs={"cache": object()}, message="cache was passed with a sharded batch"),
     "embeddings": Refusal(kwargs={"inputs_embeds": ONES}, message="inputs_embeds was passed with a sharded batch"),

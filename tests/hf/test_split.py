@@ -106,8 +106,7 @@ REFUSED = {
         "ring_zigzag",
         heads=(4, 4),
         settings={"ulysses_size": "auto", "inner_ring_size": 2},
-        message="inner_ring_size=2 needs a ring that is made of smaller rings, but "
-        ".* ulysses_size=4 leaves a ring of 1",
+        message="inner_ring_size=2 cannot cut a ring of 1 ranks .* ulysses_size=4.",
     ),
     "more head chunks than heads of a rank": Case(
         "ulysses",

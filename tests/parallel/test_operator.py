@@ -226,7 +226,7 @@ def functional_hybrid(rank: int, world_size: int) -> None:
         ({"ulysses_size": 3}, "ulysses_size=3 does not divide the 4 ranks"),
         ({"head_chunks": 2}, "head_chunks=2 cuts the exchange of heads, but with ulysses_size=1"),
         ({"ulysses_size": 4, "head_chunks": 2}, "head_chunks=2 is more than the 1 query heads that the busiest"),
-        ({"transport": "double_ring", "inner_ring_size": 3}, "inner_ring_size=3 does not cut a ring of 4"),
+        ({"transport": "double_ring", "inner_ring_size": 3}, "inner_ring_size=3 cannot cut a ring of 4 ranks"),
     ):
         with pytest.raises(ValueError, match=message):
             context_attention(*mine, layout="contiguous", **settings)

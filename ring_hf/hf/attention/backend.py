@@ -20,8 +20,8 @@ from ring_hf.parallel import num_processes, ring_attention
 
 from .. import context
 from ..attn_names import BACKENDS, attention_name
-from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
-from . import announcements
+from ..batch_metadata import ContextParallelMetadata, InvalidBatch
+from . import announcements, shard_errors
 from .local import local_attention_forward
 
 # Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
@@ -169,7 +169,7 @@ def attention(
         raise ValueError(context_parallel.message)
     batch = context_parallel
     if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
-        raise ValueError(UNCHECKED_BATCH_ERROR)
+        raise ValueError(shard_errors.UNCHECKED_BATCH)
     _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
     out_BHSE, _ = ring_attention(
         _llama4_query_temperature(module, query, batch),
@@ -234,25 +234,12 @@ def _llama4_query_temperature(
     return (query_BHCD * (global_C / local_C)[None, None, :, None]).to(query_BHCD.dtype)
 
 
-MISSING_METADATA_ERROR = (
-    f"Sequences are shared by several ranks, but this training batch carries no {METADATA_KEY!r}: it "
-    "did not come from ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or "
-    "collate_fn=... to the DataLoader."
-)
-UNCHECKED_BATCH_ERROR = (
-    "A sharded batch reached an attention layer without passing the checks of ring_hf, which compare it between ranks "
-    "and sum its loss. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
-    "AdaptionPrompt): use another wrapper. Or this is a second model or a training loop of your own: call "
-    "ring_hf.guard_model(model) first."
-)
-
-
 def _refuse_unguarded_training(module: torch.nn.Module) -> None:
     """Raise ValueError if the model trains on whole sequences by mistake, without the guard that checks batches."""
     if not (module.training and torch.is_grad_enabled()):
         return
     if context.current() is not None and not announcements.is_guarded(module):
-        raise ValueError(MISSING_METADATA_ERROR)
+        raise ValueError(shard_errors.MISSING_METADATA)
     if not context.is_configured() and num_processes() > 1:
         name = attention_name(module.config) if hasattr(module, "config") else None
         raise ValueError(
@@ -276,10 +263,7 @@ def _refuse_unsupported(
             "backends compute one sink per head. Use attn_implementation='eager'."
         )
     if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions=True needs the attention matrix, which ring attention never builds. "
-            'Set it to False, or inspect a short sequence with attn_implementation="eager".'
-        )
+        raise ValueError(shard_errors.OUTPUT_ATTENTIONS)
     for name in UNSUPPORTED_KWARGS:
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -323,32 +307,21 @@ def _refuse_unshardable(
 ) -> None:
     name = attention_name(module.config) if hasattr(module, "config") else None
     if name is not None and BACKENDS.get(name) != batch.sequence.layout:
-        raise ValueError(
-            f"The model attends with {name!r}, but the batch was sharded for layout {batch.sequence.layout!r}. Build "
-            "the collator from the model that is trained, after its last set_attn_implementation call."
-        )
+        raise ValueError(shard_errors.layout_error(name, batch))
     # In one process with prefixes, document numbers repeat what its batch says. A 0 would hide a token.
     numbers = batch.sequence.num_ranks == 1 and attention_mask is not None and attention_mask.dtype == torch.int64
     if attention_mask is not None and not (numbers and attention_mask.ndim == 2 and bool((attention_mask > 0).all())):
-        raise ValueError(
-            f"An attention mask of shape {tuple(attention_mask.shape)} reached a sharded sequence. Padding and "
-            "documents travel in the batch that ContextParallelCollator made; do not pass attention_mask beside it."
-        )
+        shape = tuple(attention_mask.shape)
+        raise ValueError(shard_errors.attention_mask_error(f"An attention mask of shape {shape}"))
     if module.training and dropout > 0:
         raise ValueError(
             f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. Set "
             "config.attention_dropout = 0.0."
         )
     if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries meet {key.shape[2]} keys: a KV cache cannot be combined with sharded "
-            "sequences. Pass use_cache=False and no past_key_values."
-        )
+        raise ValueError(shard_errors.kv_cache_error(f"{query.shape[2]} queries meet {key.shape[2]} keys"))
     if query.shape[2] != batch.shard_length:
-        raise ValueError(
-            f"This rank got {query.shape[2]} tokens, but its {batch.sequence.layout} shard of {batch.sequence.length} "
-            f"tokens has {batch.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
-        )
+        raise ValueError(shard_errors.shard_length_error(query.shape[2], batch))
     supported = DTYPES.get(query.device.type, ())
     if query.dtype not in supported:
         raise ValueError(

@@ -10,7 +10,7 @@ from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
 from .. import context as process
-from ..attention.backend import MISSING_METADATA_ERROR
+from ..attention import shard_errors
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..degrees import resolve_degrees
 from .argument_rules import check_loader, check_loss_weights
@@ -32,7 +32,7 @@ def check_batch(
     if isinstance(metadata, InvalidBatch):
         return metadata.message
     if not isinstance(metadata, ContextParallelMetadata):
-        return MISSING_METADATA_ERROR
+        return shard_errors.MISSING_METADATA
     if args:
         return "The model got positional arguments. Pass the batch as keyword arguments: model(**batch)."
     return (
@@ -70,17 +70,14 @@ def _check_loss_weights(model: PreTrainedModel, kwargs: dict[str, Any]) -> str |
 
 
 def _check_unsupported(kwargs: dict[str, Any]) -> str | None:
-    for name, reason in (
-        ("attention_mask", "ContextParallelCollator already describes padding and documents in the batch"),
-        ("past_key_values", "a KV cache cannot be combined with sharded sequences"),
-        ("cache", "a KV cache cannot be combined with sharded sequences"),  # its name since Transformers 5.24
-        ("inputs_embeds", "only token ids can be sharded"),
-    ):
+    if kwargs.get("attention_mask") is not None:
+        return shard_errors.attention_mask_error("attention_mask")
+    for name in ("past_key_values", "cache"):  # the name until Transformers 5.23, and since 5.24
         if kwargs.get(name) is not None:
-            return f"{name} was passed with a sharded batch, but {reason}. Leave it out."
-    if kwargs.get("output_attentions"):
-        return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
-    return None
+            return shard_errors.kv_cache_error(f"{name} was passed with a sharded batch")
+    if kwargs.get("inputs_embeds") is not None:
+        return "inputs_embeds was passed with a sharded batch, but only token ids can be sharded. Leave it out."
+    return shard_errors.OUTPUT_ATTENTIONS if kwargs.get("output_attentions") else None
 
 
 def _check_degrees(
@@ -97,19 +94,12 @@ def _check_degrees(
     details = ""
     if degrees.layout == sequence.layout:
         details = f", {sequence.num_ranks} ranks with ulysses_size={sequence.ulysses}, not for {degrees}"
-    return (
-        f"The model attends with {degrees.backend!r}, but the batch was sharded for layout {sequence.layout!r}"
-        f"{details}. Build the collator from the model that is trained, after its last set_attn_implementation call."
-    )
+    return shard_errors.layout_error(degrees.backend, metadata, details)
 
 
 def _check_input_ids(input_ids_BC: torch.Tensor, metadata: ContextParallelMetadata) -> str | None:
-    num_tokens, sequence = input_ids_BC.shape[1], metadata.sequence
-    if num_tokens != metadata.shard_length:
-        return (
-            f"This rank got {num_tokens} tokens, but its {sequence.layout} shard of {sequence.length} tokens has "
-            f"{metadata.shard_length}. Do not cut or pad the batch after ContextParallelCollator."
-        )
+    if input_ids_BC.shape[1] != metadata.shard_length:
+        return shard_errors.shard_length_error(input_ids_BC.shape[1], metadata)
     if input_ids_BC.device.type not in ("cpu", "cuda"):
         return f"Device {input_ids_BC.device} is not supported by ring attention. Use a CPU or CUDA device."
     return None

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ring_hf.memory.chunked_loss import stock_of
 from ring_hf.memory.token_wise import values_above_zero
 
+from ..attention.shard_errors import OUTPUT_ATTENTIONS
 from ..attn_names import layout_of
 from .moe_aux_loss import check_aux_loss
 
@@ -182,7 +183,7 @@ def _rope(model: PreTrainedModel) -> str | None:
 def _output_attentions(model: PreTrainedModel) -> str | None:
     if not getattr(text_config(model), "output_attentions", False):
         return None
-    return "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False."
+    return OUTPUT_ATTENTIONS
 
 
 MODEL_RULES: tuple[Rule, ...] = (

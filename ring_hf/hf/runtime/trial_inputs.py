@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ring_hf.parallel import all_gather
 
 from .. import context as process
-from ..attention.backend import MISSING_METADATA_ERROR
+from ..attention.shard_errors import MISSING_METADATA
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata, InvalidBatch
 from ..collate.collator import ContextParallelCollator
 from ..documents import shift_left
@@ -54,7 +54,7 @@ def make_trial_inputs(model: PreTrainedModel, inputs: dict[str, Any], context: p
     batch = inputs.get(METADATA_KEY)
     is_sharded = isinstance(batch, ContextParallelMetadata)
     fingerprint = batch.fingerprint if isinstance(batch, ContextParallelMetadata) else None
-    error = None if is_sharded else getattr(batch, "message", MISSING_METADATA_ERROR)
+    error = None if is_sharded else getattr(batch, "message", MISSING_METADATA)
     raise_on_all_ranks(error, {"the batch (hash of its tokens, labels and documents)": fingerprint}, context)
     assert isinstance(batch, ContextParallelMetadata)
     tokens_Bk = inputs["input_ids"][:1, :TOKENS_PER_RANK]
