@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -21,7 +21,6 @@ from ..batch_metadata import METADATA_KEY
 from ..cache_step import CacheStep
 from ..checks.argument_rules import first_error
 from ..checks.model_rules import GENERATION_RULES
-from .sharded_cache import ContextParallelCache
 
 # Arguments of a forward pass that this cache understands. Any other tensor is refused, as its tokens would not be cut.
 KNOWN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
@@ -58,16 +57,28 @@ def install_hooks(model: torch.nn.Module) -> None:
         _hooked_models.add(model)
 
 
-def _cache_of(kwargs: dict[str, Any]) -> ContextParallelCache | None:
+class SharedCache(Protocol):
+    """What the hooks need of a `ContextParallelCache` that ranks share."""
+
+    context: process.ProcessContext
+
+    def get_seq_length(self) -> int: ...
+
+    def begin_step(self, num_tokens: int, row_starts: tuple[int, ...] | None) -> CacheStep: ...
+
+    def end_step(self, step: CacheStep) -> None: ...
+
+
+def _cache_of(kwargs: dict[str, Any]) -> SharedCache | None:
     cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name until Transformers 5.23, and since 5.24
-    return cache if isinstance(cache, ContextParallelCache) and cache.context is not None else None
+    return cache if cache is not None and hasattr(cache, "begin_step") and cache.context is not None else None
 
 
 def _before_pass(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _cache_of(kwargs)
     if cache is None:
         return None
-    group = cache.context.group  # type: ignore[union-attr]  # `_cache_of` has checked it
+    group = cache.context.group
     error = _find_error(model, args, kwargs, cache)
     start = cache.get_seq_length()
     ids = kwargs.get("input_ids")
@@ -88,7 +99,7 @@ def _before_pass(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return args, {**kwargs, **_inputs_of_rank(model, kwargs, step), METADATA_KEY: step}
 
 
-def _find_error(model: Any, args: tuple, kwargs: dict[str, Any], cache: ContextParallelCache) -> str | None:
+def _find_error(model: Any, args: tuple, kwargs: dict[str, Any], cache: SharedCache) -> str | None:
     if process.current() is not cache.context:
         return "The processes were set up anew since ContextParallelCache was made. Make another one."
     if args or kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:

@@ -20,6 +20,7 @@ from ring_hf.geometry import Segment, ShardedSequence, padded_length
 
 from .. import context as process
 from ..cache_step import CacheStep
+from .generation_hooks import check_model, install_hooks
 
 RUN_LENGTH = 32  # consecutive tokens whose keys one rank keeps while tokens are decoded
 _GROWTH = 256  # tokens by which buffers grow, so that a decoded token copies no cache
@@ -157,8 +158,6 @@ class ContextParallelCache(Cache):
     """
 
     def __init__(self, model: Any, min_sharded_tokens: int | None = None) -> None:
-        from .generation_hooks import check_model, install_hooks
-
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.context = process.current()
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
