@@ -141,9 +141,7 @@ def test_a_format_is_one_row_and_one_function(tmp_path, monkeypatch):
     assert tokenize_source(rows, TOKENIZER, "note", FormatSettings())[:] == {"input_ids": [[1, 2]], "labels": [[7, 7]]}
     with pytest.raises(ValueError, match=r"columns renames \['memo'\], which the format does not read. It reads note"):
         note.row_columns({"memo": "note"})
-    with pytest.raises(
-        ValueError, match=r"format='notes' is unknown \(did you mean note\?\). Choose one of text"
-    ):
+    with pytest.raises(ValueError, match=r"format='notes' is unknown \(did you mean note\?\). Choose one of text"):
         tokenize_source(rows, TOKENIZER, "notes", FormatSettings())
 
 
