@@ -17,12 +17,13 @@ import datasets
 import torch
 import transformers
 from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, parse
-from loading import load_model, load_sequences, load_tokenizer
+from loading import load_model, load_tokenizer
 from refusals import run
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
 
 import ring_hf
+from ring_hf.data.sequences import load_sequences
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
     if data_args.holds_nothing_out:
         disable_evaluation(training_args)
 
+    if data_args.streaming:
+        prepare_for_streaming(training_args)
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
     if checkpoint is not None and is_finished(checkpoint, training_args):
@@ -76,6 +79,21 @@ def keep_shards_of_gradients(training_args: TrainingArguments) -> None:
     settings = training_args.accelerator_config
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and settings.gradient_accumulation_kwargs is None:
         settings.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def prepare_for_streaming(training_args: TrainingArguments) -> None:
+    """Let every process read the stream itself, and take its own rows of it.
+
+    Raises:
+        ValueError: if no number of steps ends the run.
+    """
+    if training_args.max_steps <= 0:
+        raise ValueError(
+            f"streaming=True with max_steps={training_args.max_steps}: a stream has no end. Set max_steps, or "
+            "streaming=False to train for num_train_epochs."
+        )
+    if training_args.accelerator_config.dispatch_batches is None:
+        training_args.accelerator_config.dispatch_batches = False
 
 
 def log_in_main_process_only(training_args: TrainingArguments) -> None:

@@ -1,14 +1,13 @@
-"""Model, tokenizer and datasets of a run, from its arguments."""
+"""Model and tokenizer of a run, from its arguments."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from arguments import DataArguments, ModelArguments, SourceArguments
-from datasets import Dataset
+from arguments import ModelArguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ring_hf.data import build_byte_tokenizer, load_documents, pack_documents, split_documents, tokenize_documents
+from ring_hf.data import build_byte_tokenizer
 from ring_hf.data.byte_level import END_OF_TEXT, PADDING
 
 # Files of which a folder holds at least one if it holds a model or a tokenizer.
@@ -114,27 +113,3 @@ def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
         config.validate_rope()
     if getattr(config, "max_position_embeddings", max_length) < max_length:
         config.max_position_embeddings = max_length
-
-
-def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
-    """Return training and held-out documents; None instead of the latter if `heldout_fraction` is 0."""
-    columns = (args.text_column, args.data_split, args.encoding)
-    documents = load_documents(args.data, *columns)
-    if args.heldout_data is None:
-        return split_documents(documents, args.heldout_fraction)
-    return documents, load_documents(args.heldout_data, *columns)
-
-
-def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Return training and held-out sequences of at most `max_length` tokens."""
-
-    def pack(documents: Dataset) -> Dataset:
-        tokens = tokenize_documents(documents, tokenizer, args.num_proc)
-        return pack_documents(tokens, args.max_length, args.packing, args.mask_boundaries)
-
-    documents, heldout_documents = load_splits(args)
-    train = pack(documents)
-    heldout = None if heldout_documents is None else pack(heldout_documents)
-    if heldout is not None and args.max_heldout_sequences is not None:
-        heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
-    return train, heldout

@@ -9,9 +9,10 @@ from collections import Counter
 
 from datasets import Dataset, Value
 
+from .source_spec import ERRORS
+
 logger = logging.getLogger("ring_hf")
 
-ERRORS = ("raise", "skip")
 # Columns of a dataset that may hold bad rows: null in those that are good.
 BAD_ROW_FEATURES = {"error": Value("string"), "message": Value("string")}
 GOOD = {"error": None, "message": None}

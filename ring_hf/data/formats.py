@@ -14,7 +14,6 @@ To add a format, write a function of one row and put it into a `Format`:
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from datasets import Dataset, Features
 from .bad_rows import BAD_ROW_FEATURES, GOOD, RowError, bad_row, drop_bad_rows
 from .files import RowColumns
 from .pretokenized import check_tokens
-from .tokens import COLUMNS, tokenize_documents
+from .source_spec import explain_keys
+from .tokens import COLUMNS, map_batches, tokenize_documents
 
 RowFunction = Callable[[dict[str, Any], Any, Mapping[str, Any]], Mapping[str, Any]]
 
@@ -53,13 +53,14 @@ class Format:
 
     Args:
         columns: names that every row needs.
-        tokenize: (rows, tokenizer, settings) -> tokenised dataset. The rows are the result of `load_rows`.
+        tokenize: (rows, tokenizer, settings) -> tokenised dataset. The rows are the result of `load_rows`; or of
+            `stream_rows`, of which it makes a stream whose bad rows have an `error` and a `message`.
         optional: names that a row may have.
         options: the keys of a source's `options` that the format reads, with their defaults.
     """
 
     columns: tuple[str, ...]
-    tokenize: Callable[[Dataset, Any, FormatSettings], Dataset]
+    tokenize: Callable[[Any, Any, FormatSettings], Any]
     optional: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,11 +78,11 @@ class Format:
         return RowColumns(self.columns, self.optional, tuple(sorted(renamed.items())))
 
 
-def tokenize_source(rows: Dataset, tokenizer: Any, format_name: str, settings: FormatSettings) -> Dataset:
+def tokenize_source(rows: Any, tokenizer: Any, format_name: str, settings: FormatSettings) -> Any:
     """Tokenise the rows of a source by its format.
 
     Args:
-        rows (`Dataset`): the result of `load_rows`.
+        rows (`Dataset` or `IterableDataset`): the result of `load_rows` or `stream_rows`.
         tokenizer: a Transformers tokenizer.
         format_name (`str`): a key of `FORMATS`.
         settings (`FormatSettings`): options that are left out take the format's defaults.
@@ -102,25 +103,21 @@ def find_format(name: str) -> Format:
         ValueError: if there is none.
     """
     if name not in FORMATS:
-        nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise ValueError(f"format={name!r} is unknown{hint}. Choose one of {', '.join(FORMATS)}.")
+        raise ValueError(f"format unknown: {explain_keys([name], FORMATS)}. Choose one of {', '.join(FORMATS)}.")
     return FORMATS[name]
 
 
 def check_options(format_name: str, options: Mapping[str, Any]) -> None:
     """Raise `ValueError` if a format does not read one of these options."""
     known = find_format(format_name).options
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise ValueError(
-                f"options: {name!r} is no option of format {format_name!r}{hint}. It has {', '.join(known) or 'none'}."
-            )
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"unknown in options of format {format_name!r}: {explain_keys(unknown, known)}. It has "
+            f"{', '.join(known) or 'none'}."
+        )
 
 
-def each_row(function: RowFunction) -> Callable[[Dataset, Any, FormatSettings], Dataset]:
+def each_row(function: RowFunction) -> Callable[[Any, Any, FormatSettings], Any]:
     """Return the `tokenize` of a format that treats every row by itself.
 
     Args:
@@ -128,18 +125,18 @@ def each_row(function: RowFunction) -> Callable[[Dataset, Any, FormatSettings], 
             `RowError` for a row that cannot be used; the file and line are added here.
     """
 
-    def tokenize(rows: Dataset, tokenizer: Any, settings: FormatSettings) -> Dataset:
-        tokens = rows.map(
+    def tokenize(rows: Any, tokenizer: Any, settings: FormatSettings) -> Any:
+        tokens = map_batches(
+            rows,
             _apply,
-            batched=True,
-            batch_size=64,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            fn_kwargs={"function": function, "tokenizer": tokenizer, "settings": settings},
-            features=Features({**COLUMNS, **BAD_ROW_FEATURES}),
-            num_proc=settings.num_proc,
+            Features({**COLUMNS, **BAD_ROW_FEATURES}),
+            settings.num_proc,
             desc="Tokenising rows",
+            with_indices=True,
+            fn_kwargs={"function": function, "tokenizer": tokenizer, "settings": settings},
         )
+        if not isinstance(rows, Dataset):
+            return tokens
         return _drop_null_columns(drop_bad_rows(tokens, settings.source))
 
     return tokenize
@@ -177,7 +174,7 @@ def _drop_null_columns(tokens: Dataset) -> Dataset:
     return tokens
 
 
-def _tokenize_text(rows: Dataset, tokenizer: Any, settings: FormatSettings) -> Dataset:
+def _tokenize_text(rows: Any, tokenizer: Any, settings: FormatSettings) -> Any:
     return tokenize_documents(rows, tokenizer, settings.num_proc)
 
 

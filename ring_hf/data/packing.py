@@ -111,6 +111,7 @@ def pack_documents(
     packing: str = "best_fit",
     mask_boundaries: bool = True,
     attend_across_documents: bool = False,
+    spans: np.ndarray | None = None,
 ) -> Dataset:
     """Pack tokenised documents into sequences.
 
@@ -123,6 +124,8 @@ def pack_documents(
             last token of another document. (The labels are not shifted; the model or the collator does that.)
         attend_across_documents (`bool`): let positions run through the whole sequence, so that the tokens of a
             document attend to the documents before it, too.
+        spans (*optional*): rows `[document, start, stop]` to pack instead of every document once, such as
+            `MixturePlan.spans`. A document of several spans is like several documents.
 
     Returns:
         Rows of the int32 columns `input_ids`, `position_ids` and `labels`, each `[num_tokens]` with at most `length`;
@@ -132,9 +135,9 @@ def pack_documents(
         ValueError: if the packing is unknown, `length` is below 2, or there are no tokens.
     """
     check_packing(packing, length)
-    if not any(num_tokens(tokens)):
+    if spans is None and not any(num_tokens(tokens)):
         raise ValueError(f"the {len(tokens)} documents hold no tokens. Check the data source and its text column.")
-    settings = {"tokens": tokens, "length": length, "packing": packing}
+    settings = {"tokens": tokens, "length": length, "packing": packing, "parts": spans}
     sequences = Dataset.from_generator(_spans_of_sequences, gen_kwargs=settings)
     features = Features(FEATURES)
     if WEIGHTS in tokens.column_names:
@@ -184,8 +187,21 @@ def assemble_sequence(
     return columns
 
 
-def _spans_of_sequences(tokens: Dataset, length: int, packing: str) -> Iterator[dict[str, list[list[int]]]]:
-    for spans in PACKINGS[packing](num_tokens(tokens), length):
+def pack_spans(spans: np.ndarray, length: int, packing: str) -> list[list[DocumentSpan]]:
+    """Pack spans `[document, start, stop]`; see `pack_stream`."""
+    documents, starts, stops = spans.T.tolist()
+    sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    return [
+        [DocumentSpan(documents[p.document], starts[p.document] + p.start, starts[p.document] + p.stop) for p in parts]
+        for parts in PACKINGS[packing](sizes, length)
+    ]
+
+
+def _spans_of_sequences(
+    tokens: Dataset, length: int, packing: str, parts: np.ndarray | None
+) -> Iterator[dict[str, list[list[int]]]]:
+    sequences = PACKINGS[packing](num_tokens(tokens), length) if parts is None else pack_spans(parts, length, packing)
+    for spans in sequences:
         yield {"spans": [[span.document, span.start, span.stop] for span in spans]}
 
 

@@ -13,17 +13,17 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from .bad_rows import BAD_ROW_FEATURES, check_errors, drop_bad_rows, logger
-from .files import RowColumns, ending_of, no_such_column, read_rows
+from .bad_rows import BAD_ROW_FEATURES, GOOD, check_errors, drop_bad_rows, logger
+from .files import NO_TEXT, RowColumns, ending_of, excerpt, no_such_column, read_rows
 
 BUILTIN = "builtin"
 # Of rows of nothing but text, and of others as JSON; a thousand books may be more than a string column can hold.
@@ -80,22 +80,69 @@ def load_rows(
         ValueError: if there is nothing to read, or a file or row cannot be read, which it names.
     """
     check_errors(errors)
-    if source == BUILTIN:
-        if not columns.is_text:
-            raise ValueError(f"data source {BUILTIN!r} is text without the columns {columns.required}. Name another.")
-        return Dataset.from_generator(builtin_documents, gen_kwargs={"python": sys.version})
-    files = find_files(source)
-    if not files:
+    files = [] if source == BUILTIN else find_files(source)
+    if not files and source != BUILTIN:
         return _hub_rows(source, columns, split)
+    function, settings = _reader(source, files, columns, encoding, errors)
+    if source == BUILTIN:
+        return Dataset.from_generator(function, gen_kwargs=settings)
     features = Features({**(_TEXT if columns.is_text else _JSON), **BAD_ROW_FEATURES})
-    settings = {**file_settings(files, encoding), "columns": columns, "errors": errors}
     try:
-        rows = Dataset.from_generator(read_rows, features=features, gen_kwargs=settings)
+        rows = Dataset.from_generator(function, features=features, gen_kwargs=settings)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):  # of `read_rows`, which is more precise
             raise error.__cause__ from None
         raise
     return drop_bad_rows(rows, source)
+
+
+def stream_rows(
+    source: str,
+    columns: RowColumns = RowColumns(),  # noqa: B008  it is frozen
+    split: str = "train",
+    encoding: str = "utf-8",
+    errors: str = "raise",
+) -> IterableDataset:
+    """Return the rows of `load_rows` as a stream, in one shard, with the columns of `BAD_ROW_FEATURES`.
+
+    Rows without text are in the stream, as rows with an error.
+    """
+    check_errors(errors)
+    files = [] if source == BUILTIN else find_files(source)
+    if source == BUILTIN or files:
+        function, settings = _reader(source, files, columns, encoding, errors)
+        return IterableDataset.from_generator(function, gen_kwargs=settings)
+    rows = load_hub(source, split, streaming=True)
+    return IterableDataset.from_generator(_stream_hub, gen_kwargs={"rows": rows, "columns": columns, "name": source})
+
+
+def _reader(
+    source: str, files: list[str], columns: RowColumns, encoding: str, errors: str
+) -> tuple[Callable[..., Iterator[dict[str, Any]]], dict[str, Any]]:
+    """Return the function that yields the rows of files or of the built-in text, and its arguments."""
+    if source != BUILTIN:
+        return read_rows, {**file_settings(files, encoding), "columns": columns, "errors": errors}
+    if not columns.is_text:
+        raise ValueError(f"data source {BUILTIN!r} is text without the columns {columns.required}. Name another.")
+    return builtin_documents, {"python": sys.version}
+
+
+def _stream_hub(rows: Iterable[dict[str, Any]], columns: RowColumns, name: str) -> Iterator[dict[str, Any]]:
+    sources = columns.sources
+    for number, row in enumerate(rows, 1):
+        if number == 1:
+            for column in columns.required:
+                if sources[column] not in row:
+                    raise ValueError(no_such_column(name, sources[column], list(row), column))
+        values = {column: row[key] for column, key in sources.items() if key in row}
+        if columns.is_text and not isinstance(values["text"], str | None):
+            raise ValueError(
+                f"text_column={columns.text_column!r} of {name!r} holds {excerpt(values['text'])} in row {number} and "
+                "no text. Set text_column to the column that holds the text, or set format to one that reads these "
+                "rows."
+            )
+        is_empty = columns.is_text and not values["text"]
+        yield {**values, **({"error": NO_TEXT, "message": f"{name}, row {number}."} if is_empty else GOOD)}
 
 
 def file_settings(files: list[str], encoding: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 LABELS, WEIGHTS = "labels", "loss_weights"
 TOKENS = List(Value("int32"))
@@ -35,28 +35,44 @@ class TokenRow:
         return TokenRow(self.input_ids[span], self.labels[span], weights)
 
 
-def tokenize_documents(documents: Dataset, tokenizer: Callable[..., Any], num_proc: int | None = None) -> Dataset:
+def tokenize_documents(documents: Any, tokenizer: Callable[..., Any], num_proc: int | None = None) -> Any:
     """Tokenise the column `text` into `input_ids`, with a progress bar.
 
     Special tokens are those the tokenizer adds by itself; the end-of-text token, if it has one, closes every document.
 
     Args:
-        documents (`Dataset`): the result of `load_documents`.
+        documents (`Dataset` or `IterableDataset`): the result of `load_documents`.
         tokenizer: a Transformers tokenizer, or anything that is called the same way and has `eos_token_id`.
-        num_proc (`int`, *optional*): worker processes.
+        num_proc (`int`, *optional*): worker processes; a stream has none.
 
     Returns:
         The single column `input_ids`, a list of ids for each document.
     """
-    return documents.map(
+    return map_batches(
+        documents,
         _tokenize,
-        batched=True,
-        batch_size=64,  # documents may be books
-        remove_columns=documents.column_names,
-        fn_kwargs={"tokenizer": tokenizer},
-        features=Features({"input_ids": TOKENS}),
-        num_proc=num_proc,
+        Features({"input_ids": TOKENS}),
+        num_proc,
         desc="Tokenising documents",
+        fn_kwargs={"tokenizer": tokenizer},
+    )
+
+
+def map_batches(
+    rows: Any, function: Callable[..., Any], features: Features, num_proc: int | None, desc: str, **options: Any
+) -> Any:
+    """Return rows that `function` makes of batches of rows, one of each: a dataset, or a stream of a stream.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): whose columns are replaced; a stream keeps them beside the new ones.
+        function: batch of columns -> batch of the columns in `features`.
+        options: further arguments of `Dataset.map`.
+    """
+    options |= {"batched": True, "batch_size": 64}  # documents may be books
+    if isinstance(rows, IterableDataset):
+        return rows.map(function, **options)
+    return rows.map(
+        function, remove_columns=rows.column_names, features=features, num_proc=num_proc, desc=desc, **options
     )
 
 

@@ -108,7 +108,7 @@ def test_kinds_are_counted_once_and_again_from_the_cache(tmp_path, caplog):
 def test_a_larger_embedding_is_an_option(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"input_ids": [8447]}])
     assert tokens_of(path, vocab_size=8448)["input_ids"][:] == [[8447]]
-    with pytest.raises(ValueError, match=r"options: 'vocabsize' is no option of format 'tokens' \(did you mean vocab"):
+    with pytest.raises(ValueError, match=r"unknown in options of format 'tokens': 'vocabsize' \(did you mean vocab"):
         tokens_of(path, vocabsize=8448)
 
 
@@ -141,7 +141,7 @@ def test_a_format_is_one_row_and_one_function(tmp_path, monkeypatch):
     assert tokenize_source(rows, TOKENIZER, "note", FormatSettings())[:] == {"input_ids": [[1, 2]], "labels": [[7, 7]]}
     with pytest.raises(ValueError, match=r"columns renames \['memo'\], which the format does not read. It reads note"):
         note.row_columns({"memo": "note"})
-    with pytest.raises(ValueError, match=r"format='notes' is unknown \(did you mean note\?\). Choose one of text"):
+    with pytest.raises(ValueError, match=r"format unknown: 'notes' \(did you mean note.*\). Choose one of text"):
         tokenize_source(rows, TOKENIZER, "notes", FormatSettings())
 
 
