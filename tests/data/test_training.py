@@ -1,0 +1,73 @@
+"""Training on a stream and without a mask, as a user starts it: two processes give the losses of one."""
+
+import json
+import pydoc_data.topics
+import shutil
+
+import pytest
+
+from tests.harness import launch_forked
+
+RUN = """
+model_config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
+  num_key_value_heads: 2, max_position_embeddings: 128}
+tokenizer: bytes
+max_length: 128
+stream_buffer: 6
+heldout_fraction: 0
+per_device_train_batch_size: 2
+max_steps: 6
+save_steps: 4
+learning_rate: 1e-3
+lr_scheduler_type: constant
+logging_steps: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    for name, texts in (("long", [text[:700] for text in topics[:40]]), ("short", [text[:50] for text in topics[40:]])):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (folder / "run.yaml").write_text(
+        RUN
+        + f"""
+data:
+- {{source: {folder}/long.jsonl, weight: 0.7, length_weights: {{600: 1.5}}}}
+- {{source: {folder}/short.jsonl, weight: 0.3, max_length: 40}}
+"""
+    )
+    return folder
+
+
+def train(folder, name, num_processes, *overrides):
+    size = ["--context_parallel_size", str(num_processes)] if num_processes > 1 else []
+    command = ["recipes/finetune.py", str(folder / "run.yaml"), "--output_dir", str(folder / name), *size, *overrides]
+    launch_forked(command, num_processes)
+    rows = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    return [row for row in rows if "loss" in row]
+
+
+def compare(rows, others, tolerance=1e-5):
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=tolerance)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * tolerance)
+
+
+def test_a_stream_gives_two_processes_the_losses_of_one(folder):
+    one, two = (train(folder, f"stream{n}", n, "--streaming", "true") for n in (1, 2))
+    assert len(one) == 6
+    compare(two, one)
+    shutil.copytree(folder / "stream2" / "checkpoint-4", folder / "again" / "checkpoint-4")
+    again = train(folder, "again", 2, "--streaming", "true")
+    compare(again, two, tolerance=1e-7)  # the sequences of the first four steps are skipped
+
+
+def test_documents_without_a_mask_give_two_processes_the_losses_of_one(folder):
+    options = ["--attend_across_documents", "true", "--max_steps", "3", "--save_strategy", "no"]
+    one = train(folder, "open1", 1, *options, "--attn_implementation", "sdpa")
+    compare(train(folder, "open2", 2, *options), one)
+    masked = train(folder, "masked", 1, "--max_steps", "3", "--save_strategy", "no")
+    assert abs(masked[0]["loss"] - one[0]["loss"]) > 1e-4
