@@ -1,20 +1,12 @@
 """Model and tokenizer of a run, from its arguments."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from arguments import ModelArguments
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ring_hf.data import build_byte_tokenizer
-from ring_hf.data.byte_level import END_OF_TEXT, PADDING
-
-# Files of which a folder holds at least one if it holds a model or a tokenizer.
-FILES = {
-    "model": ("config.json", "adapter_config.json"),
-    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-}
+from ring_hf.data import byte_level
+from ring_hf.hf.pretrained import load_pretrained
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -26,36 +18,7 @@ def load_tokenizer(args: ModelArguments) -> Any:
     name = args.tokenizer or args.model
     if name is None:
         raise ValueError("a new model needs a tokenizer. Set tokenizer to a hub id, a folder, or `bytes`.")
-    if name == "bytes":
-        return PreTrainedTokenizerFast(
-            tokenizer_object=build_byte_tokenizer(), eos_token=END_OF_TEXT, pad_token=PADDING
-        )
-    revision = args.model_revision if name == args.model else "main"
-    return load_pretrained(AutoTokenizer, "tokenizer", name, revision=revision)
-
-
-def load_pretrained(loader: Any, kind: str, name: str, **options: Any) -> Any:
-    """Return `loader.from_pretrained(name)`.
-
-    Raises:
-        ValueError: if neither a folder nor the hub provides it; the message covers both.
-    """
-    folder = Path(name)
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        if not folder.is_dir() and isinstance(error, OSError):
-            raise ValueError(
-                f"there is no folder {name!r} here (in {os.getcwd()}). If a folder was meant, correct the path. If a "
-                f"hub id (`organisation/name`) was meant, its {kind} cannot be loaded: {error}"
-            ) from error
-        if not folder.is_dir() or any((folder / file).is_file() for file in FILES[kind]):
-            raise
-        content = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"the folder {name!r} holds no {kind} ({' or '.join(FILES[kind])}), but {content}. Name the folder that "
-            f"save_pretrained or a run wrote{', or set tokenizer' * (kind == 'tokenizer')}."
-        ) from error
+    return byte_level.load_tokenizer(name, args.model_revision if name == args.model else "main")
 
 
 def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from arguments import PerplexityArguments, SourceArguments, parse
-from loading import load_pretrained
 from refusals import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +24,7 @@ from ring_hf.evaluation import (
     perplexity_by_length,
     plot_perplexity,
 )
+from ring_hf.hf.pretrained import load_pretrained
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from loading import load_pretrained
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
+from ring_hf.hf.pretrained import load_pretrained
 from tests.support.harness import ROOT, launch_forked, run_command
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
