@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from .bad_rows import BAD_ROW_FEATURES
 from .formats import FormatSettings, find_format, tokenize_source
-from .mixture import MixturePlan, is_read_as_it_is, plan_mixture
-from .packing import pack_documents, pack_spans
+from .mixture import MixturePlan, count_tokens, is_read_as_it_is, plan_mixture
+from .packing import DocumentSpan, pack_documents, pack_spans
 from .run_options import DataArguments, SourceArguments
 from .source_spec import MixtureSpec, SourceSpec
-from .sources import load_rows
+from .sources import load_rows, stream_rows
 from .splits import split_documents
-from .streaming import StreamedSequences
+from .streaming import BadRowCounter, StreamedSequences
 from .tokens import concatenate_tokens, num_tokens
 
 
@@ -42,9 +43,14 @@ class TokenizedMixture:
             None if is_plain else self.plan.spans,
         )
 
-    def lengths_of_spans(self, args: DataArguments) -> list[list[int]]:
-        """Return the lengths of the spans of every packed sequence, without packing tokens."""
-        return [list(map(len, parts)) for parts in pack_spans(self.plan.spans, args.max_length, args.packing)]
+    def pack_spans(self, args: DataArguments) -> list[list[DocumentSpan]]:
+        """Return the spans of every packed sequence, as `pack` joins them, without tokens."""
+        return pack_spans(self.plan.spans, args.max_length, args.packing)
+
+    @property
+    def plan_tokens(self) -> int:
+        """Tokens that are trained on."""
+        return count_tokens(self.plan.spans)
 
 
 def load_source(spec: SourceSpec) -> Dataset:
@@ -55,6 +61,24 @@ def load_source(spec: SourceSpec) -> Dataset:
     """
     columns = find_format(spec.format).row_columns(spec.renamed)
     return load_rows(spec.source, columns, spec.split, spec.encoding, spec.errors)
+
+
+def load_sample(sources: Sequence[SourceSpec], num_documents: int) -> list[Dataset]:
+    """Return the first rows of every source, without reading the others.
+
+    Raises:
+        ValueError: if a source holds none.
+    """
+    samples = []
+    for spec in sources:
+        columns = find_format(spec.format).row_columns(spec.renamed)
+        bad_rows = BadRowCounter(spec)
+        stream = stream_rows(spec.source, columns, spec.split, spec.encoding, spec.errors).filter(bad_rows.is_good)
+        rows = [{key: row[key] for key in row if key not in BAD_ROW_FEATURES} for row in stream.take(num_documents)]
+        if not rows:
+            raise ValueError(f"data source {spec.name!r} holds no rows that can be used.")
+        samples.append(Dataset.from_list(rows))
+    return samples
 
 
 def tokenize_rows(spec: SourceSpec, rows: Dataset, tokenizer: Any, num_proc: int | None = None) -> Dataset:

@@ -109,7 +109,8 @@ def concatenate_tokens(datasets: Sequence[Dataset]) -> Dataset:
         for name in names:
             if name not in columns.column_names:
                 columns = columns.add_column(name, [None] * len(columns), feature=COLUMNS[name])
-        aligned.append(columns.cast(features).select_columns(names))
+        columns = columns.select_columns(names)
+        aligned.append(columns if columns.features == features else columns.cast(features))
     return aligned[0] if len(aligned) == 1 else concatenate_datasets(aligned)
 
 

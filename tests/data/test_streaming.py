@@ -88,7 +88,7 @@ def test_one_pass_reads_the_spans_of_the_plan(folder, options):
     args = DataArguments(data=data, max_length=16, packing="separate", heldout_fraction=0)
     (spec,) = args.mixture().sources
     mixture = mix_sources([load_source(spec)], args.mixture(), TOKENIZER, 16)
-    planned = [size for (size,) in mixture.lengths_of_spans(args)]
+    planned = [len(span) for (span,) in mixture.pack_spans(args)]
     buffer = take(stream(folder, data, packing="separate", stream_buffer=1000), 20 * len(planned))
     counts = Counter(len(row["input_ids"]) for row in buffer)
     assert counts.keys() == Counter(planned).keys()
