@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +135,17 @@ def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArgume
         ValueError: if a value has the wrong type, or a key of the file is a misspelt one.
     """
     classes = (RunArguments, DataArguments)
-    fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+    kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
     values = read_run(options.run) if options.run is not None else {}
-    if misspelt := [key for key in values if key not in fields and _is_misspelt(str(key), fields)]:
-        raise ValueError(explain_unknown(options.run, misspelt, set(fields)))
-    values = {key: value for key, value in values.items() if key in fields}
-    for name, field in fields.items():
+    if misspelt := [key for key in values if key not in kinds and _is_misspelt(str(key), kinds)]:
+        raise ValueError(explain_unknown(options.run, misspelt, set(kinds)))
+    values = {key: value for key, value in values.items() if key in kinds}
+    for name, kind in kinds.items():
         if hasattr(options, name):
             value = getattr(options, name)
-            values[name] = value if _is_text(field) else read_yaml(f"--{name}", value)
+            values[name] = value if _allows(kind, str) else read_yaml(f"--{name}", value)
     for name, value in values.items():
-        _check_type(name, value, fields[name])
+        _check_type(name, value, kinds[name])
     run_args, data_args = (
         cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
         for cls in classes
@@ -152,20 +153,22 @@ def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArgume
     return typing.cast("RunArguments", run_args), typing.cast("DataArguments", data_args)
 
 
-def _is_misspelt(key: str, fields: dict[str, Any]) -> bool:
-    return not set(key.split("_")) & set(_OTHERS) and bool(
-        difflib.get_close_matches(key, fields, n=1, cutoff=_SIMILAR)
-    )
+def _is_misspelt(key: str, keys: Iterable[str]) -> bool:
+    if set(key.split("_")) & set(_OTHERS):
+        return False
+    return bool(difflib.get_close_matches(key, keys, n=1, cutoff=_SIMILAR))
 
 
-def _is_text(field: "dataclasses.Field[Any]") -> bool:
-    return str in (field.type, *typing.get_args(field.type))
+def _allows(kind: Any, cls: type) -> bool:
+    """Return whether the annotation `kind` is or contains `cls`."""
+    return cls in (kind, *typing.get_args(kind))
 
 
-def _check_type(name: str, value: Any, field: "dataclasses.Field[Any]") -> None:
-    kinds = typing.get_args(field.type) or (field.type,)
-    is_number = float in kinds and isinstance(value, int) and not isinstance(value, bool)
-    if is_number or (_is_text(field) and isinstance(value, dict)) or type(value) in kinds:
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    is_number = _allows(kind, float) and type(value) is int
+    is_mapping = _allows(kind, list) and isinstance(value, dict)  # a single source
+    if is_number or is_mapping or _allows(kind, type(value)):
         return
-    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    names = [option.__name__ for option in typing.get_args(kind) or (kind,)]
+    expected = " or ".join(names).replace("NoneType", "nothing")
     raise ValueError(f"{name}={value!r} is a {type(value).__name__}, but must be {expected}.")
