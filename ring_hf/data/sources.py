@@ -260,11 +260,14 @@ def builtin_documents(python: str) -> Iterator[dict[str, str]]:
         python (`str`): the Python version, so that `datasets` caches the documents of each version separately.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield {"text": text}
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)  # site-packages may hold tens of thousands of files
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield {"text": text}
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         yield {"text": topics[name]}

@@ -7,19 +7,22 @@ import shlex
 
 import numpy as np
 import pytest
+import yaml
 from arguments import MemoryArguments, ModelArguments, ParallelArguments
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from ring_hf.cli import main
-from ring_hf.data import build_byte_tokenizer, load_sequences
+from ring_hf.data import PACKINGS, build_byte_tokenizer, load_sequences
 from ring_hf.data.byte_level import END_OF_TEXT
 from ring_hf.data.data_command import _EXAMPLES, RunArguments, _is_misspelt
 from ring_hf.data.data_report import busiest_over_mean, count_targets, length_histogram, make_report
 from ring_hf.data.run_options import DataArguments
 from ring_hf.data.sequences import load_splits, mix_sources
+from ring_hf.data.source_spec import OVERLONG, STOPS
 from ring_hf.geometry import Mask, ShardedSequence, padded_length
 from ring_hf.testing import dense_mask
+from tests.repository.documents import BLOCKS, PAGES, commands
 from tests.support.harness import ROOT
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=build_byte_tokenizer(), eos_token=END_OF_TEXT)
@@ -130,17 +133,14 @@ def test_lengths_are_counted_by_powers_of_two():
     assert counts == {1: (1, 1), 2: (2, 5), 4: (2, 11), 8: (1, 8), 512: (1, 1000), 1024: (1, 1024)}
 
 
-def test_a_picture_is_drawn(run, tmp_path, capsys):
-    pictures = {}
-    for name, extra in (("many", []), ("one", ["--context_parallel_size", "1", "--data", str(tmp_path / "a.jsonl")])):
-        path = tmp_path / "new" / f"{name}.png"
-        assert main(["data", run, "--picture", str(path), *extra]) == 0
-        assert f"picture: {path}" in capsys.readouterr().out
-        pictures[name] = np.asarray(Image.open(path).convert("RGB"))
-        assert path.stat().st_size < 80_000
-    for name, image in pictures.items():
-        colours = {tuple(colour) for colour in np.unique(image.reshape(-1, 3) // 16, axis=0).tolist()}
-        assert (0, 7, 11) in colours and ((14, 9, 0) in colours) == (name == "many")  # a colour for each source
+def test_a_picture_has_a_colour_for_each_source(run, tmp_path, capsys):
+    path = tmp_path / "new" / "one_rank.png"
+    assert main(["data", run, "--picture", str(path), "--context_parallel_size", "1"]) == 0
+    assert f"picture: {path}" in capsys.readouterr().out
+    image = np.asarray(Image.open(path).convert("RGB"))
+    colours = {tuple(colour) for colour in np.unique(image.reshape(-1, 3) // 16, axis=0).tolist()}
+    assert {(0, 7, 11), (14, 9, 0)} <= colours
+    assert path.stat().st_size < 60_000
 
 
 def test_a_stream_is_sampled(run, capsys):
@@ -214,3 +214,32 @@ def test_the_built_in_run_files_can_be_reported(capsys):
     for name, words in (("finetune", ["--tokenizer", "bytes"]), ("quickstart/pretrain", [])):
         assert main(["data", str(ROOT / "configs" / f"{name}.yaml"), "--sample", "5", *words]) == 0
         assert "sequences of at most" in capsys.readouterr().out
+
+
+PAGE = "docs/data.md"
+
+
+def test_commands_of_the_page_print_and_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    lines = commands(PAGE, "ring-hf", "data")
+    assert len(lines) == 2
+    for line in lines:
+        words = line.replaced(picture=str(tmp_path / "data.png")) if "--picture" in line.words else list(line.words)
+        assert main([*words[1:], "--sample", "20"]) == 0
+        assert "Work over 4 ranks" in capsys.readouterr().out
+    assert (tmp_path / "data.png").is_file()
+    (picture,) = re.findall(r"!\[.*?\]\(\.\./(.*?)\)", PAGES[PAGE])
+    assert picture in lines[1].words and (ROOT / picture).stat().st_size < 60_000
+
+
+def test_the_mixture_of_the_page_is_one():
+    (block,) = (block for block in BLOCKS if block.page == PAGE and block.language == "yaml")
+    mixture = DataArguments(**yaml.safe_load(block.content)).mixture()
+    assert [spec.name for spec in mixture.sources] == ["books", "agents", "dataset:part"]
+    assert mixture.shares == pytest.approx([0.6, 0.1, 0.3])
+    text = PAGES[PAGE]
+    assert all(name in text for name in (*OVERLONG, *STOPS, *PACKINGS, "text", "tokens"))
+    keys = {field.name for field in dataclasses.fields(DataArguments)}
+    assert {"mixture_seed", "stream_buffer", "attend_across_documents", "mask_boundaries"} <= keys & set(
+        re.findall(r"\w+", text)
+    )
