@@ -4,6 +4,7 @@ train, heldout = load_mixture(args.mixture(), tokenizer, length, args.heldout_fr
 sequences = train.pack(args.packing)
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ def mix_sources(
 def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset | StreamedSequences, Dataset | None]:
     """Return training and held-out sequences of at most `max_length` tokens; the former may be a stream.
 
-    Held-out documents are packed once each, cut where they are too long, whatever is done in training.
+    Held-out documents are packed once each. Those too short or too long are treated as in training.
     """
     train: Dataset | StreamedSequences
     if args.streaming:
@@ -137,10 +138,16 @@ def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset | Strea
     else:
         rows, heldout_rows = load_splits(args)
         train = mix_sources(rows, args.mixture(), tokenizer, args.max_length, args.num_proc).pack(args)
-    tokens = tokenize_heldout(heldout_rows, tokenizer, args.num_proc)
-    if tokens is None:
+    if not heldout_rows:
         return train, None
-    heldout = pack_documents(tokens, args.max_length, args.packing, args.mask_boundaries, args.attend_across_documents)
+    specs = tuple(
+        dataclasses.replace(spec, name=f"{spec.name} (held out)", weight=None, length_weights={}, max_tokens=None)
+        for spec, _ in heldout_rows
+    )
+    mixture = mix_sources(
+        [rows for _, rows in heldout_rows], MixtureSpec(specs), tokenizer, args.max_length, args.num_proc
+    )
+    heldout = mixture.pack(args)
     if args.max_heldout_sequences is not None:
         heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
     return train, heldout

@@ -123,6 +123,17 @@ def test_packing_is_computed_once_and_cached():
     assert first.with_format(None)[:] == again.with_format(None)[:]
 
 
+def test_spans_are_packed_instead_of_documents_and_cached():
+    tokens = documents(5, 23, 8)
+    spans = np.array([[1, 3, 9], [2, 0, 8], [1, 3, 9], [0, 1, 2]])
+    first, again, other = (
+        pack_documents(tokens, 10, "stream", spans=rows) for rows in (spans, spans.copy(), spans[1:])
+    )
+    assert first.cache_files == again.cache_files != other.cache_files
+    rows = first.with_format(None)["input_ids"][:]
+    assert rows == [[*range(8, 14), *range(28, 32)], [*range(32, 36), *range(8, 14)], [1]]
+
+
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [

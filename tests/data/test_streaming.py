@@ -157,5 +157,11 @@ def test_held_out_sequences_of_a_stream_are_a_source_of_their_own(folder):
     args = {"data": str(folder / "a.jsonl"), "streaming": True, "max_length": 16, "stream_buffer": 4}
     train, heldout = load_sequences(DataArguments(**args, heldout_data=str(folder / "b.jsonl")), TOKENIZER)
     assert isinstance(train, StreamedSequences) and sum(map(len, heldout["input_ids"])) == 50
+    heldout_data = [{"source": str(folder / "b.jsonl"), "overlong": "drop", "min_length": 7, "weight": 3}]
+    heldout = load_sequences(DataArguments(**args, heldout_data=heldout_data), TOKENIZER)[1]
+    assert sorted(map(len, heldout["input_ids"])) == [7]  # of 6, 6, 31 and 7 tokens
+    heldout_data[0]["min_length"] = 8
+    with pytest.raises(ValueError, match=r"data source 'b \(held out\)': nothing is left of 4 documents"):
+        load_sequences(DataArguments(**args, heldout_data=heldout_data), TOKENIZER)
     assert load_sequences(DataArguments(**args, heldout_fraction=0), TOKENIZER)[1] is None
     assert len(take(train, 3)) == 3

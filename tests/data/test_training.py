@@ -1,5 +1,6 @@
 """Training on a stream and without a mask, as a user starts it: two processes give the losses of one."""
 
+import importlib
 import json
 import pydoc_data.topics
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import ring_hf
 from ring_hf.data import pack_documents
@@ -94,3 +95,12 @@ def test_documents_without_a_mask_are_one_document_to_the_model():
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
     assert losses[0] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-6)
     assert abs(losses[1] - losses[0]) > 1e-4
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path):
+    prepare = importlib.import_module("training").prepare_for_streaming
+    with pytest.raises(ValueError, match=r"streaming=True with max_steps=-1: a stream has no end. Set max_steps, or"):
+        prepare(TrainingArguments(str(tmp_path), use_cpu=True))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=3)
+    prepare(arguments)
+    assert arguments.accelerator_config.dispatch_batches is False
