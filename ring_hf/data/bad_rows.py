@@ -7,6 +7,7 @@ reads the cache reports the same numbers as the one that filled it.
 import logging
 from collections import Counter
 
+import numpy as np
 from datasets import Dataset, Value
 
 from .source_spec import ERRORS
@@ -58,14 +59,14 @@ def drop_bad_rows(rows: Dataset, name: str) -> Dataset:
         ValueError: if no row is good.
     """
     kinds: Counter[str] = Counter()
-    good: list[int] = []
+    good = [np.empty(0, dtype=np.int64)]
     start, first = 0, ""
     for batch in rows.select_columns(list(BAD_ROW_FEATURES)).with_format("arrow").iter(batch_size=10_000):
-        errors = batch["error"].to_pylist()
-        kinds.update(error for error in errors if error is not None)
-        good += [start + row for row, error in enumerate(errors) if error is None]
-        if kinds and not first:
-            first = next(message for message in batch["message"].to_pylist() if message is not None)
+        errors = batch["error"]
+        good.append(start + np.flatnonzero(errors.is_null().to_numpy()))
+        if errors.null_count < len(errors):
+            kinds.update(errors.drop_null().to_pylist())
+            first = first or batch["message"].drop_null()[0].as_py()
         start += len(errors)
     rows_without_errors = rows.remove_columns(list(BAD_ROW_FEATURES))
     if not kinds:
@@ -74,7 +75,8 @@ def drop_bad_rows(rows: Dataset, name: str) -> Dataset:
         f"{kinds.total()} of {len(rows)} rows of {name} are left out: "
         f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}; the first is {first}"
     )
-    if not good:
+    indices = np.concatenate(good)
+    if not len(indices):
         raise ValueError(f"{summary} Nothing is left. Repair the rows, or name another source.")
     logger.warning("%s", summary)
-    return rows_without_errors.select(good)
+    return rows_without_errors.select(indices)

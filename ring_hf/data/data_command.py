@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..text import HelpFormatter
+from ..text import HelpFormatter, parse_size
 from .run_options import DataArguments, explain_unknown, option, read_run, read_yaml
 
 _EXAMPLES = """examples:
@@ -40,14 +40,16 @@ class RunArguments:
     num_processes: int | None = option(None, "Processes of the run. Default: context_parallel_size.")
     per_device_train_batch_size: int = option(8, "Sequences of a replica in a micro-batch.")
     gradient_accumulation_steps: int = option(1, "Micro-batches in a step.")
+    tokens_per_batch: int | str | None = option(
+        None, "Instead of the last two: tokens of a step over all processes, as 4M, of full sequences."
+    )
     max_steps: int = option(-1, "Steps of the run. Default: one pass over the mixture.")
 
-    @property
-    def sequences_per_step(self) -> int:
-        """Sequences of all replicas and micro-batches.
+    def sequences_per_step(self, max_length: int) -> int:
+        """Return the sequences of all replicas and micro-batches.
 
         Raises:
-            ValueError: if the processes do not form whole groups.
+            ValueError: if the processes do not form whole groups, or a step has no whole number of sequences.
         """
         size = self.context_parallel_size or 1
         processes = self.num_processes or size
@@ -55,7 +57,14 @@ class RunArguments:
             raise ValueError(
                 f"context_parallel_size={size} does not divide num_processes={processes}. Give a multiple of {size}."
             )
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes // size
+        if self.tokens_per_batch is None:
+            return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes // size
+        num_tokens = parse_size(str(self.tokens_per_batch))
+        if num_tokens % max_length:
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} is no multiple of max_length={max_length}. Give one."
+            )
+        return num_tokens // max_length
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,6 +80,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         allow_abbrev=False,
     )
     command.add_argument("run", nargs="?", help="YAML file of a run")
+    command.add_argument("--stage", help="of a file with `stages`: number from 1, or name")
     command.add_argument("--picture", type=Path, help="PNG file to draw")
     command.add_argument("--json", type=Path, help="also write the report to this file")
     command.add_argument(
@@ -96,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     if name is None:
         raise ValueError("the run names no model or tokenizer. Add --model or --tokenizer, or set one in the file.")
 
-    sequences_per_step = run_args.sequences_per_step
+    sequences_per_step = run_args.sequences_per_step(data_args.max_length)
     from .byte_level import load_tokenizer
     from .data_report import make_report
     from .data_tables import format_report
@@ -136,7 +146,7 @@ def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArgume
     """
     classes = (RunArguments, DataArguments)
     kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
-    values = read_run(options.run) if options.run is not None else {}
+    values = select_stage(read_run(options.run), options.stage) if options.run is not None else {}
     if misspelt := [key for key in values if key not in kinds and _is_misspelt(str(key), kinds)]:
         raise ValueError(explain_unknown(options.run, misspelt, set(kinds)))
     values = {key: value for key, value in values.items() if key in kinds}
@@ -151,6 +161,27 @@ def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArgume
         for cls in classes
     )
     return typing.cast("RunArguments", run_args), typing.cast("DataArguments", data_args)
+
+
+def select_stage(values: dict[str, Any], stage: str | None) -> dict[str, Any]:
+    """Return the values of a run: those of one stage over those that all stages share, if the file has stages.
+
+    Raises:
+        ValueError: if a stage is missing, or none is asked of a file with stages.
+    """
+    stages = values.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(entry, dict) for entry in stages):
+        if stages is not None or stage is not None:
+            raise ValueError(f"--stage {stage}: the file has no list of stages. Leave it out, or name another file.")
+        return values
+    names = [str(entry.get("name", number)) for number, entry in enumerate(stages, 1)]
+    numbers = [str(number) for number in range(1, len(stages) + 1)]
+    choices = dict(zip(names, stages, strict=True)) | dict(zip(numbers, stages, strict=True))
+    if stage not in choices:
+        raise ValueError(
+            f"--stage {stage}: the file has the stages {', '.join(names)}. Choose one, by number or name."
+        )
+    return {**{key: value for key, value in values.items() if key != "stages"}, **choices[stage]}
 
 
 def _is_misspelt(key: str, keys: Iterable[str]) -> bool:

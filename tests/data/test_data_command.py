@@ -187,6 +187,27 @@ def test_a_misspelt_key_of_a_file_is_refused(run, capsys):
     assert re.search(r"unknown in .*run.yaml: 'max_lenght' \(did you mean max_length", capsys.readouterr().err)
 
 
+def test_a_stage_is_reported_by_number_or_name(run, tmp_path, capsys):
+    stages = "\ntokens_per_batch: 64\nstages:\n- {max_length: 16}\n- {name: long, max_length: 32}\n"
+    path = tmp_path / "stages.yaml"
+    path.write_text((tmp_path / "run.yaml").read_text() + stages)
+    for stage, length, sequences in (("1", 16, 4), ("2", 32, 2), ("long", 32, 2)):
+        assert main(["data", str(path), "--stage", stage]) == 0
+        printed = capsys.readouterr().out
+        assert f"sequences of at most {length} tokens" in printed and f"Sequences in a step: {sequences}." in printed
+    for words, message in (
+        ([str(path)], "--stage None: the file has the stages 1, long. Choose one"),
+        ([str(path), "--stage", "3"], "--stage 3: the file has the stages 1, long"),
+        ([run, "--stage", "1"], "--stage 1: the file has no list of stages"),
+        (
+            [str(path), "--stage", "1", "--tokens_per_batch", "60"],
+            "tokens_per_batch=60 is no multiple of max_length=16",
+        ),
+    ):
+        assert main(["data", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_keys_of_training_are_no_misspelt_ones():
     known = {field.name: field for cls in (RunArguments, DataArguments) for field in dataclasses.fields(cls)}
     classes = (ModelArguments, ParallelArguments, MemoryArguments, TrainingArguments)
