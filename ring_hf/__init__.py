@@ -14,6 +14,7 @@ from .hf.attention.registration import register_backends
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallelCache",
     "ContextParallelCallback",
     "ContextParallelCollator",
     "ContextParallelConfig",
@@ -30,14 +31,26 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import geometry, hf, kernels, memory, parallel
-    from .hf import ContextParallelCallback, ContextParallelCollator, ContextParallelConfig, guard_model
+    from .hf import (
+        ContextParallelCache,
+        ContextParallelCallback,
+        ContextParallelCollator,
+        ContextParallelConfig,
+        guard_model,
+    )
     from .parallel import context_attention, shard, unshard
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
         {
             "geometry": (),
-            "hf": ("ContextParallelCallback", "ContextParallelCollator", "ContextParallelConfig", "guard_model"),
+            "hf": (
+                "ContextParallelCache",
+                "ContextParallelCallback",
+                "ContextParallelCollator",
+                "ContextParallelConfig",
+                "guard_model",
+            ),
             "kernels": (),
             "memory": (),
             "parallel": ("context_attention", "shard", "unshard"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..exports import export_lazily
 
 __all__ = [
+    "ContextParallelCache",
     "ContextParallelCallback",
     "ContextParallelCollator",
     "ContextParallelConfig",
@@ -20,6 +21,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .attention.registration import register_backends
     from .collate.collator import ContextParallelCollator
+    from .generation.sharded_cache import ContextParallelCache
     from .trainer.callback import ContextParallelCallback
     from .trainer.model_guard import guard_model
     from .trainer.parallelism_config import ContextParallelConfig
@@ -29,6 +31,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
         {
             "attention.registration": ("register_backends",),
             "collate.collator": ("ContextParallelCollator",),
+            "generation.sharded_cache": ("ContextParallelCache",),
             "trainer.callback": ("ContextParallelCallback",),
             "trainer.parallelism_config": ("ContextParallelConfig",),
             "trainer.model_guard": ("guard_model",),

@@ -4,11 +4,13 @@ Start at `ring_attention`; `assert_equal_across_ranks` is how all ranks raise th
 """
 
 from .consensus import assert_equal_across_ranks, gather_numbers, num_processes
+from .decoding import CachedKeys, attend_to_cache, decode_attention, history_attention
 from .functional import context_attention
 from .group_warm_up import warm_up
 from .groups import (
     all_gather,
     all_reduce,
+    broadcast,
     broadcast_object,
     end_groups,
     forget_group,
@@ -20,17 +22,22 @@ from .sharded_attention import check_tensors, local_attention, ring_attention
 from .sharding import cut, join, shard, unshard
 
 __all__ = [
+    "CachedKeys",
     "all_gather",
     "all_reduce",
     "assert_equal_across_ranks",
+    "attend_to_cache",
+    "broadcast",
     "broadcast_object",
     "check_tensors",
     "context_attention",
     "cut",
+    "decode_attention",
     "end_groups",
     "forget_group",
     "gather_numbers",
     "group_of",
+    "history_attention",
     "join",
     "local_attention",
     "num_processes",

@@ -233,6 +233,14 @@ def all_reduce(x: torch.Tensor, name: str) -> torch.Tensor:
     return total.to(x.device)
 
 
+def broadcast(x: torch.Tensor, name: str, source: int) -> torch.Tensor:
+    """Return the `x` of rank `source` of a registered group on all its ranks. Equal shapes everywhere; no gradient."""
+    group = group_of(name)
+    own = _on_backend_device(x.detach().clone().contiguous(), group)
+    dist.broadcast(own, dist.get_global_rank(group, source), group=messages_group(group, own.device))
+    return own.to(x.device)
+
+
 def _on_backend_device(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """Return `x` on a device whose memory the group's backend can send: NCCL cannot send from a CPU, where offloading
     engines keep gradients."""

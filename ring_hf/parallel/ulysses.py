@@ -34,13 +34,13 @@ _SCHEMA = "(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor"
 
 
 @torch.library.custom_op("ring_hf::all_to_all", mutates_args=(), schema=_SCHEMA)
-def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     out = x.new_empty(sum(received))
     dist.all_to_all_single(out, x, received, sent, group=ulysses_group(group_of(group), len(sent), x.device))
     return out
 
 
-@_all_to_all.register_fake
+@all_to_all.register_fake
 def _(x, sent, received, group):
     return x.new_empty(sum(received))
 
@@ -50,10 +50,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad):
-    return _all_to_all(grad.contiguous(), ctx.received, ctx.sent, ctx.group), None, None, None
+    return all_to_all(grad.contiguous(), ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-_all_to_all.register_autograd(_backward, setup_context=_setup_context)
+all_to_all.register_autograd(_backward, setup_context=_setup_context)
 
 
 def seq_to_heads(
@@ -88,7 +88,7 @@ def exchange_tokens(tensors: list[tuple[Tensor, Heads]], group: str) -> list[Ten
     sizes = [sum(x.numel() for x in sent[n : n + len(tensors)]) for n in range(0, len(sent), len(tensors))]
     shapes = [(x.shape[0], len(heads[mine]), *x.shape[2:]) for x, heads in tensors]
     numels = [torch.Size(shape).numel() for shape in shapes]
-    received = _all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [sum(numels)] * len(ranks), group)
+    received = all_to_all(torch.cat([x.reshape(-1) for x in sent]), sizes, [sum(numels)] * len(ranks), group)
     parts = received.split(numels * len(ranks))
     return [torch.cat([x.view(shape) for x in parts[n :: len(tensors)]], dim=2) for n, shape in enumerate(shapes)]
 
@@ -115,7 +115,7 @@ def exchange_heads(tensors: list[tuple[Tensor, Heads]], group: str) -> list[list
     ]
     numels = [torch.Size(shape).numel() for shape in shapes]
     sizes = [sum(numels[n : n + len(tensors)]) for n in range(0, len(numels), len(tensors))]
-    received = _all_to_all(sent, [sent.numel() // len(ranks)] * len(ranks), sizes, group)
+    received = all_to_all(sent, [sent.numel() // len(ranks)] * len(ranks), sizes, group)
     parts = [x.view(shape) for x, shape in zip(received.split(numels), shapes, strict=True)]
     return [parts[n :: len(tensors)] for n in range(len(tensors))]
 

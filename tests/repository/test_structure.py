@@ -44,6 +44,7 @@ ROOMS = {
     "attention": {"ground"},
     "checks": {"ground", "attention"},
     "collate": {"ground", "checks"},
+    "generation": {"ground", "checks"},
     "runtime": {"ground", "attention", "collate"},
     "trainer": {"ground", "attention", "checks", "runtime"},
 }

@@ -21,7 +21,9 @@ from ring_hf.parallel import num_processes, ring_attention
 from .. import context
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import ContextParallelMetadata, InvalidBatch
+from ..cache_step import CacheStep
 from . import announcements, shard_errors
+from .cached import cached_attention
 from .local import local_attention_forward
 
 # Arguments of attention layers in Transformers that change the result and that no kernel here computes. `sinks` is
@@ -134,7 +136,7 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    context_parallel: ContextParallelMetadata | InvalidBatch | None = None,
+    context_parallel: ContextParallelMetadata | CacheStep | InvalidBatch | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
@@ -165,6 +167,8 @@ def attention(
             query, key, value, spec, s_aux, attention_mask, dropout, position_ids, cu_seq_lens_q
         )
         return out_BSHE, None
+    if isinstance(context_parallel, CacheStep):
+        return cached_attention(module, query, key, value, spec, s_aux, context_parallel), None
     if isinstance(context_parallel, InvalidBatch):
         raise ValueError(context_parallel.message)
     batch = context_parallel

@@ -203,3 +203,15 @@ MODEL_RULES: tuple[Rule, ...] = (
     check_aux_loss,
     _output_attentions,
 )
+# Of a model that generates: what concerns losses and training alone does not matter.
+GENERATION_RULES: tuple[Rule, ...] = (
+    _encoder_decoder,
+    _layer_types,
+    _attention_interface,
+    _backend,
+    _refused_type,
+    _convolution,
+    _internal_positions,
+    _forward_kwargs,
+    _rope,
+)

@@ -1,0 +1,1 @@
+"""Generation over a KV cache that is sharded over the ranks which share a sequence."""
