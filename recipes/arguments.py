@@ -6,23 +6,32 @@ the command line, and names the nearest keys that exist.
 """
 
 import dataclasses
-import difflib
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 import ring_hf
+from ring_hf.data.run_options import (
+    DataArguments,
+    SourceArguments,
+    explain_unknown,
+    load_yaml,
+    option,
+    parse_mapping,
+)
 
-
-def option(default: Any, text: str) -> Any:
-    """Return a field with a default and its line of --help; a list is copied for each instance."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+__all__ = [
+    "DataArguments",
+    "MemoryArguments",
+    "ModelArguments",
+    "ParallelArguments",
+    "PerplexityArguments",
+    "SourceArguments",
+    "option",
+    "parse",
+]
 
 
 @dataclass
@@ -60,43 +69,6 @@ class ModelArguments:
                 f"rope_theta={self.rope_theta} and rope_parameters={self.rope_parameters} are both given. Put "
                 "rope_theta into rope_parameters."
             )
-
-
-@dataclass
-class SourceArguments:
-    """The documents, and the held-out part of them."""
-
-    data: str = option(
-        "builtin",
-        "File, folder or glob of txt, json, jsonl (all three also compressed) or parquet; a dataset on the hub "
-        "(`name` or `name:configuration`); or `builtin`.",
-    )
-    data_split: str = option("train", "Split of a dataset on the hub.")
-    text_column: str = option("text", "Column that holds the text.")
-    encoding: str = option("utf-8", "Encoding of txt, json and jsonl files.")
-    heldout_data: str | None = option(None, "Source of the held-out documents. Default: a fraction of `data`.")
-    heldout_fraction: float = option(
-        0.1,
-        "Fraction of the documents of `data` that is held out; where they are too few to hold out whole ones, the end "
-        "of each. 0: none, and no evaluation.",
-    )
-
-    @property
-    def holds_nothing_out(self) -> bool:
-        return self.heldout_data is None and self.heldout_fraction == 0
-
-
-@dataclass
-class DataArguments(SourceArguments):
-    """How documents become sequences."""
-
-    max_length: int = option(2048, "Tokens in a sequence: the context length to train at.")
-    packing: str = option(
-        "best_fit", "best_fit (documents stay whole), stream (all sequences full) or separate (one document each)."
-    )
-    mask_boundaries: bool = option(True, "Take no loss of the first token of a document.")
-    max_heldout_sequences: int | None = option(None, "Most held-out sequences in the Trainer's own evaluation.")
-    num_proc: int | None = option(None, "Worker processes of tokenisation.")
 
 
 @dataclass
@@ -197,54 +169,3 @@ def parse(
         raise ValueError(explain_unknown("the command line", unknown_keys, keys))
     values = vars(known)
     return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types)
-
-
-def load_yaml(path: str, keys: set[str]) -> dict[str, Any]:
-    """Return the values of a run.
-
-    Raises:
-        ValueError: if the file does not exist, is not a mapping, or has a key that does not exist.
-    """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"the first argument {path!r} is not a file. Give a run's YAML file, or only --key value pairs."
-        )
-    values = read_yaml(path, Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}. A run is a YAML mapping of keys to values.")
-    if unknown := sorted(set(values) - keys):
-        raise ValueError(explain_unknown(path, unknown, keys))
-    return values
-
-
-def parse_mapping(name: str, value: dict | str | None) -> dict | None:
-    """Return a mapping; a string from the command line is read as YAML, which includes JSON.
-
-    Raises:
-        ValueError: if the string is not a mapping.
-    """
-    parsed = read_yaml(name, value) if isinstance(value, str) else value
-    if parsed is not None and not isinstance(parsed, dict):
-        raise ValueError(f"{name}={value!r} is not a mapping. Write it as '{{key: value}}'.")
-    return parsed
-
-
-def read_yaml(name: str, text: str) -> Any:
-    """Return the content of a YAML text.
-
-    Raises:
-        ValueError: if it is not YAML, with the line of the mistake.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} cannot be read as YAML: {error}") from None
-
-
-def explain_unknown(where: str, unknown: list[str], keys: set[str]) -> str:
-    """Return a message that names each unknown key with the nearest existing ones."""
-    hints = []
-    for key in unknown:
-        nearest = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-        hints.append(f"{key!r} (did you mean {', '.join(nearest)}?)" if nearest else repr(key))
-    return f"unknown in {where}: {'; '.join(hints)}. --help lists every key."

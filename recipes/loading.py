@@ -1,21 +1,12 @@
-"""Model, tokenizer and datasets of a run, from its arguments."""
+"""Model and tokenizer of a run, from its arguments."""
 
-import os
-from pathlib import Path
 from typing import Any
 
-from arguments import DataArguments, ModelArguments, SourceArguments
-from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from arguments import ModelArguments
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ring_hf.data import build_byte_tokenizer, load_documents, pack_documents, split_documents, tokenize_documents
-from ring_hf.data.byte_level import END_OF_TEXT, PADDING
-
-# Files of which a folder holds at least one if it holds a model or a tokenizer.
-FILES = {
-    "model": ("config.json", "adapter_config.json"),
-    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-}
+from ring_hf.data import byte_level
+from ring_hf.hf.pretrained import load_pretrained
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -27,36 +18,7 @@ def load_tokenizer(args: ModelArguments) -> Any:
     name = args.tokenizer or args.model
     if name is None:
         raise ValueError("a new model needs a tokenizer. Set tokenizer to a hub id, a folder, or `bytes`.")
-    if name == "bytes":
-        return PreTrainedTokenizerFast(
-            tokenizer_object=build_byte_tokenizer(), eos_token=END_OF_TEXT, pad_token=PADDING
-        )
-    revision = args.model_revision if name == args.model else "main"
-    return load_pretrained(AutoTokenizer, "tokenizer", name, revision=revision)
-
-
-def load_pretrained(loader: Any, kind: str, name: str, **options: Any) -> Any:
-    """Return `loader.from_pretrained(name)`.
-
-    Raises:
-        ValueError: if neither a folder nor the hub provides it; the message covers both.
-    """
-    folder = Path(name)
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        if not folder.is_dir() and isinstance(error, OSError):
-            raise ValueError(
-                f"there is no folder {name!r} here (in {os.getcwd()}). If a folder was meant, correct the path. If a "
-                f"hub id (`organisation/name`) was meant, its {kind} cannot be loaded: {error}"
-            ) from error
-        if not folder.is_dir() or any((folder / file).is_file() for file in FILES[kind]):
-            raise
-        content = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"the folder {name!r} holds no {kind} ({' or '.join(FILES[kind])}), but {content}. Name the folder that "
-            f"save_pretrained or a run wrote{', or set tokenizer' * (kind == 'tokenizer')}."
-        ) from error
+    return byte_level.load_tokenizer(name, args.model_revision if name == args.model else "main")
 
 
 def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
@@ -114,27 +76,3 @@ def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
         config.validate_rope()
     if getattr(config, "max_position_embeddings", max_length) < max_length:
         config.max_position_embeddings = max_length
-
-
-def load_splits(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
-    """Return training and held-out documents; None instead of the latter if `heldout_fraction` is 0."""
-    columns = (args.text_column, args.data_split, args.encoding)
-    documents = load_documents(args.data, *columns)
-    if args.heldout_data is None:
-        return split_documents(documents, args.heldout_fraction)
-    return documents, load_documents(args.heldout_data, *columns)
-
-
-def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Return training and held-out sequences of at most `max_length` tokens."""
-
-    def pack(documents: Dataset) -> Dataset:
-        tokens = tokenize_documents(documents, tokenizer, args.num_proc)
-        return pack_documents(tokens, args.max_length, args.packing, args.mask_boundaries)
-
-    documents, heldout_documents = load_splits(args)
-    train = pack(documents)
-    heldout = None if heldout_documents is None else pack(heldout_documents)
-    if heldout is not None and args.max_heldout_sequences is not None:
-        heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
-    return train, heldout

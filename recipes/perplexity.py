@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from arguments import PerplexityArguments, SourceArguments, parse
-from loading import load_pretrained, load_splits
 from refusals import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ring_hf.data import tokenize_documents
+from ring_hf.data.sequences import load_splits, tokenize_heldout
 from ring_hf.evaluation import (
     LengthResult,
     evaluation_windows,
@@ -25,6 +24,7 @@ from ring_hf.evaluation import (
     perplexity_by_length,
     plot_perplexity,
 )
+from ring_hf.hf.pretrained import load_pretrained
 
 
 def main() -> None:
@@ -51,7 +51,8 @@ def measure(args: PerplexityArguments, source_args: SourceArguments, name: str, 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     tokenizer = load_pretrained(AutoTokenizer, "tokenizer", source)
     model = load_pretrained(AutoModelForCausalLM, "model", source, attn_implementation=args.attention).to(device)
-    tokens = tokenize_documents(load_splits(source_args)[1], tokenizer)
+    tokens = tokenize_heldout(load_splits(source_args)[1], tokenizer)
+    assert tokens is not None  # something is held out
     windows_NS = evaluation_windows(tokens["input_ids"], max(args.lengths), args.max_windows)
     return perplexity_by_length(model, windows_NS, args.lengths, args.tokens_per_batch, progress=f"measuring {name}")
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from .data import data_command
 from .doctor import doctor_command
 from .planner import plan_command
 from .simulate import bench_command, show_command, simulate_command
@@ -19,11 +20,13 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor_command,
     "verify": verify_command,
     "plan": plan_command,
+    "data": data_command,
     "show": show_command,
     "simulate": simulate_command,
     "bench": bench_command,
 }
-_DESCRIPTION = """Exact context parallelism for Hugging Face models: check and verify a machine, plan, draw, simulate.
+_DESCRIPTION = """Exact context parallelism for Hugging Face models: check and verify a machine, plan, report on
+data, draw, simulate.
 
 Sizes are tokens: 4096, 64K (65,536) or 1M (1,048,576). `ring-hf <command> --help` has examples."""
 

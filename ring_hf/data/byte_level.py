@@ -4,6 +4,8 @@ It is GPT-2's byte-level BPE with an empty merge list, so that every tool that r
 more ids follow the bytes: the end of a document and padding.
 """
 
+from typing import Any
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,3 +31,16 @@ def build_byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True), AddedToken(PADDING, special=True)])
     return tokenizer
+
+
+def load_tokenizer(name: str, revision: str = "main") -> Any:
+    """Return a Transformers tokenizer: of a hub id or a folder, or this one for the name `bytes`.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    from ..hf.pretrained import load_auto_tokenizer, wrap_tokenizer  # Transformers, which only this function needs
+
+    if name == "bytes":
+        return wrap_tokenizer(build_byte_tokenizer(), eos_token=END_OF_TEXT, pad_token=PADDING)
+    return load_auto_tokenizer(name, revision)

@@ -1,7 +1,8 @@
-"""Documents of files: a .txt is one document, a .json, .jsonl or .parquet has one in each row.
+"""Rows of files: a .txt is one row, a .json, .jsonl or .parquet has many.
 
-All but .parquet may be compressed. Only the text is read, so that other columns may hold anything. A row whose text is
-empty or null is left out; anything else that cannot be read as text is refused with the file, the row and the cause.
+All but .parquet may be compressed. Only the columns of the format are read, so that others may hold anything. A row
+that cannot be read is refused with the file, the row and the cause, or left out and counted (`errors="skip"`). Rows
+whose text is empty or null are left out in any case.
 """
 
 import bz2
@@ -10,19 +11,51 @@ import gzip
 import importlib
 import io
 import json
-import logging
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-logger = logging.getLogger("ring_hf")
+from .bad_rows import GOOD, RowError, bad_row
 
-Row = tuple[str, Any]  # its location ("line 3"), and its text or the value that should be a text
+
+@dataclass(frozen=True)
+class RowColumns:
+    """The columns that a format reads.
+
+    Args:
+        required: names that every row needs.
+        optional: names that a row may have.
+        renamed: (name of the format, name in the source), where they differ.
+    """
+
+    required: tuple[str, ...] = ("text",)
+    optional: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are nothing but texts."""
+        return self.required == ("text",) and not self.optional
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The name in the source by the name of the format."""
+        names = (*self.required, *self.optional)
+        return dict(zip(names, names, strict=True)) | dict(self.renamed)
+
+    @property
+    def text_column(self) -> str:
+        return self.sources["text"]
+
+
+Row = tuple[str, dict[str, Any] | RowError]  # its location ("line 3") and its columns, or why there are none
 
 
 def _open_zstandard(path: str) -> IO[bytes]:
@@ -51,69 +84,85 @@ def ending_of(path: str | Path) -> str | None:
     return next((ending for ending in ("".join(suffixes[-2:]), "".join(suffixes[-1:])) if ending in ENDINGS), None)
 
 
-def read_documents(
-    files: tuple[tuple[str, int, int], ...], text_column: str, encoding: str
-) -> Iterator[dict[str, str]]:
-    """Yield `{"text": ...}` for every document of the files, in order.
+def read_rows(
+    files: tuple[tuple[str, int, int], ...], columns: RowColumns, encoding: str, errors: str = "raise"
+) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of the files, in order, with the columns of `BAD_ROW_FEATURES`.
+
+    A row is `{"text": ...}` for formats of nothing but text. For others it is `{"row": ..., "location": ...}`: its
+    columns as JSON, so that rows may nest as they like, and the file and line it comes from.
 
     Args:
         files: path, size in bytes and time of change in ns of each; with the latter two, the cache of `datasets`
             notices that a file has changed.
-        text_column (`str`): the key or column that holds the text.
+        columns (`RowColumns`): which ones are read.
         encoding (`str`): of .txt, .json and .jsonl files.
+        errors (`str`): `raise`, or `skip` for rows with an error.
 
     Raises:
-        ValueError: if a file or row cannot be read as text, or if there is no text at all.
+        ValueError: if a file or row cannot be read, or if there is nothing at all.
     """
-    num_documents = num_without_text = 0
-    first_without_text = ""
+    num_rows = num_good = num_bad = 0
+    first_empty = ""
+    nothing = {"text": ""} if columns.is_text else {"row": "", "location": ""}
     for path, *_ in files:
-        for location, text in _rows(path, text_column, encoding):
-            if text is None or text == "":
-                first_without_text = first_without_text or f"{path}, {location}"
-                num_without_text += 1
+        for location, value in _rows(path, columns, encoding, errors):
+            num_rows += 1
+            try:
+                if isinstance(value, RowError):
+                    raise value
+                row = _text_row(value, columns) if columns.is_text else _json_row(value, columns, path, location)
+            except RowError as error:
+                where = f"{path}, {location}" if location else ""
+                if error.kind == NO_TEXT:
+                    first_empty = first_empty or where
+                    yield {**nothing, "error": error.kind, "message": f"{where}."}
+                else:
+                    num_bad += 1
+                    yield {**nothing, **bad_row(error, where, errors)}
                 continue
-            yield {"text": _checked(text, text_column, path, location)}
-            num_documents += 1
-    num_rows = num_documents + num_without_text
-    if not num_documents:
-        raise ValueError(_explain_nothing(files, num_rows, first_without_text, text_column))
-    if num_without_text:
-        logger.warning(
-            "%d of %d rows hold no text and are left out; the first is %s.",
-            num_without_text,
-            num_rows,
-            first_without_text,
-        )
+            num_good += 1
+            yield {**row, **GOOD}
+    if not num_good and not num_bad:
+        raise ValueError(_explain_nothing(files, num_rows, first_empty, columns))
 
 
-def _rows(path: str, text_column: str, encoding: str) -> Iterator[Row]:
+def _rows(path: str, columns: RowColumns, encoding: str, errors: str) -> Iterator[Row]:
     kind, compression = ENDINGS[ending_of(path) or ""]
+    if kind == ".txt" and not columns.is_text:
+        raise ValueError(
+            f"{path} is plain text, but the format reads the columns {', '.join(columns.required)}. Name .json, "
+            ".jsonl or .parquet files, or set format: text."
+        )
     try:
         if kind == ".parquet":
-            yield from _parquet(path, text_column)
+            yield from _parquet(path, columns)
             return
         with COMPRESSIONS[compression](path) as stream:
-            yield from READERS[kind](_text(stream, encoding), text_column, path)
+            escapes = errors == "skip" and kind == ".jsonl"  # one bad line does not end the file
+            yield from READERS[kind](_text(stream, encoding, escapes), columns, path)
     except UnicodeDecodeError as error:
-        raise ValueError(_explain_encoding(path, compression, encoding, error)) from None
+        yield "", RowError(f"not {encoding}", _explain_encoding(path, compression, encoding, error))
     except (EOFError, OSError, lzma.LZMAError, zlib.error, pa.ArrowInvalid) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise ValueError(f"{path} cannot be opened: {error.strerror}.") from None
+            yield "", RowError("unreadable file", f"{path} cannot be opened: {error.strerror}.")
+            return
         action = "read as parquet" if kind == ".parquet" else "decompressed"
-        raise ValueError(f"{path} cannot be {action}: {error}. Fetch or write it again.") from None
+        message = f"{path} cannot be {action}: {error}. Fetch or write it again."
+        yield "", RowError("unreadable file", message)
 
 
-def _text(stream: IO[bytes], encoding: str) -> io.TextIOWrapper:
+def _text(stream: IO[bytes], encoding: str, escapes: bool) -> io.TextIOWrapper:
     # Of UTF-8 a byte order mark is dropped: it would be a token of the first document.
-    return io.TextIOWrapper(stream, "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
+    name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    return io.TextIOWrapper(stream, name, errors="surrogateescape" if escapes else "strict")
 
 
-def _whole(text: io.TextIOWrapper, text_column: str, path: str) -> Iterator[Row]:
-    yield "the whole file", text.read()
+def _whole(text: io.TextIOWrapper, columns: RowColumns, path: str) -> Iterator[Row]:
+    yield "the whole file", {columns.text_column: text.read()}
 
 
-def _json(text: io.TextIOWrapper, text_column: str, path: str) -> Iterator[Row]:
+def _json(text: io.TextIOWrapper, columns: RowColumns, path: str) -> Iterator[Row]:
     """Read an array of objects, one object, or (as some write it) an object in each line."""
     content = text.read()
     if not content.strip():
@@ -123,92 +172,137 @@ def _json(text: io.TextIOWrapper, text_column: str, path: str) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         first, _, rest = content.strip().partition("\n")
         if not rest or not _is_json(first):
-            raise ValueError(
-                f"{path}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}). Repair the file; one "
-                "object in each line is as good as an array of objects."
-            ) from None
-        yield from _json_lines(io.StringIO(content), text_column, path)
+            yield (
+                f"line {error.lineno}",
+                RowError(
+                    "no JSON",
+                    f"no JSON ({error.msg}, column {error.colno}). Repair the file; one object in each line is as "
+                    "good as an array of objects.",
+                ),
+            )
+            return
+        yield from _json_lines(io.StringIO(content), columns, path)
         return
     rows = rows if isinstance(rows, list) else [rows]
-    yield from _objects(((f"row {number}", row) for number, row in enumerate(rows, 1)), text_column, path)
+    yield from _objects(((f"row {number}", row) for number, row in enumerate(rows, 1)), columns, path)
 
 
-def _json_lines(lines: io.TextIOBase, text_column: str, path: str) -> Iterator[Row]:
-    def rows() -> Iterator[Row]:
+def _json_lines(lines: io.TextIOBase, columns: RowColumns, path: str) -> Iterator[Row]:
+    def rows() -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(map(str.strip, lines), 1):
             if line:
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: no JSON ({error.msg}, column {error.colno}): {_excerpt(line)}. "
-                        "Repair or remove the line."
-                    ) from None
+                yield f"line {number}", _parse_line(line)
 
-    yield from _objects(rows(), text_column, path)
+    yield from _objects(rows(), columns, path)
 
 
-def _objects(rows: Iterator[Row], text_column: str, path: str) -> Iterator[Row]:
+def _parse_line(line: str) -> Any:
+    if _ESCAPED_BYTE.search(line):
+        return RowError("wrong bytes", "bytes that are not in the encoding of the file. Convert or remove the line.")
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return RowError(
+            "no JSON",
+            f"no JSON ({error.msg}, column {error.colno}): {excerpt(line)}. Repair or remove the line.",
+        )
+
+
+def _objects(rows: Iterator[tuple[str, Any]], columns: RowColumns, path: str) -> Iterator[Row]:
     keys: dict[str, None] = {}
+    column = columns.sources[columns.required[0]]
     has_column = False
     for location, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, {location}: {_excerpt(row)} is a {type(row).__name__} and no object with the key "
-                f"{text_column!r}. Write each row as {{{json.dumps(text_column)}: ...}}."
+        if isinstance(row, dict):
+            has_column |= column in row
+            keys |= dict.fromkeys(row)
+        elif not isinstance(row, RowError):
+            row = RowError(
+                "wrong type",
+                f"{excerpt(row)} is a {type(row).__name__} and no object with the key {column!r}. Write each row as "
+                f"{{{json.dumps(column)}: ...}}.",
             )
-        has_column |= text_column in row
-        keys |= dict.fromkeys(row)
-        yield location, row.get(text_column)
-    if keys and not has_column:
-        raise ValueError(_no_such_column(path, text_column, list(keys)))
+        yield location, row
+    if keys and not has_column and columns.is_text:  # of a single row it is a missing text
+        yield "", RowError("missing column", no_such_column(path, columns.text_column, list(keys)))
 
 
-def _parquet(path: str, text_column: str) -> Iterator[Row]:
+def _parquet(path: str, columns: RowColumns) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
-        if text_column not in schema.names:
-            raise ValueError(_no_such_column(path, text_column, schema.names))
-        kind = schema.field(text_column).type
-        value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_null(value)):
-            raise ValueError(
-                f"text_column={text_column!r} of {path} holds {kind} and no text. Set text_column to the column that "
-                "holds the text, or write it as a column of strings first."
+        sources = columns.sources
+        for name in columns.required:
+            if sources[name] not in schema.names:
+                yield "", RowError("missing column", no_such_column(path, sources[name], schema.names, name))
+                return
+        if columns.is_text and not _holds_text(schema.field(columns.text_column).type):
+            yield (
+                "",
+                RowError(
+                    "wrong type",
+                    f"text_column={columns.text_column!r} of {path} holds {schema.field(columns.text_column).type} "
+                    "and no text. Set text_column to the column that holds the text, or write it as a column of "
+                    "strings first.",
+                ),
             )
+            return
         row = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
-            for text in batch.column(0).to_pylist():
+        present = [name for name in sources.values() if name in schema.names]
+        for batch in file.iter_batches(batch_size=1000, columns=present):
+            for values in batch.to_pylist():
                 row += 1
-                yield f"row {row}", text
+                yield f"row {row}", values
 
 
-def _checked(text: Any, text_column: str, path: str, location: str) -> str:
+def _holds_text(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_null(value)
+
+
+def _text_row(row: dict[str, Any], columns: RowColumns) -> dict[str, str | None]:
+    text = row.get(columns.text_column)
+    if text is None or text == "":
+        raise RowError(NO_TEXT, "")
     if not isinstance(text, str):
-        raise ValueError(
-            f"{path}, {location}: {text_column!r} holds a {type(text).__name__} and no text: {_excerpt(text)}. Set "
-            "text_column to the key that holds the text, or write the rows as text first (a chat: with the "
-            "tokenizer's apply_chat_template)."
+        raise RowError(
+            "wrong type",
+            f"{columns.text_column!r} holds a {type(text).__name__} and no text: {excerpt(text)}. Set text_column to "
+            "the key that holds the text, or set format to one that reads these rows.",
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}, {location}: character {error.start + 1} of the text, {text[error.start]!r}, is half of a "
-            "surrogate pair and no character. Repair or remove the row."
+        raise RowError(
+            "half a character",
+            f"character {error.start + 1} of the text, {text[error.start]!r}, is half of a surrogate pair and no "
+            "character. Repair or remove the row.",
         ) from None
-    return text
+    return {"text": text}
 
 
-def _explain_nothing(files: tuple[tuple[str, int, int], ...], num_rows: int, first: str, text_column: str) -> str:
+def _json_row(row: dict[str, Any], columns: RowColumns, path: str, location: str) -> dict[str, str | None]:
+    sources = columns.sources
+    for name in columns.required:
+        if sources[name] not in row:
+            raise RowError("missing column", f"the row has no {sources[name]!r}, only {list(row)}.")
+    values = {name: row[source] for name, source in sources.items() if source in row}
+    try:
+        return {"row": json.dumps(values), "location": f"{path}, {location}"}
+    except TypeError as error:
+        raise RowError("wrong type", f"{error}. Write the columns {list(values)} as text, numbers or lists.") from None
+
+
+def _explain_nothing(files: tuple[tuple[str, int, int], ...], num_rows: int, first: str, columns: RowColumns) -> str:
     names = files[0][0] if len(files) == 1 else f"{files[0][0]} and {len(files) - 1} more files"
-    message = f"There is no text in {names}."
+    message = f"There is no text in {names}." if columns.is_text else f"There are no rows in {names}."
     empty = [path for path, size, _ in files if size == 0]
     if empty:
         message += f" Empty (0 bytes): {', '.join(empty[:3])}{', ...' * (len(empty) > 3)}."
     elif num_rows:
         message += f" All {num_rows} rows are empty or null, such as {first}."
-    return f"{message} Name other files, or set text_column={text_column!r} to the one that holds the text."
+    if not columns.is_text:
+        return f"{message} Name other files."
+    return f"{message} Name other files, or set text_column={columns.text_column!r} to the one that holds the text."
 
 
 def _explain_encoding(path: str, compression: str, encoding: str, error: UnicodeDecodeError) -> str:
@@ -231,10 +325,16 @@ def _explain_encoding(path: str, compression: str, encoding: str, error: Unicode
     )
 
 
-def _no_such_column(path: str, text_column: str, columns: list[str]) -> str:
+def no_such_column(source: str, column: str, columns: list[str], name: str = "text") -> str:
+    """Return a message that a source lacks the column that a format calls `name`."""
+    if name == "text":
+        return (
+            f"text_column={column!r} is not a column of {source!r}, which has {columns}. Set text_column to the one "
+            "that holds the text."
+        )
     return (
-        f"text_column={text_column!r} is not a column of {path!r}, which has {columns}. Set text_column to the one "
-        "that holds the text."
+        f"{column!r} is not a column of {source!r}, which has {columns}. Set columns: {{{name}: ...}} to the one that "
+        f"holds the {name}, or format to one that reads these columns."
     )
 
 
@@ -246,12 +346,19 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _excerpt(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+def excerpt(value: Any) -> str:
+    """Return the beginning of a value, for a message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=repr)
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-READERS: dict[str, Callable[[Any, str, str], Iterator[Row]]] = {".txt": _whole, ".json": _json, ".jsonl": _json_lines}
+NO_TEXT = "without text"  # kind of rows that are left out in any case
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+READERS: dict[str, Callable[[Any, RowColumns, str], Iterator[Row]]] = {
+    ".txt": _whole,
+    ".json": _json,
+    ".jsonl": _json_lines,
+}
 # Ending of the file name -> (kind of its text, compression); parquet is compressed inside.
 ENDINGS = {kind + compression: (kind, compression) for kind in READERS for compression in COMPRESSIONS}
 ENDINGS[".parquet"] = (".parquet", "")

@@ -11,6 +11,7 @@ best_fit    Only documents longer than `length` are cut; spans, longest first, g
 separate    One span per sequence.
 
 In the packed dataset `position_ids` start again at 0 with each span, which is how Transformers tells documents apart.
+With `attend_across_documents` they run through the whole sequence, so that the spans are one document to attention.
 """
 
 import bisect
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, Features, Value
-from datasets import Sequence as SequenceFeature
+from datasets import Dataset, Features
+
+from .tokens import TOKENS, WEIGHTS, TokenRow, num_tokens, read_row
 
 IGNORED = -100  # label of a token without a loss: the convention of PyTorch and Transformers
-FEATURES = Features({name: SequenceFeature(Value("int32")) for name in ("input_ids", "position_ids", "labels")})
+FEATURES = Features({"input_ids": TOKENS, "position_ids": TOKENS, "labels": TOKENS})
 
 
 @dataclass(frozen=True)
@@ -103,72 +105,118 @@ PACKINGS: dict[str, Callable[[Sequence[int], int], list[list[DocumentSpan]]]] = 
 }
 
 
-def pack_documents(tokens: Dataset, length: int, packing: str = "best_fit", mask_boundaries: bool = True) -> Dataset:
-    """Pack tokenised documents into sequences with the columns `input_ids`, `position_ids` and `labels`.
+def pack_documents(
+    tokens: Dataset,
+    length: int,
+    packing: str = "best_fit",
+    mask_boundaries: bool = True,
+    attend_across_documents: bool = False,
+    spans: np.ndarray | None = None,
+) -> Dataset:
+    """Pack tokenised documents into sequences.
 
     Args:
-        tokens (`Dataset`): the result of `tokenize_documents`.
+        tokens (`Dataset`): a tokenised dataset: the column `input_ids`, and optionally `labels` (not shifted, -100
+            where there is no loss; by default the tokens themselves) and `loss_weights` (by default 1).
         length (`int`): the most tokens in a sequence.
         packing (`str`): `stream`, `best_fit` or `separate`.
         mask_boundaries (`bool`): give the first token of each span the label -100: it would be predicted from the
             last token of another document. (The labels are not shifted; the model or the collator does that.)
+        attend_across_documents (`bool`): let positions run through the whole sequence, so that the tokens of a
+            document attend to the documents before it, too.
+        spans (*optional*): rows `[document, start, stop]` to pack instead of every document once, such as
+            `MixturePlan.spans`. A document of several spans is like several documents.
 
     Returns:
-        Rows of int32 columns `[num_tokens]`, each of at most `length`.
+        Rows of the int32 columns `input_ids`, `position_ids` and `labels`, each `[num_tokens]` with at most `length`;
+        and of the float32 column `loss_weights`, if the documents have it.
 
     Raises:
         ValueError: if the packing is unknown, `length` is below 2, or there are no tokens.
     """
-    if packing not in PACKINGS:
-        raise ValueError(f"packing={packing!r} is unknown. Choose one of {', '.join(PACKINGS)}.")
-    if length < 2:
-        raise ValueError(f"length={length} leaves no token to predict. Use at least 2.")
-    if not any(num_tokens(tokens)):
+    check_packing(packing, length)
+    if spans is None and not any(num_tokens(tokens)):
         raise ValueError(f"the {len(tokens)} documents hold no tokens. Check the data source and its text column.")
-    settings = {"tokens": tokens, "length": length, "packing": packing}
+    settings = {"tokens": tokens, "length": length, "packing": packing, "parts": spans}
     sequences = Dataset.from_generator(_spans_of_sequences, gen_kwargs=settings)
+    features = Features(FEATURES)
+    if WEIGHTS in tokens.column_names:
+        features[WEIGHTS] = tokens.features[WEIGHTS]
     return sequences.map(
-        _assemble,
+        _assemble_batch,
         batched=True,
         batch_size=max(1, 2**20 // length),  # about a million tokens in memory
         remove_columns=sequences.column_names,
-        fn_kwargs={"tokens": tokens, "mask_boundaries": mask_boundaries},
-        features=FEATURES,
+        fn_kwargs={
+            "tokens": tokens,
+            "mask_boundaries": mask_boundaries,
+            "attend_across_documents": attend_across_documents,
+        },
+        features=features,
         desc=f"Packing sequences of {length:,} tokens",
     ).with_format("numpy")
 
 
-def num_tokens(tokens: Dataset) -> list[int]:
-    """Return the length of each document, read from the offsets of the Arrow table and not from its tokens."""
-    table = tokens.with_format("arrow")
-    lengths = [
-        np.asarray(batch["input_ids"].combine_chunks().value_lengths()) for batch in table.iter(batch_size=1024)
+def check_packing(packing: str, length: int) -> None:
+    """Raise `ValueError` if there is no packing of that name, or sequences of `length` tokens predict nothing."""
+    if packing not in PACKINGS:
+        raise ValueError(f"packing={packing!r} is unknown. Choose one of {', '.join(PACKINGS)}.")
+    if length < 2:
+        raise ValueError(f"length={length} leaves no token to predict. Use at least 2.")
+
+
+def assemble_sequence(
+    parts: Sequence[TokenRow], mask_boundaries: bool, attend_across_documents: bool
+) -> dict[str, np.ndarray]:
+    """Return the columns of one packed sequence; arguments as for `pack_documents`.
+
+    Args:
+        parts: the tokens of its spans, all with `loss_weights` or none.
+    """
+    input_ids = np.concatenate([part.input_ids for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    position_ids = np.concatenate([np.arange(len(part.input_ids), dtype=np.int32) for part in parts])
+    columns = {
+        "input_ids": input_ids,
+        "position_ids": np.arange(len(input_ids), dtype=np.int32) if attend_across_documents else position_ids,
+        "labels": np.where(position_ids == 0, np.int32(IGNORED), labels) if mask_boundaries else labels,
+    }
+    weights = [part.loss_weights for part in parts if part.loss_weights is not None]
+    if weights:
+        columns[WEIGHTS] = np.concatenate(weights)
+    return columns
+
+
+def pack_spans(spans: np.ndarray, length: int, packing: str) -> list[list[DocumentSpan]]:
+    """Pack spans `[document, start, stop]`; see `pack_stream`."""
+    documents, starts, stops = spans.T.tolist()
+    sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    return [
+        [DocumentSpan(documents[p.document], starts[p.document] + p.start, starts[p.document] + p.stop) for p in parts]
+        for parts in PACKINGS[packing](sizes, length)
     ]
-    return np.concatenate(lengths).tolist() if lengths else []
 
 
-def _spans_of_sequences(tokens: Dataset, length: int, packing: str) -> Iterator[dict[str, list[list[int]]]]:
-    for spans in PACKINGS[packing](num_tokens(tokens), length):
+def _spans_of_sequences(
+    tokens: Dataset, length: int, packing: str, parts: np.ndarray | None
+) -> Iterator[dict[str, list[list[int]]]]:
+    sequences = PACKINGS[packing](num_tokens(tokens), length) if parts is None else pack_spans(parts, length, packing)
+    for spans in sequences:
         yield {"spans": [[span.document, span.start, span.stop] for span in spans]}
 
 
-def _assemble(
-    batch: dict[str, list[list[list[int]]]], tokens: Dataset, mask_boundaries: bool
+def _assemble_batch(
+    batch: dict[str, list[list[list[int]]]], tokens: Dataset, mask_boundaries: bool, attend_across_documents: bool
 ) -> dict[str, list[np.ndarray]]:
-    documents = tokens.with_format("numpy")
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
-    last_document, row = -1, np.empty(0, np.int32)
+    documents = tokens.with_format("arrow")
+    columns: dict[str, list[np.ndarray]] = {}
+    last_document, row = -1, None
     for spans in batch["spans"]:
         parts = []
         for document, start, stop in spans:
-            if document != last_document:  # a book is cut into many spans: read it once
-                last_document, row = document, np.asarray(documents[document]["input_ids"], dtype=np.int32)
+            if row is None or document != last_document:  # a book is cut into many spans: read it once
+                last_document, row = document, read_row(documents, document)
             parts.append(row[start:stop])
-        input_ids = np.concatenate(parts)
-        position_ids = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
-        columns["input_ids"].append(input_ids)
-        columns["position_ids"].append(position_ids)
-        columns["labels"].append(
-            np.where(position_ids == 0, np.int32(IGNORED), input_ids) if mask_boundaries else input_ids
-        )
+        for name, column in assemble_sequence(parts, mask_boundaries, attend_across_documents).items():
+            columns.setdefault(name, []).append(column)
     return columns

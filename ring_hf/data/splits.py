@@ -1,7 +1,9 @@
 """Hold documents out of training: whole ones where there are enough of them, else the end of each."""
 
 import hashlib
+import json
 import logging
+from collections.abc import Iterator
 
 from datasets import Dataset
 
@@ -16,10 +18,10 @@ def split_documents(documents: Dataset, heldout_fraction: float) -> tuple[Datase
     The hash of its text decides the side of a document, so the split does not depend on the order or number of the
     others, and two copies of one document never end up on both sides. If that leaves one side empty, because there
     are too few documents (one book, say), the last `heldout_fraction` of the text of every document is held out
-    instead, from the end of a line or a word on.
+    instead, from the end of a line or a word on. Rows that are not plain texts (conversations, say) are never cut.
 
     Args:
-        documents (`Dataset`): the result of `load_documents`.
+        documents (`Dataset`): the result of `load_documents` or `load_rows`.
         heldout_fraction (`float`): from 0 to below 1. 0 holds nothing out: (documents, None).
 
     Raises:
@@ -33,10 +35,16 @@ def split_documents(documents: Dataset, heldout_fraction: float) -> tuple[Datase
     if heldout_fraction == 0:
         return documents, None
     threshold = int(heldout_fraction * 2**32)
-    heldout = [_hash(text) < threshold for text in documents["text"]]
+    heldout = [_hash(content) < threshold for content in _contents(documents)]
     if any(heldout) and not all(heldout):
         train = documents.select([i for i, is_out in enumerate(heldout) if not is_out])
         return train, documents.select([i for i, is_out in enumerate(heldout) if is_out])
+    if "text" not in documents.column_names:
+        raise ValueError(
+            f"heldout_fraction={heldout_fraction} of {len(documents)} rows leaves one side empty, and only plain "
+            "texts can be cut. Name a held-out source of its own (heldout_data), or set heldout_fraction=0 to train "
+            "without evaluation."
+        )
     return _split_texts(documents, heldout_fraction)
 
 
@@ -87,6 +95,16 @@ def _cut(batch: dict[str, list[str]], heldout_fraction: float, heldout: bool) ->
         cut = cut_index(text, heldout_fraction)
         parts.append(text[cut:] if heldout else text[:cut])
     return {"text": [part for part in parts if part]}
+
+
+def _contents(documents: Dataset) -> Iterator[str]:
+    """Yield what identifies each row: its text, or all its columns, but not the file it comes from."""
+    for column in ("text", "row"):
+        if column in documents.column_names:
+            yield from documents[column]
+            return
+    for row in documents:
+        yield json.dumps(row, sort_keys=True, default=repr)
 
 
 def _hash(text: str) -> int:

@@ -6,6 +6,9 @@ documents nor the target of its last token.
 Shapes: B rows, S tokens.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
 
@@ -38,6 +41,29 @@ def documents_from_position_ids(
     if not bool(is_start_BS.any()):
         return None
     return tuple((0, *(row.nonzero().flatten() + 1).tolist(), length) for row in is_start_BS)
+
+
+def without_padding_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a whole batch in a form in which one process sees its documents, too.
+
+    Transformers finds packed documents by their positions only where a batch has no attention mask, so in padded rows
+    they would attend to each other. Right padding needs no mask: it becomes a document of its own.
+
+    Args:
+        batch: `input_ids` [B, S] and others. It is returned as it is if it has no padding or no documents.
+    """
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is None or positions is None or mask.ndim != 2 or positions.ndim != 2 or bool((mask != 0).all()):
+        return dict(batch)
+    num_tokens = num_real_tokens(mask)
+    positions = positions.expand(mask.shape)
+    if num_tokens is None or documents_from_position_ids(positions, num_tokens, skips_start_documents=False) is None:
+        return dict(batch)
+    index = torch.arange(mask.shape[1], device=mask.device)
+    ends = mask.long().sum(1, keepdim=True)
+    padded = {**batch, "position_ids": torch.where(index < ends, positions, index - ends)}
+    del padded["attention_mask"]
+    return padded
 
 
 def documents_from_cu_seq_lens(cu_seq_lens: torch.Tensor, length: int) -> Documents | None:

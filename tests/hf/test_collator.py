@@ -260,3 +260,27 @@ def test_loader_workers_get_the_process_context(method):
     for expected, batch in zip(expected_batches, worker_batches, strict=True):
         assert batch[METADATA_KEY] == expected[METADATA_KEY] and batch[METADATA_KEY].rank == 1
         assert all(torch.equal(batch[key], expected[key]) for key in expected if key != METADATA_KEY)
+
+
+def test_one_process_sees_the_documents_of_padded_rows():
+    """Transformers looks for packed documents only in batches without a mask."""
+    rows = [[3, 5], [4]]  # lengths of the documents of each row
+    features = [
+        {"input_ids": list(range(1, sum(row) + 1)), "position_ids": [i for n in row for i in range(n)]} for row in rows
+    ]
+    for attention in ("sdpa", "ring_zigzag"):
+        model = llama(attention).eval()
+        batch = ContextParallelCollator(model)(features)
+        assert "attention_mask" not in batch
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3]]
+        logits = model(**batch, use_cache=False).logits
+        for row, (lengths, feature) in enumerate(zip(rows, features, strict=True)):
+            start = 0
+            for length in lengths:
+                alone = model(input_ids=torch.tensor([feature["input_ids"][start : start + length]])).logits[0]
+                assert torch.allclose(logits[row, start : start + length], alone, atol=1e-5)
+                start += length
+    assert "attention_mask" in ContextParallelCollator(model)([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="Packed rows with padding and output_router_logits=True in one process"):
+        ContextParallelCollator(model)(features)

@@ -11,9 +11,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from loading import load_pretrained
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
+from ring_hf.hf.pretrained import load_pretrained
 from tests.support.harness import ROOT, launch_forked, run_command
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
@@ -155,7 +155,7 @@ def test_what_chooses_by_an_evaluation_needs_something_held_out(tmp_path, settin
     settings = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, **settings}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
     with pytest.raises(ValueError, match=f"heldout_fraction=0 leaves nothing to evaluate on, which {re.escape(name)}"):
-        importlib.import_module("finetune").disable_evaluation(arguments)
+        importlib.import_module("training").disable_evaluation(arguments)
 
 
 def test_the_result_is_a_plain_transformers_model(folder):
@@ -198,9 +198,11 @@ def test_perplexity_measures_models_and_earlier_results(folder):
     ("asked", "expected"), [(None, "checkpoint-10"), ("none", None), ("some/checkpoint", "some/checkpoint")]
 )
 def test_the_checkpoint_to_go_on_from_is_the_last_or_the_one_asked_for(tmp_path, asked, expected):
-    for step in (2, 10):
+    for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    find = importlib.import_module("finetune").find_checkpoint
+        state = '{"global_step": ' if step == 12 else '{"global_step": 10}'  # the last one was killed as it wrote
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    find = importlib.import_module("checkpoints").find_checkpoint
     checkpoint = find(SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(tmp_path)))
     assert checkpoint == (str(tmp_path / expected) if expected and asked is None else expected)
     assert find(SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path / "absent"))) is None

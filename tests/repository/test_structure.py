@@ -16,7 +16,7 @@ FLOORS = {
     "parallel": {"geometry", "costmodel", "kernels"},
     "memory": set(),
     "hf": {"geometry", "kernels", "parallel", "memory"},
-    "data": set(),
+    "data": {"geometry", "hf", "simulate"},
     "evaluation": set(),
     "simulate": {"geometry", "costmodel"},
     "planner": {"geometry", "costmodel", "simulate"},

@@ -3,8 +3,9 @@
 An inner collator makes the plain batch. Then the labels are shifted (globally, before anything is cut), documents and
 padding are detected, the rows are padded to a multiple that the layout can cut, and this rank's segments are taken.
 `ContextParallelMetadata` carries the facts about the whole sequence that a shard does not contain. Without context
-parallelism the inner batch is returned unchanged, so the same script runs in one process. (Prefixes are the
-exception: a plain batch cannot carry them, so one process gets metadata, too.)
+parallelism the inner batch is returned unchanged, so the same script runs in one process. (There are two exceptions:
+a plain batch cannot carry prefixes, so one process gets metadata, too; and packed rows with padding lose their mask,
+with which Transformers would not see their documents.)
 
 To the Trainer a shard is a batch with target tokens of its own, so its token-weighted mean of the loss over ranks is
 exact without changes. (That is why the config keeps Accelerate's `cp_size` at 1: the Trainer would divide the token
@@ -38,6 +39,7 @@ from ..documents import (
     num_real_tokens,
     shift_left,
     shift_right,
+    without_padding_mask,
 )
 from .default_collator import PadOrPackCollator
 from .prefix_lm import (
@@ -138,7 +140,7 @@ class ContextParallelCollator:
             model = self._model() if self._model is not None and batch.get("loss_weights") is not None else None
             if model is not None and (error := check_loss_weights(model)) is not None:
                 raise ValueError(error)
-            return batch
+            return self._with_documents(batch)
         try:
             return self._collate_shard(features, context)
         except ValueError as error:
@@ -159,6 +161,19 @@ class ContextParallelCollator:
         error = check_padded_targets(batch.get("shift_labels", shift_left(labels)), mask)
         if error is not None:
             raise ValueError(error)
+
+    def _with_documents(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a whole batch whose documents do not attend to each other, also if its rows are padded."""
+        separated = batch if METADATA_KEY in batch else without_padding_mask(batch)
+        if "attention_mask" in batch and "attention_mask" not in separated:
+            text_config = self._config.get_text_config() if hasattr(self._config, "get_text_config") else self._config
+            if getattr(text_config, "output_router_logits", False):
+                raise ValueError(
+                    "Packed rows with padding and output_router_logits=True in one process: without its attention "
+                    "mask the model would count padding in the auxiliary loss, and with it documents would attend to "
+                    "each other. Use a batch size of 1, or set model.config.output_router_logits = False."
+                )
+        return separated
 
     def _collate_whole(self, features: Sequence[Any]) -> dict[str, Any]:
         """Return the batch of a process that holds whole sequences."""

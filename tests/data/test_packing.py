@@ -4,11 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_hf.data import PACKINGS, pack_best_fit, pack_documents, pack_separate, pack_stream
+from ring_hf.data.tokens import COLUMNS
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
@@ -72,11 +73,65 @@ def test_packed_rows_carry_positions_that_restart_and_labels(packing, mask_bound
             assert label == (token if is_continued or not mask_boundaries else -100)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("mask_boundaries", [True, False])
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 25), st.booleans(), st.booleans()), min_size=1, max_size=8))
+def test_labels_and_loss_weights_travel_with_their_tokens(packing, mask_boundaries, rows):
+    """Token 7 * i of the corpus has the label -100 or 7 * i + 1 and the weight i / 8, unless its document has none."""
+    columns = {"input_ids": [], "labels": [], "loss_weights": []}
+    start = 0
+    for length, has_labels, has_weights in rows:
+        tokens = range(start, start + length)
+        columns["input_ids"].append([7 * i for i in tokens])
+        columns["labels"].append([-100 if i % 3 == 0 else 7 * i + 1 for i in tokens] if has_labels else None)
+        columns["loss_weights"].append([i / 8 for i in tokens] if has_weights else None)
+        start += length
+    expected = {}
+    for ids, labels, weights in zip(*columns.values(), strict=True):
+        expected |= dict(zip(ids, zip(labels or ids, weights or [1.0] * len(ids), strict=True), strict=True))
+    dataset = Dataset.from_dict(columns, features=Features(COLUMNS))
+    packed = pack_documents(dataset, 10, packing, mask_boundaries).with_format(None)
+    num_seen = 0
+    for row in packed:
+        for token, position, label, weight in zip(
+            *(row[name] for name in ("input_ids", "position_ids", "labels", "loss_weights")), strict=True
+        ):
+            want_label, want_weight = expected[token]
+            assert (label, weight) == (-100 if mask_boundaries and position == 0 else want_label, want_weight)
+            num_seen += 1
+    assert num_seen == start
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_without_a_mask_positions_run_through_the_sequence(packing):
+    tokens = documents(5, 23, 1, 8, 9)
+    masked, open_rows = (
+        list(pack_documents(tokens, 10, packing, attend_across_documents=across).with_format(None))
+        for across in (False, True)
+    )
+    assert any(0 in row["position_ids"][1:] for row in masked)
+    for row, other in zip(open_rows, masked, strict=True):
+        assert row["position_ids"] == list(range(len(row["input_ids"])))
+        assert (row["input_ids"], row["labels"]) == (other["input_ids"], other["labels"])
+
+
 def test_packing_is_computed_once_and_cached():
     tokens = documents(5, 23, 8)
     first, again, other = (pack_documents(tokens, length=length) for length in (10, 10, 12))
     assert first.cache_files == again.cache_files != other.cache_files
     assert first.with_format(None)[:] == again.with_format(None)[:]
+
+
+def test_spans_are_packed_instead_of_documents_and_cached():
+    tokens = documents(5, 23, 8)
+    spans = np.array([[1, 3, 9], [2, 0, 8], [1, 3, 9], [0, 1, 2]])
+    first, again, other = (
+        pack_documents(tokens, 10, "stream", spans=rows) for rows in (spans, spans.copy(), spans[1:])
+    )
+    assert first.cache_files == again.cache_files != other.cache_files
+    rows = first.with_format(None)["input_ids"][:]
+    assert rows == [[*range(8, 14), *range(28, 32)], [*range(32, 36), *range(8, 14)], [1]]
 
 
 @pytest.mark.parametrize(
