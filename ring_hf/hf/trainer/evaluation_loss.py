@@ -24,6 +24,7 @@ from ..runtime.trial_inputs import make_trial_inputs
 from ..runtime.trial_step import HALF_PRECISION_TOLERANCES, TOLERANCES
 from .exact_evaluation import current_evaluator
 from .model_guard import ModelGuard
+from .sft_trainer import is_sft_trainer
 
 
 def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuard) -> None:
@@ -37,7 +38,7 @@ def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuar
     is_proven = False
     evaluator = current_evaluator()
     if evaluator is not None:
-        evaluator.scalars_are_sums = any(_is_sft_trainer(base) for base in type(trainer).__mro__)
+        evaluator.scalars_are_sums = is_sft_trainer(type(trainer))
 
     @functools.wraps(original)
     def compute_loss(wrapped: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +57,6 @@ def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuar
         return evaluator.mean_over_ranks(result)
 
     trainer.compute_loss = compute_loss
-
-
-def _is_sft_trainer(trainer_class: type) -> bool:
-    """Return whether a class is TRL's SFTTrainer, which gathers sums over tokens: how many count, their entropy, how
-    many were predicted correctly."""
-    return trainer_class.__name__ == "SFTTrainer" and trainer_class.__module__.split(".")[0] == "trl"
 
 
 def _run_trial(

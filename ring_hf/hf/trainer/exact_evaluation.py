@@ -228,10 +228,11 @@ class Evaluator:
             ValueError: on every rank of a group, if its ranks hold different values; if objects are to be gathered;
                 or if the config of another Trainer is active.
         """
+        if self.scalars_are_sums and isinstance(input_data, torch.Tensor) and input_data.ndim == 0:
+            # Also in training: Accelerate cuts what it gathers with the last batch of an epoch to a number of rows.
+            return self._call_original("gather", input_data)
         if runtime_state.evaluation_batch is None:
             return self._call_original("gather_for_metrics", input_data, use_gather_object=use_gather_object)
-        if self.scalars_are_sums and isinstance(input_data, torch.Tensor) and input_data.ndim == 0:
-            return self._call_original("gather", input_data)
         if use_gather_object:
             raise ValueError(
                 "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it "
