@@ -22,10 +22,19 @@ from typing import Any
 from datasets import Dataset, Features
 
 from .bad_rows import BAD_ROW_FEATURES, GOOD, RowError, bad_row, drop_bad_rows
+from .conversations import (
+    COMPLETION_OPTIONS,
+    CONVERSATION_OPTIONS,
+    TOOLS,
+    tokenize_completion,
+    tokenize_conversation,
+)
+from .document_qa import DOCUMENT_QA_COLUMNS, DOCUMENT_QA_OPTIONS, tokenize_document_qa
 from .files import RowColumns
 from .pretokenized import check_tokens
 from .source_spec import explain_keys
 from .tokens import COLUMNS, map_batches, tokenize_documents
+from .vision_codes import VISION_OPTIONS, tokenize_vision_codes
 
 RowFunction = Callable[[dict[str, Any], Any, Mapping[str, Any]], Mapping[str, Any]]
 
@@ -186,4 +195,18 @@ FORMATS: dict[str, Format] = {
         tokenize=each_row(check_tokens),
         options={"vocab_size": None},
     ),
+    "messages": Format(
+        columns=("messages",),
+        optional=TOOLS,
+        tokenize=each_row(tokenize_conversation),
+        options=CONVERSATION_OPTIONS,
+    ),
+    "prompt_completion": Format(
+        columns=("prompt", "completion"),
+        optional=TOOLS,
+        tokenize=each_row(tokenize_completion),
+        options=COMPLETION_OPTIONS,
+    ),
+    "document_qa": Format(columns=DOCUMENT_QA_COLUMNS, tokenize=tokenize_document_qa, options=DOCUMENT_QA_OPTIONS),
+    "vision_codes": Format(columns=("content",), tokenize=each_row(tokenize_vision_codes), options=VISION_OPTIONS),
 }
