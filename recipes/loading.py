@@ -21,8 +21,14 @@ def load_tokenizer(args: ModelArguments) -> Any:
     return byte_level.load_tokenizer(name, args.model_revision if name == args.model else "main")
 
 
-def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
+def load_model(args: ModelArguments, tokenizer: Any, max_length: int, quantization_config: Any = None) -> Any:
     """Return the model, loaded or built, with its positions set for `max_length` tokens.
+
+    Args:
+        args (`ModelArguments`): which one.
+        tokenizer: its tokenizer, for the vocabulary of a new model.
+        max_length (`int`): tokens of a sequence.
+        quantization_config (*optional*): how weights are quantised when they are loaded.
 
     Raises:
         ValueError: if it cannot be loaded, or its configuration is not one.
@@ -46,6 +52,8 @@ def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation, "dtype": args.dtype}
     if args.model is None:
         return AutoModelForCausalLM.from_config(config, **options)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     options |= {"revision": args.model_revision, "config": config}
     return load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
 

@@ -87,7 +87,7 @@ def cut_into_chunks(documents: Dataset, tokenizer: Any, chunk_tokens: int = 1000
     )
 
 
-def tokenize_document_qa(rows: Dataset, tokenizer: Any, settings: Any) -> Dataset:
+def tokenize_document_qa(rows: Any, tokenizer: Any, settings: Any) -> Dataset:
     """Return a tokenised dataset with one row for each run of adjacent chunks that fits `max_length` tokens.
 
     Args:
@@ -97,8 +97,10 @@ def tokenize_document_qa(rows: Dataset, tokenizer: Any, settings: Any) -> Datase
             pairs of a row, evenly spread over its chunks; `chat_template` as for conversations.
 
     Raises:
-        ValueError: if `max_length` is missing or a row cannot be used.
+        ValueError: if rows are streamed, `max_length` is missing or a row cannot be used.
     """
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"{settings.source}: format document_qa joins rows, so it cannot be streamed.")
     max_length = settings.options.get("max_length")
     if not isinstance(max_length, int) or max_length < 2:
         raise ValueError(

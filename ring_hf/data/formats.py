@@ -66,12 +66,14 @@ class Format:
             `stream_rows`, of which it makes a stream whose bad rows have an `error` and a `message`.
         optional: names that a row may have.
         options: the keys of a source's `options` that the format reads, with their defaults.
+        joins_rows: whether a document is made of several rows, which must not be held out one by one or streamed.
     """
 
     columns: tuple[str, ...]
     tokenize: Callable[[Any, Any, FormatSettings], Any]
     optional: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    joins_rows: bool = False
 
     def row_columns(self, renamed: Mapping[str, str]) -> RowColumns:
         """Return what is read of a source in which some columns have other names.
@@ -207,6 +209,8 @@ FORMATS: dict[str, Format] = {
         tokenize=each_row(tokenize_completion),
         options=COMPLETION_OPTIONS,
     ),
-    "document_qa": Format(columns=DOCUMENT_QA_COLUMNS, tokenize=tokenize_document_qa, options=DOCUMENT_QA_OPTIONS),
+    "document_qa": Format(
+        columns=DOCUMENT_QA_COLUMNS, tokenize=tokenize_document_qa, options=DOCUMENT_QA_OPTIONS, joins_rows=True
+    ),
     "vision_codes": Format(columns=("content",), tokenize=each_row(tokenize_vision_codes), options=VISION_OPTIONS),
 }

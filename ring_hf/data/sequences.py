@@ -99,6 +99,12 @@ def load_splits(args: SourceArguments) -> tuple[list[Dataset], list[tuple[Source
         return rows, [(spec, load_source(spec)) for spec in args.heldout_sources()]
     train, heldout = [], []
     for spec, source_rows in zip(sources, rows, strict=True):
+        if args.heldout_fraction and find_format(spec.format).joins_rows:
+            raise ValueError(
+                f"data source {spec.name!r}: heldout_fraction={args.heldout_fraction} would hold out single rows, and "
+                f"format {spec.format} joins the rows of a document. Name a source of its own as heldout_data, or set "
+                "heldout_fraction: 0."
+            )
         train_rows, heldout_rows = split_documents(source_rows, args.heldout_fraction)
         train.append(train_rows)
         if heldout_rows is not None:

@@ -16,8 +16,8 @@ from ring_hf.hf.checks.argument_rules import first_error
 from ring_hf.hf.checks.trainer_rules import TRAINER_RULES
 from ring_hf.hf.trainer.sft_trainer import check_sft_columns, shard_own_collator
 from ring_hf.text import markdown_table
-from tests.harness import launch_forked
 from tests.hf.models import llama
+from tests.support.harness import launch_forked
 from tests.trainer.sft_script import CASES, CONTROL, STEPS
 
 EXACT = {"loss": 1e-5, "grad_norm": 1e-4, "entropy": 1e-5, "mean_token_accuracy": 0.0, "num_tokens": 0.0}

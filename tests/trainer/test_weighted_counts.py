@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ring_hf import count_loss_weights
-from tests.harness import launch_forked
+from tests.support.harness import launch_forked
 from tests.trainer.weighted_script import STEPS
 
 
