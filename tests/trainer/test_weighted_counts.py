@@ -54,6 +54,20 @@ def test_examples_that_attend_to_each_other_equal_one_process(logs):
     assert abs(masked[0] - losses[0]) > 1e-3
 
 
+def test_the_loss_of_each_modality_is_that_of_one_process(logs):
+    losses, norms = curves(logs[2]["vision codes"])
+    expected_losses, expected_norms = curves(logs[1]["vision codes"])
+    assert losses == pytest.approx(expected_losses, rel=1e-5) and norms == pytest.approx(expected_norms, rel=1e-4)
+    modalities = []
+    for world_size in (1, 2):
+        merged = {key: value for row in logs[world_size]["vision codes"] for key, value in row.items()}
+        modalities.append([merged["eval_text_loss"], merged["eval_vision_loss"], merged["eval_loss"]])
+    print(f"loss of text, of vision, weighted: {modalities[0]} in one process, {modalities[1]} in two")
+    assert modalities[1] == pytest.approx(modalities[0], rel=1e-5)
+    text, vision, weighted = modalities[0]
+    assert abs(text - vision) > 0.1 and min(text, vision) < weighted < max(text, vision)
+
+
 def test_weights_that_a_trainer_would_lose_are_refused():
     arguments = SimpleNamespace(remove_unused_columns=True)
     with pytest.raises(ValueError, match="remove_unused_columns=True: the Trainer would drop the column loss_weights"):

@@ -12,12 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 import ring_hf
-from ring_hf.data import pack_documents, weigh_examples
+from ring_hf.data import (
+    add_vision_vocabulary,
+    build_byte_tokenizer,
+    pack_documents,
+    split_modalities,
+    weigh_examples,
+)
+from ring_hf.data.byte_level import END_OF_TEXT
+from ring_hf.data.tokens import COLUMNS
+from ring_hf.data.vision_codes import (
+    CODEBOOK,
+    CODES_PER_FRAME,
+    END_OF_FRAME,
+    END_OF_VISION,
+    tokenize_vision_codes,
+)
 from tests.hf.models import llama
 
 STEPS, ROWS_PER_STEP, LENGTH, LEARNING_RATE = 4, 4, 48, 0.1
@@ -36,10 +51,30 @@ def packed(across: bool = False, weighted: bool = True) -> Dataset:
     return pack_documents(weigh_examples(examples) if weighted else examples, LENGTH, attend_across_documents=across)
 
 
-def train(sequences: Dataset, folder: Path, context_parallel_size: int | None, batch: int) -> list[dict[str, float]]:
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=build_byte_tokenizer(), eos_token=END_OF_TEXT)
+
+
+def with_vision_codes() -> Dataset:
+    """Return sequences of texts with images and videos, whose codes count half as much as their text."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(2 * STEPS * ROWS_PER_STEP):
+        frames = [torch.randint(CODEBOOK, (CODES_PER_FRAME,), generator=generator).tolist() for _ in range(1 + i % 2)]
+        codes = [code for frame in frames for code in (*frame, END_OF_FRAME)]
+        content = ["See: " * (1 + i % 5) + "<vision>", *codes[:-1], END_OF_VISION, "</vision>", "dog, " * (i % 7)]
+        rows.append(tokenize_vision_codes({"content": content}, tokenizer(), {"vision_weight": 0.5}))
+    return pack_documents(Dataset.from_list(rows).cast(Features(COLUMNS)), 900)
+
+
+def train(
+    sequences: Dataset, folder: Path, context_parallel_size: int | None, batch: int, has_vision: bool = False
+) -> list[dict[str, float]]:
     """Train with the Trainer; the logs hold the loss and grad norm of each step and an evaluation."""
-    model = llama("sdpa" if context_parallel_size is None else "ring_zigzag")
-    ring_hf.memory.apply(model, loss_block=16)
+    attention = "sdpa" if context_parallel_size is None else "ring_zigzag"
+    model = llama(attention, vocab_size=258 if has_vision else 64)
+    offset = add_vision_vocabulary(model, tokenizer()) if has_vision else None
+    ring_hf.memory.apply(model, loss_block=16 if offset is None else 512)
     config = ring_hf.ContextParallelConfig(context_parallel_size=context_parallel_size)
     num_replicas = int(os.environ.get("WORLD_SIZE", "1")) // (context_parallel_size or 1)
     args = TrainingArguments(
@@ -65,7 +100,10 @@ def train(sequences: Dataset, folder: Path, context_parallel_size: int | None, b
     trainer = Trainer(model, args, train_dataset=sequences, data_collator=collator)
     ring_hf.count_loss_weights(trainer)
     trainer.train()
-    trainer.evaluate(sequences.select(range(ROWS_PER_STEP)))
+    heldout = sequences.select(range(ROWS_PER_STEP))
+    trainer.evaluate(heldout)
+    if offset is not None:
+        trainer.evaluate(split_modalities(heldout, offset))
     return trainer.state.log_history
 
 
@@ -107,6 +145,7 @@ def main() -> None:
     runs: dict[str, Any] = {
         "examples": lambda: train(sequences, folder, size, 2),
         "attending across examples": lambda: train(across, folder, size, 4),
+        "vision codes": lambda: train(with_vision_codes(), folder, size, 2, has_vision=True),
     }
     if is_alone:
         runs["one by one"] = lambda: run_one_by_one(sequences)
