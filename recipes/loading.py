@@ -5,7 +5,7 @@ from typing import Any
 from arguments import ModelArguments
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ring_hf.data import byte_level
+from ring_hf.data import add_vision_vocabulary, byte_level
 from ring_hf.hf.pretrained import load_pretrained
 
 
@@ -51,11 +51,15 @@ def load_model(args: ModelArguments, tokenizer: Any, max_length: int, quantizati
     set_positions(config, args, max_length)
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation, "dtype": args.dtype}
     if args.model is None:
-        return AutoModelForCausalLM.from_config(config, **options)
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    options |= {"revision": args.model_revision, "config": config}
-    return load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        options |= {"revision": args.model_revision, "config": config}
+        model = load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
+    if args.vision_vocabulary:
+        add_vision_vocabulary(model, tokenizer)
+    return model
 
 
 def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
