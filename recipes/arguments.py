@@ -56,6 +56,10 @@ class ModelArguments:
         "All of RoPE in the format of Transformers 5, as {rope_type: yarn, factor: 8.0, rope_theta: 10000.0}.",
     )
 
+    vision_vocabulary: bool = option(
+        False, "Add embeddings for vision codes (8,448 rows), for sources of the format vision_codes."
+    )
+
     def __post_init__(self) -> None:
         self.model_config = parse_mapping("model_config", self.model_config)
         self.rope_parameters = parse_mapping("rope_parameters", self.rope_parameters)

@@ -16,9 +16,10 @@ from loading import load_tokenizer
 from refusals import run
 from training import disable_evaluation, load_training_model, parse_run, prepare_for_streaming, train_and_save
 from transformers import Trainer, TrainingArguments
+from weighting import have_weights, settings_with_weights
 
 import ring_hf
-from ring_hf.data import load_sequences
+from ring_hf.data import load_sequences, split_modalities
 
 ARGUMENTS = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 
@@ -39,7 +40,12 @@ def main() -> None:
         return
     with training_args.main_process_first(desc="data"):  # the other processes read it from the cache
         train, heldout = load_sequences(data_args, tokenizer)
+    is_weighted = have_weights(train, data_args.mixture())
+    if is_weighted:
+        memory_args = settings_with_weights(memory_args, training_args)
     model = load_training_model(model_args, memory_args, tokenizer, data_args.max_length)
+    if model_args.vision_vocabulary and heldout is not None:
+        heldout = split_modalities(heldout, model.config.vision_offset)  # eval_text_loss and eval_vision_loss
     training_args.parallelism_config = parallel_args.config()
     trainer = Trainer(
         model,
@@ -49,6 +55,8 @@ def main() -> None:
         eval_dataset=heldout,
         processing_class=tokenizer,
     )
+    if is_weighted:
+        ring_hf.count_loss_weights(trainer)
     train_and_save(trainer, checkpoint)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from arguments import ModelArguments
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ring_hf.data import byte_level
+from ring_hf.data import add_vision_vocabulary, byte_level
 from ring_hf.hf.pretrained import load_pretrained
 
 
@@ -21,8 +21,14 @@ def load_tokenizer(args: ModelArguments) -> Any:
     return byte_level.load_tokenizer(name, args.model_revision if name == args.model else "main")
 
 
-def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
+def load_model(args: ModelArguments, tokenizer: Any, max_length: int, quantization_config: Any = None) -> Any:
     """Return the model, loaded or built, with its positions set for `max_length` tokens.
+
+    Args:
+        args (`ModelArguments`): which one.
+        tokenizer: its tokenizer, for the vocabulary of a new model.
+        max_length (`int`): tokens of a sequence.
+        quantization_config (*optional*): how weights are quantised when they are loaded.
 
     Raises:
         ValueError: if it cannot be loaded, or its configuration is not one.
@@ -45,9 +51,15 @@ def load_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     set_positions(config, args, max_length)
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation, "dtype": args.dtype}
     if args.model is None:
-        return AutoModelForCausalLM.from_config(config, **options)
-    options |= {"revision": args.model_revision, "config": config}
-    return load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        options |= {"revision": args.model_revision, "config": config}
+        model = load_pretrained(AutoModelForCausalLM, "model", args.model, **options)
+    if args.vision_vocabulary:
+        add_vision_vocabulary(model, tokenizer)
+    return model
 
 
 def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:

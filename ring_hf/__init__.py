@@ -19,6 +19,7 @@ __all__ = [
     "ContextParallelCollator",
     "ContextParallelConfig",
     "context_attention",
+    "count_loss_weights",
     "geometry",
     "guard_model",
     "hf",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         ContextParallelCallback,
         ContextParallelCollator,
         ContextParallelConfig,
+        count_loss_weights,
         guard_model,
     )
     from .parallel import context_attention, shard, unshard
@@ -49,6 +51,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
                 "ContextParallelCallback",
                 "ContextParallelCollator",
                 "ContextParallelConfig",
+                "count_loss_weights",
                 "guard_model",
             ),
             "kernels": (),

@@ -26,8 +26,10 @@ __all__ = [
     "RowError",
     "SourceSpec",
     "StreamedSequences",
+    "add_vision_vocabulary",
     "build_byte_tokenizer",
     "concatenate_tokens",
+    "cut_into_chunks",
     "each_row",
     "load_documents",
     "load_rows",
@@ -38,13 +40,17 @@ __all__ = [
     "pack_stream",
     "plan_mixture",
     "split_documents",
+    "split_modalities",
     "tokenize_documents",
     "tokenize_source",
+    "weigh_examples",
 ]
 
 if TYPE_CHECKING:
     from .bad_rows import RowError
     from .byte_level import build_byte_tokenizer
+    from .document_qa import cut_into_chunks
+    from .example_weights import weigh_examples
     from .files import RowColumns
     from .formats import FORMATS, Format, FormatSettings, each_row, tokenize_source
     from .mixture import plan_mixture
@@ -56,12 +62,15 @@ if TYPE_CHECKING:
     from .splits import split_documents
     from .streaming import StreamedSequences
     from .tokens import concatenate_tokens, tokenize_documents
+    from .vision_codes import add_vision_vocabulary, split_modalities
 else:  # the command line would wait for `datasets`
     __getattr__, __dir__ = export_lazily(
         __name__,
         {
             "bad_rows": ("RowError",),
             "byte_level": ("build_byte_tokenizer",),
+            "document_qa": ("cut_into_chunks",),
+            "example_weights": ("weigh_examples",),
             "files": ("RowColumns",),
             "formats": ("FORMATS", "Format", "FormatSettings", "each_row", "tokenize_source"),
             "mixture": ("plan_mixture",),
@@ -80,5 +89,6 @@ else:  # the command line would wait for `datasets`
             "splits": ("split_documents",),
             "streaming": ("StreamedSequences",),
             "tokens": ("concatenate_tokens", "tokenize_documents"),
+            "vision_codes": ("add_vision_vocabulary", "split_modalities"),
         },
     )

@@ -22,10 +22,19 @@ from typing import Any
 from datasets import Dataset, Features
 
 from .bad_rows import BAD_ROW_FEATURES, GOOD, RowError, bad_row, drop_bad_rows
+from .conversations import (
+    COMPLETION_OPTIONS,
+    CONVERSATION_OPTIONS,
+    TOOLS,
+    tokenize_completion,
+    tokenize_conversation,
+)
+from .document_qa import DOCUMENT_QA_COLUMNS, DOCUMENT_QA_OPTIONS, tokenize_document_qa
 from .files import RowColumns
 from .pretokenized import check_tokens
 from .source_spec import explain_keys
 from .tokens import COLUMNS, map_batches, tokenize_documents
+from .vision_codes import VISION_OPTIONS, tokenize_vision_codes
 
 RowFunction = Callable[[dict[str, Any], Any, Mapping[str, Any]], Mapping[str, Any]]
 
@@ -57,12 +66,14 @@ class Format:
             `stream_rows`, of which it makes a stream whose bad rows have an `error` and a `message`.
         optional: names that a row may have.
         options: the keys of a source's `options` that the format reads, with their defaults.
+        joins_rows: whether a document is made of several rows, which must not be held out one by one or streamed.
     """
 
     columns: tuple[str, ...]
     tokenize: Callable[[Any, Any, FormatSettings], Any]
     optional: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    joins_rows: bool = False
 
     def row_columns(self, renamed: Mapping[str, str]) -> RowColumns:
         """Return what is read of a source in which some columns have other names.
@@ -186,4 +197,20 @@ FORMATS: dict[str, Format] = {
         tokenize=each_row(check_tokens),
         options={"vocab_size": None},
     ),
+    "messages": Format(
+        columns=("messages",),
+        optional=TOOLS,
+        tokenize=each_row(tokenize_conversation),
+        options=CONVERSATION_OPTIONS,
+    ),
+    "prompt_completion": Format(
+        columns=("prompt", "completion"),
+        optional=TOOLS,
+        tokenize=each_row(tokenize_completion),
+        options=COMPLETION_OPTIONS,
+    ),
+    "document_qa": Format(
+        columns=DOCUMENT_QA_COLUMNS, tokenize=tokenize_document_qa, options=DOCUMENT_QA_OPTIONS, joins_rows=True
+    ),
+    "vision_codes": Format(columns=("content",), tokenize=each_row(tokenize_vision_codes), options=VISION_OPTIONS),
 }

@@ -113,6 +113,11 @@ class DataArguments(SourceArguments):
     stream_buffer: int = option(
         64, "With streaming: sequences' worth of documents that are packed together and shuffled."
     )
+    loss_weighting: str = option(
+        "tokens",
+        "tokens: the loss is the mean over all targets of a step. examples: the mean over documents of their mean "
+        "losses; it needs whole ones (overlong: drop).",
+    )
     max_heldout_sequences: int | None = option(None, "Most held-out sequences in the Trainer's own evaluation.")
     num_proc: int | None = option(None, "Worker processes of tokenisation.")
 

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from .bad_rows import BAD_ROW_FEATURES
+from .example_weights import check_weighting, weigh_examples
 from .formats import FormatSettings, find_format, tokenize_source
 from .mixture import MixturePlan, count_tokens, is_read_as_it_is, plan_mixture
 from .packing import DocumentSpan, pack_documents, pack_spans
@@ -99,6 +100,12 @@ def load_splits(args: SourceArguments) -> tuple[list[Dataset], list[tuple[Source
         return rows, [(spec, load_source(spec)) for spec in args.heldout_sources()]
     train, heldout = [], []
     for spec, source_rows in zip(sources, rows, strict=True):
+        if args.heldout_fraction and find_format(spec.format).joins_rows:
+            raise ValueError(
+                f"data source {spec.name!r}: heldout_fraction={args.heldout_fraction} would hold out single rows, and "
+                f"format {spec.format} joins the rows of a document. Name a source of its own as heldout_data, or set "
+                "heldout_fraction: 0."
+            )
         train_rows, heldout_rows = split_documents(source_rows, args.heldout_fraction)
         train.append(train_rows)
         if heldout_rows is not None:
@@ -126,18 +133,39 @@ def mix_sources(
     return TokenizedMixture(concatenate_tokens(tokens), plan_mixture(lengths, mixture, length), mixture)
 
 
+def check_whole_examples(args: DataArguments) -> None:
+    """Raise `ValueError` if a document could be cut whose weights are those of the whole one."""
+    check_weighting(args.loss_weighting)
+    if args.loss_weighting == "tokens":
+        return
+    reasons = {
+        "streaming=True": args.streaming,
+        "packing=stream": args.packing == "stream",
+        **{
+            f"overlong={spec.overlong} of data source {spec.name!r}": spec.overlong != "drop"
+            for spec in args.mixture().sources
+        },
+    }
+    if given := [reason for reason, is_given in reasons.items() if is_given]:
+        raise ValueError(
+            f"loss_weighting=examples with {given[0]}: a document counts as a whole, so none may be cut. Set "
+            "overlong: drop and packing: best_fit or separate, without streaming; or loss_weighting: tokens."
+        )
+
+
 def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset | StreamedSequences, Dataset | None]:
     """Return training and held-out sequences of at most `max_length` tokens; the former may be a stream.
 
     Held-out documents are packed once each. Those too short or too long are treated as in training.
     """
+    check_whole_examples(args)
     train: Dataset | StreamedSequences
     if args.streaming:
         train = StreamedSequences(args, tokenizer)
         heldout_rows = [(spec, load_source(spec)) for spec in args.heldout_sources()]
     else:
         rows, heldout_rows = load_splits(args)
-        train = mix_sources(rows, args.mixture(), tokenizer, args.max_length, args.num_proc).pack(args)
+        train = _pack(mix_sources(rows, args.mixture(), tokenizer, args.max_length, args.num_proc), args)
     if not heldout_rows:
         return train, None
     specs = tuple(
@@ -147,7 +175,13 @@ def load_sequences(args: DataArguments, tokenizer: Any) -> tuple[Dataset | Strea
     mixture = mix_sources(
         [rows for _, rows in heldout_rows], MixtureSpec(specs), tokenizer, args.max_length, args.num_proc
     )
-    heldout = mixture.pack(args)
+    heldout = _pack(mixture, args)
     if args.max_heldout_sequences is not None:
         heldout = heldout.select(range(min(args.max_heldout_sequences, len(heldout))))
     return train, heldout
+
+
+def _pack(mixture: TokenizedMixture, args: DataArguments) -> Dataset:
+    if args.loss_weighting == "examples":
+        mixture = dataclasses.replace(mixture, tokens=weigh_examples(mixture.tokens, args.num_proc))
+    return mixture.pack(args)

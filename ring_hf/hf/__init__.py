@@ -14,6 +14,7 @@ __all__ = [
     "ContextParallelCallback",
     "ContextParallelCollator",
     "ContextParallelConfig",
+    "count_loss_weights",
     "guard_model",
     "register_backends",
 ]
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .trainer.callback import ContextParallelCallback
     from .trainer.model_guard import guard_model
     from .trainer.parallelism_config import ContextParallelConfig
+    from .trainer.weighted_counts import count_loss_weights
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
@@ -35,5 +37,6 @@ else:  # a type checker that saw `__getattr__` would accept any name
             "trainer.callback": ("ContextParallelCallback",),
             "trainer.parallelism_config": ("ContextParallelConfig",),
             "trainer.model_guard": ("guard_model",),
+            "trainer.weighted_counts": ("count_loss_weights",),
         },
     )

@@ -21,6 +21,7 @@ from arguments import (
     SourceArguments,
     parse,
 )
+from sft import ARGUMENTS as SFT
 from transformers import TrainingArguments
 
 from ring_hf.hf import ContextParallelConfig
@@ -44,8 +45,9 @@ def header(path):
 
 def test_all_configs_are_found():
     assert len(LAUNCHES) == 7
-    assert len(RUNS) == 4
-    assert len(LAUNCHES) + len(RUNS) + 1 == len(list((ROOT / "configs").rglob("*.*")))  # and one for Slurm
+    assert len(RUNS) == 5
+    # And one for Slurm, and a chat template.
+    assert len(LAUNCHES) + len(RUNS) + 2 == len(list((ROOT / "configs").rglob("*.*")))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -116,6 +118,10 @@ def test_run_configs_hold_only_known_keys_and_sensible_values(name):
     types, extra = (PERPLEXITY, []) if script == "perplexity" else (FINETUNE, ["--model", "some/model"])
     if "model_config" in yaml.safe_load(RUNS[name].read_text()):
         extra = []
+    if name == "configs/sft.yaml":
+        parsed = parse(SFT, "", [str(RUNS[name]), *extra, "--data", "conversations.jsonl"], use_cpu=True)
+        assert parsed[0] == ModelArguments("some/model") and parsed[3] == ParallelArguments(2)
+        return
     parsed = parse(types, "", [str(RUNS[name]), *extra], use_cpu=True)
     assert parsed[0] != types[0](**({} if script == "perplexity" else {"model": "some/model"}))
 

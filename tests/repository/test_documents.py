@@ -20,6 +20,7 @@ from arguments import (
     SourceArguments,
     parse,
 )
+from sft import ARGUMENTS as SFT
 from transformers import TrainingArguments
 
 from ring_hf.cli import parser
@@ -30,6 +31,7 @@ LANGUAGES = {"bash", "diff", "python", "text", "yaml"}
 RECIPES = {
     "recipes/finetune.py": (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments),
     "recipes/perplexity.py": (PerplexityArguments, SourceArguments),
+    "recipes/sft.py": SFT,
 }
 PROGRAMS = {"ruff", "mypy", "mkdocs"}  # of the development environment
 _FOLDERS = r"(?:ring_hf|recipes|configs|scripts|tests|docs)"
@@ -75,7 +77,7 @@ def check_script_arguments(script, arguments):
 
 def test_commands_of_all_programs_are_checked():
     programs = [command.words[0] for command in COMMANDS]
-    assert programs.count("ring-hf") >= 10 and programs.count("accelerate") == 2 and len(programs) >= 18
+    assert programs.count("ring-hf") >= 10 and programs.count("accelerate") == 3 and len(programs) >= 18
 
 
 def test_commands_in_the_text_parse():

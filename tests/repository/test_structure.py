@@ -46,7 +46,7 @@ ROOMS = {
     "collate": {"ground", "checks"},
     "generation": {"ground", "checks"},
     "runtime": {"ground", "attention", "collate"},
-    "trainer": {"ground", "attention", "checks", "runtime"},
+    "trainer": {"ground", "attention", "checks", "collate", "runtime"},
 }
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl"}
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}

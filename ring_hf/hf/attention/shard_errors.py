@@ -8,8 +8,8 @@ from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
 
 MISSING_METADATA = (
     f"Sequences are shared by several ranks, but this training batch carries no {METADATA_KEY!r}: it "
-    "did not come from ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, or "
-    "collate_fn=... to the DataLoader."
+    "did not come from ContextParallelCollator. Pass data_collator=ContextParallelCollator(model) to the Trainer, "
+    "with inner= for a collator of your own, or collate_fn=... to the DataLoader."
 )
 UNCHECKED_BATCH = (
     "A sharded batch reached an attention layer without passing the checks of ring_hf, which compare it between ranks "

@@ -21,6 +21,15 @@ def _trl_trainer(trainer: Trainer) -> str | None:
     )
 
 
+def _images(trainer: Trainer) -> str | None:
+    if not getattr(trainer, "_is_vision_dataset", False):
+        return None
+    return (
+        f"The dataset of {type(trainer).__name__} has images, and only token ids can be sharded. Train on text, or on "
+        "images that are token ids already."
+    )
+
+
 def _predict_with_generate(trainer: Trainer) -> str | None:
     if not getattr(trainer.args, "predict_with_generate", False) or trainer.compute_metrics is None:
         return None  # without metrics the Trainer computes losses only
@@ -66,6 +75,7 @@ def _activated_lora(trainer: Trainer) -> str | None:
 
 TRAINER_RULES: tuple[Callable[[Trainer], str | None], ...] = (
     _trl_trainer,
+    _images,
     _predict_with_generate,
     _compiled,
     _prompt_learning,

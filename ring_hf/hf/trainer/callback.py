@@ -29,6 +29,7 @@ from .engines import check_blocks, check_sharded_weights, checkpoints_layers, co
 from .evaluation_loss import wrap_compute_loss
 from .exact_evaluation import current_evaluator
 from .model_guard import base_model, guard_model
+from .sft_trainer import check_sft_columns, shard_own_collator
 from .trainer_hooks import RngSynchronizer, enable_trial_step, find_trainer, seed_workers_by_replica
 
 logger = logging.getLogger("ring_hf")
@@ -133,7 +134,9 @@ class ContextParallelCallback(TrainerCallback):
         )
         error = error or find_degrees_error(inner.config, context)
         trainer = find_trainer()
-        error = error or (None if trainer is None else first_error(TRAINER_RULES, trainer))
+        if trainer is not None:
+            error = error or first_error(TRAINER_RULES, trainer) or check_sft_columns(trainer)
+            shard_own_collator(trainer, inner)
         degrees = None if error is not None else resolve_degrees(inner.config, context)
         raise_on_all_ranks(error, {"the parallel degrees": str(degrees)}, context)
         assert degrees is not None

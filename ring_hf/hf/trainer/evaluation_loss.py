@@ -18,12 +18,14 @@ from ring_hf.parallel import all_reduce
 from .. import context as process
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
 from ..refusal import raise_on_all_ranks
+from ..runtime.full_precision import HALF_DTYPES
 from ..runtime.preserved_state import preserve_state
 from ..runtime.runtime_state import runtime_state
 from ..runtime.trial_inputs import make_trial_inputs
 from ..runtime.trial_step import HALF_PRECISION_TOLERANCES, TOLERANCES
 from .exact_evaluation import current_evaluator
 from .model_guard import ModelGuard
+from .sft_trainer import is_sft_trainer
 
 
 def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuard) -> None:
@@ -37,7 +39,7 @@ def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuar
     is_proven = False
     evaluator = current_evaluator()
     if evaluator is not None:
-        evaluator.scalars_are_sums = any(_is_sft_trainer(base) for base in type(trainer).__mro__)
+        evaluator.scalars_are_sums = is_sft_trainer(type(trainer))
 
     @functools.wraps(original)
     def compute_loss(wrapped: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +58,6 @@ def wrap_compute_loss(trainer: Trainer, model: PreTrainedModel, guard: ModelGuar
         return evaluator.mean_over_ranks(result)
 
     trainer.compute_loss = compute_loss
-
-
-def _is_sft_trainer(trainer_class: type) -> bool:
-    """Return whether a class is TRL's SFTTrainer, which gathers sums over tokens: how many count, their entropy, how
-    many were predicted correctly."""
-    return trainer_class.__name__ == "SFTTrainer" and trainer_class.__module__.split(".")[0] == "trl"
 
 
 def _run_trial(
@@ -97,7 +93,9 @@ def _run_trial(
         runtime_state.evaluation_batch = None
     raise_on_all_ranks(error, {}, context)
     sharded_loss = float(all_reduce(torch.tensor(sharded_loss, dtype=torch.float64), context.group)) / context.size
-    tolerance = TOLERANCES.get(model.dtype, HALF_PRECISION_TOLERANCES).loss
+    has_half_weights = any(p.dtype in HALF_DTYPES for p in model.parameters() if p.requires_grad)
+    dtype_tolerances = TOLERANCES.get(model.dtype, HALF_PRECISION_TOLERANCES)
+    tolerance = (HALF_PRECISION_TOLERANCES if has_half_weights else dtype_tolerances).loss
     if abs(sharded_loss - whole_loss) > tolerance * abs(whole_loss):
         error = (
             f"{type(trainer).__name__} computes its evaluation loss from one shard of a sequence: {sharded_loss:.7g} "

@@ -38,6 +38,7 @@ class Evaluator:
     Attributes:
         scalars_are_sums: whether the scalars that a Trainer gathers are sums over the tokens of this rank.
         counts_first_labels: whether the Trainer counts the first label of a row, which no token predicts.
+        counts_weights: whether the Trainer divides by the sum of `loss_weights`, not by the number of targets.
     """
 
     def __init__(self, context: ProcessContext):
@@ -45,6 +46,7 @@ class Evaluator:
         runtime_state.evaluation_batch = None
         self.scalars_are_sums = False
         self.counts_first_labels = False
+        self.counts_weights = False
         self._accelerator: Callable[[], Any] = lambda: None
 
     def install(self, accelerator: Any) -> None:
@@ -128,7 +130,8 @@ class Evaluator:
         shift_labels_BC = self._mask_repeated(shift_labels_BC, batch)
         is_target_BC = shift_labels_BC != IGNORE_INDEX
         # If the caller passed no count, the loss is a mean over targets, weighted by `loss_weights`.
-        weights_BC = kwargs.get("loss_weights") if kwargs.get("num_items_in_batch") is None else None
+        is_weighted_mean = self.counts_weights or kwargs.get("num_items_in_batch") is None
+        weights_BC = kwargs.get("loss_weights") if is_weighted_mean else None
         count = is_target_BC.sum() if weights_BC is None else (weights_BC * is_target_BC).sum()
         if self.counts_first_labels and weights_BC is None and batch.sequence.segments(batch.rank)[0].start == 0:
             count = count + (kwargs["labels"][: self._num_real_examples(), 0] != IGNORE_INDEX).sum()
@@ -228,10 +231,11 @@ class Evaluator:
             ValueError: on every rank of a group, if its ranks hold different values; if objects are to be gathered;
                 or if the config of another Trainer is active.
         """
+        if self.scalars_are_sums and isinstance(input_data, torch.Tensor) and input_data.ndim == 0:
+            # Also in training: Accelerate cuts what it gathers with the last batch of an epoch to a number of rows.
+            return self._call_original("gather", input_data)
         if runtime_state.evaluation_batch is None:
             return self._call_original("gather_for_metrics", input_data, use_gather_object=use_gather_object)
-        if self.scalars_are_sums and isinstance(input_data, torch.Tensor) and input_data.ndim == 0:
-            return self._call_original("gather", input_data)
         if use_gather_object:
             raise ValueError(
                 "Gathering objects (eval_use_gather_object=True) is not supported with context parallelism. Set it "
