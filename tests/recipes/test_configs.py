@@ -12,15 +12,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from arguments import (
-    DataArguments,
-    MemoryArguments,
-    ModelArguments,
-    ParallelArguments,
-    PerplexityArguments,
-    SourceArguments,
-    parse,
-)
+from arguments import PerplexityArguments, SourceArguments, parse
+from finetune import ARGUMENTS
 from transformers import TrainingArguments
 
 from ring_hf.hf import ContextParallelConfig
@@ -33,7 +26,6 @@ RUNS = {
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
     if path.parent.name != "accelerate"
 }
-FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 PERPLEXITY = (PerplexityArguments, SourceArguments)
 
 
@@ -113,7 +105,7 @@ def test_the_slurm_script_starts_a_launcher_on_every_machine():
 @pytest.mark.parametrize("name", RUNS)
 def test_run_configs_hold_only_known_keys_and_sensible_values(name):
     script = "perplexity" if "perplexity" in name else "finetune"
-    types, extra = (PERPLEXITY, []) if script == "perplexity" else (FINETUNE, ["--model", "some/model"])
+    types, extra = (PERPLEXITY, []) if script == "perplexity" else (ARGUMENTS, ["--model", "some/model"])
     if "model_config" in yaml.safe_load(RUNS[name].read_text()):
         extra = []
     parsed = parse(types, "", [str(RUNS[name]), *extra], use_cpu=True)

@@ -11,16 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from arguments import (
-    DataArguments,
-    MemoryArguments,
-    ModelArguments,
-    ParallelArguments,
-    PerplexityArguments,
-    SourceArguments,
-    parse,
-)
-from transformers import TrainingArguments
+from arguments import PerplexityArguments, SourceArguments, parse
+from finetune import ARGUMENTS
 
 from ring_hf.cli import parser
 from tests.repository.documents import BLOCKS, COMMANDS, PAGES, prose
@@ -28,7 +20,7 @@ from tests.support.harness import ROOT, run_command
 
 LANGUAGES = {"bash", "diff", "python", "text", "yaml"}
 RECIPES = {
-    "recipes/finetune.py": (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments),
+    "recipes/finetune.py": ARGUMENTS,
     "recipes/perplexity.py": (PerplexityArguments, SourceArguments),
 }
 PROGRAMS = {"ruff", "mypy", "mkdocs"}  # of the development environment
