@@ -55,7 +55,7 @@ def main() -> None:
         for warning in stage.warnings:
             print(f"{stage.title}: {warning}\n")
     if plan_device is not None:
-        print(format_estimates(stages, plan_device))
+        print(format_estimates(stages, plan_device, top))
         return
     check_files(stages, output_dir)
     Extension(stages, output_dir, measurement(stages, top)).run()
@@ -137,7 +137,7 @@ class Extension:
     def launch(self, stage: Stage) -> None:
         """Launch one stage and wait for its end."""
         text = yaml.safe_dump(stage.values, sort_keys=False)
-        if not self.bar.initial and stage.index:  # earlier runs of this command took these
+        if self.writes and stage.index and not self.bar.initial:  # earlier runs of this command took these
             done = sum(self.tokens_of(earlier) for earlier in self.stages if earlier.index < stage.index)
             self.bar.initial = self.bar.n = done + taken_steps(stage) * stage.batch.num_tokens
         with tempfile.TemporaryDirectory() as temporary:

@@ -72,7 +72,7 @@ def finetune(arguments: tuple[Any, ...]) -> None:
         processing_class=tokenizer,
     )
     add_callbacks(trainer, run_args, batch)
-    train_and_save(trainer, checkpoint, windows, arguments)
+    train_and_save(trainer, checkpoint, arguments, windows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A launch line, such as `accelerate launch --config_file configs/accelerate/cpu_2proc.yaml`: how many processes it
 starts, which machine of several this is, and the engine it asks for.
 
-`$VARIABLES` are expanded, so that the same line serves every machine of a job (`--machine_rank $SLURM_NODEID`).
+`$NAME`, `${NAME}` and `${NAME:-default}` are expanded, so that the same line serves every machine of a job
+(`--machine_rank ${SLURM_NODEID:-0}`).
 """
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+_VARIABLE = re.compile(r"\$(?:(?P<name>\w+)|\{(?P<braced>\w+)(?::-(?P<default>[^}]*))?\})")
 # By its name on the command line, the module that starts it with this interpreter.
 MODULES = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
 
@@ -60,17 +63,26 @@ def read_launch(line: str, num_processes: int | None = None) -> LaunchLine:
     Raises:
         ValueError: if the number of processes does not follow from it.
     """
-    words = tuple(shlex.split(os.path.expandvars(line)))
+    words = tuple(shlex.split(_VARIABLE.sub(lambda match: _expand(match, line), line)))
     if not words:
         raise ValueError("launch is empty. Write `accelerate launch --config_file <file>`, or `python`.")
-    if unset := [word for word in words if word.startswith("$")]:
-        raise ValueError(f"launch={line!r}: the variable {unset[0]} is not set on this machine. Set it.")
     if words[:2] == ("accelerate", "launch"):
         return _read_accelerate(words, line, num_processes)
     if words[0] == "torchrun":
         return _read_torchrun(words, line, num_processes)
     count = 1 if words[0] in ("python", "python3") and num_processes is None else num_processes
     return LaunchLine(words, _require(count, line))
+
+
+def _expand(match: re.Match[str], line: str) -> str:
+    name = match["name"] or match["braced"]
+    value = os.environ.get(name) or match["default"]
+    if value is None:
+        raise ValueError(
+            f"launch={line!r}: the variable {name} is not set on this machine. Set it, or write a default: "
+            f"${{{name}:-0}}."
+        )
+    return value
 
 
 def _require(num_processes: int | None, line: str) -> int:

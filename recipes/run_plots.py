@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
+from matplotlib.ticker import EngFormatter
 
 
 def plot_run(rows: list[dict[str, Any]], perplexities: list[dict[str, Any]], path: Path) -> None:
@@ -34,8 +35,10 @@ def plot_stages(stages: list[dict[str, Any]], perplexities: dict[str, list[dict[
         start = tokens[-1] if tokens else start
         if index + 1 < len(stages):
             left.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
-    left.set(xlabel="tokens", ylabel="training loss (dots: held-out)", title="Loss")
-    left.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+    has_evaluations = any(_heldout_keys(row) for stage in stages for row in stage["rows"])
+    label = "training loss" + " (dots: held-out)" * has_evaluations
+    left.set(xlabel="tokens", ylabel=label, title="Loss")
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
     if any(stage["name"] for stage in stages):
         left.legend(frameon=False)
     if perplexities:

@@ -1,12 +1,14 @@
 """Memory and time of each stage on a GPU, predicted by the planner from the values of the run."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from stages import Stage
 
 from ring_hf.costmodel.devices import DEVICES, GIB
-from ring_hf.planner import TrainingJob, read_model
+from ring_hf.planner import Model, TrainingJob, read_model
 from ring_hf.planner.memory_estimate import estimate_memory
+from ring_hf.planner.model_config import parse_config
 from ring_hf.planner.step_times import estimate_times
 from ring_hf.text import markdown_table
 
@@ -14,16 +16,26 @@ CHECKPOINTS = {"none": "none", "recompute": "full", "save": "save-attention"}
 _OFFLOADED = {"layers": ("layers",), "attention": ("attention",), "all": ("layers", "attention"), None: ()}
 
 
-def make_job(stage: Stage, device: str, model: str | None = None) -> TrainingJob:
+def plan_model(top: dict[str, Any]) -> Model:
+    """Return the model of a file of stages as the planner knows it.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    model = top.get("plan_model") or top.get("model") or top.get("model_config")
+    return parse_config(model, "the model", "the YAML") if isinstance(model, dict) else read_model(str(model))
+
+
+def make_job(stage: Stage, device: str, model: Model) -> TrainingJob:
     """Return the planner's job of a stage.
 
     Args:
         stage: a resolved stage.
         device (`str`): a name of `DEVICES`.
-        model (`str`, *optional*): folder or name that the planner knows, instead of the stage's.
+        model: the result of `plan_model`.
 
     Raises:
-        ValueError: if the planner does not know the model, or the settings cannot run.
+        ValueError: if the settings cannot run.
     """
     values, settings = stage.values, stage.launch.settings
     num_devices, is_deepspeed = stage.launch.num_processes, stage.launch.engine == "DEEPSPEED"
@@ -32,7 +44,7 @@ def make_job(stage: Stage, device: str, model: str | None = None) -> TrainingJob
     if checkpoint == "none" and (values.get("gradient_checkpointing") or values.get("activation_checkpointing")):
         checkpoint = "full"
     return TrainingJob(
-        read_model(str(model or values["model"])),
+        model,
         stage.batch.max_length,
         devices=num_devices,
         device=device,
@@ -51,6 +63,7 @@ def make_job(stage: Stage, device: str, model: str | None = None) -> TrainingJob
         ulysses=_ulysses(values),
         inner=int(values.get("inner_ring_size") or 1),
         head_chunks=int(values.get("head_chunks") or 1),
+        kernel=str(values.get("kernel") or "auto"),
         fused=bool(values.get("use_liger_kernel")),
     )
 
@@ -83,34 +96,68 @@ def _ulysses(values: dict[str, Any]) -> int:
     return 0 if size == "auto" else int(size)
 
 
-def format_estimates(stages: list[Stage], device: str, model: str | None = None) -> str:
+@dataclass(frozen=True)
+class Estimate:
+    """The prediction of one stage.
+
+    Attributes:
+        gib: memory on a device.
+        capacity: GiB that a device has.
+        micro_batch, step: seconds.
+        hours: of all steps.
+        rate: tokens/s of a device.
+    """
+
+    gib: float
+    capacity: float
+    micro_batch: float
+    step: float
+    hours: float
+    rate: float
+
+
+def estimates(stages: list[Stage], device: str, model: Model) -> list[Estimate]:
+    """Return the predictions of stages on a device.
+
+    Args:
+        device (`str`): a name of `DEVICES`.
+        model: the result of `plan_model`.
+    """
+    results = []
+    for stage in stages:
+        job = make_job(stage, device, model)
+        times, memory = estimate_times(job), estimate_memory(job).allocated / GIB
+        step = times.step * stage.batch.accumulation
+        hours = step * stage.num_steps / 3600
+        capacity = job.device_spec.memory / GIB
+        results.append(Estimate(memory, capacity, times.step, step, hours, times.tokens_per_device))
+    return results
+
+
+def format_estimates(stages: list[Stage], device: str, top: dict[str, Any]) -> str:
     """Return a table of predicted memory and time of the stages on a device.
 
     Args:
         device (`str`): a name of `DEVICES`; "" for h100.
-        model (`str`, *optional*): for the planner, instead of the stages' own.
+        top: top-level values of the file.
 
     Raises:
-        ValueError: as `make_job`, or if the device is not known.
+        ValueError: as `plan_model` and `make_job`, or if the device is not known.
     """
     name = device or "h100"
     if name not in DEVICES:
         raise ValueError(f"--plan {device}: choose one of {', '.join(DEVICES)}.")
-    base = model or str(stages[0].values.get("model"))  # later stages start from a folder that may not exist yet
     rows = [["stage", "GiB per device", "s per micro-batch", "s per step", "steps", "hours", "tokens/s per device"]]
-    for stage in stages:
-        job = make_job(stage, name, base)
-        times, memory = estimate_times(job), estimate_memory(job)
-        step = times.step * stage.batch.accumulation
+    for stage, estimate in zip(stages, estimates(stages, name, plan_model(top)), strict=True):
         rows.append(
             [
                 f"{stage.index} {stage.name}",
-                f"{memory.allocated / GIB:.1f} of {job.device_spec.memory / GIB:.0f}",
-                f"{times.step:.1f}",
-                f"{step:,.1f}",
+                f"{estimate.gib:.1f} of {estimate.capacity:.0f}",
+                f"{estimate.micro_batch:.1f}",
+                f"{estimate.step:,.1f}",
                 f"{stage.num_steps:,}",
-                f"{step * stage.num_steps / 3600:,.1f}",
-                f"{times.tokens_per_device:,.0f}",
+                f"{estimate.hours:,.1f}",
+                f"{estimate.rate:,.0f}",
             ]
         )
     heading = f"predicted on {DEVICES[name].name} (ring-hf plan --help has the assumptions)"

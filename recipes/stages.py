@@ -38,6 +38,7 @@ STAGE_KEYS = {
 }
 TOP_KEYS = {
     "stages": "List of mappings, one for each stage.",
+    "plan_model": "Name, folder or mapping of a config.json that ring-hf plan knows, for --plan. Default: model.",
     "measure_launch": "Launch line of the measurement before the first stage. Default: that of the first stage.",
 }
 # Keys of the recipe that follow from keys of the stage.

@@ -137,17 +137,20 @@ def add_callbacks(trainer: Trainer, run_args: RunArguments, batch: Batch) -> Non
 
 
 def train_and_save(
-    trainer: Trainer, checkpoint: str | None, windows: dict[int, Dataset], arguments: tuple[Any, ...]
+    trainer: Trainer,
+    checkpoint: str | None,
+    arguments: tuple[Any, ...] = (),
+    windows: dict[int, Dataset] | None = None,
 ) -> None:
     """Train, from a checkpoint if there is one, and write model, model card, metrics and state to output_dir.
 
     `trainer_state.json` is written last: a run that has one is complete (see `checkpoints.is_finished`).
 
     Args:
+        arguments: all dataclasses of the run, for the card; without them there is none.
         windows: the result of `loading.load_windows`; the perplexity on them is measured at the end.
-        arguments: all dataclasses of the run, for the card.
     """
-    (run_args,) = (values for values in arguments if isinstance(values, RunArguments))
+    evaluates_only = any(isinstance(values, RunArguments) and values.evaluate_only for values in arguments)
     metrics = None
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -159,9 +162,10 @@ def train_and_save(
         return  # SIGTERM ended it with a checkpoint, from which the same command continues
     if windows:
         write_perplexity(trainer, windows)
-    if not run_args.evaluate_only:
-        install_model_card(trainer, arguments)  # not earlier: ring_hf tests a Trainer whose methods were replaced
-        trainer.create_model_card()
+    if not evaluates_only:
+        if arguments:
+            install_model_card(trainer, arguments)  # not earlier: ring_hf tests a Trainer whose methods were replaced
+            trainer.create_model_card()
         trainer.model.config.use_cache = True  # it was off for training
         trainer.save_model()  # and push it to the hub, if asked
         if metrics is not None:
