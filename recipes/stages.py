@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import ModelArguments, ParallelArguments, explain_unknown, parse, read_yaml
+from arguments import MemoryArguments, ModelArguments, ParallelArguments, explain_unknown, parse, read_yaml
 from budget import Batch, count_replicas, count_steps, make_batch
 from checkpoints import last_checkpoint
 from launch_line import LaunchLine, read_launch
@@ -267,7 +267,9 @@ def check_values(recipe: str, values: dict[str, Any]) -> None:
         path = Path(folder, "run.yaml")
         checked = {key: value for key, value in values.items() if key not in _PRECISION}
         path.write_text(yaml.safe_dump(checked))
-        parse(recipe_types(recipe), "", [str(path)], use_cpu=True)
+        for arguments in parse(recipe_types(recipe), "", [str(path)], use_cpu=True):
+            if isinstance(arguments, ParallelArguments | MemoryArguments):
+                arguments.config()
 
 
 def measurement(stages: list[Stage], top: dict[str, Any]) -> Stage | None:
