@@ -46,7 +46,7 @@ def main() -> None:
     argv = sys.argv[1:]
     if not argv or "--help" in argv or "-h" in argv:
         print(format_help())
-        return
+        sys.exit(0)
     path, overrides, plan_device = parse_command_line(argv)
     stages, top = read_stages(path, overrides)
     output_dir = Path(str(top.get("output_dir", "runs/extend")))
