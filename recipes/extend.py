@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import read_yaml
 from processes import Interrupted, run_child
 from refusals import run
 from run_log import LOG, read_rows
@@ -37,6 +36,8 @@ from stage_plan import format_estimates
 from stage_report import draw_report, format_plan, format_report
 from stages import STAGE_KEYS, TOP_KEYS, Stage, measurement, read_stages, with_measured_values
 from tqdm import tqdm
+
+from ring_hf.data.run_options import read_yaml
 
 SHARED_FOLDER = 120.0  # seconds that a file of another machine may take to appear
 USAGE = "usage: extend.py stages.yaml [--key value ...] [--plan [device]]"
