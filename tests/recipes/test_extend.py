@@ -364,18 +364,23 @@ ENGINES = {"FSDP2": "fsdp2_8gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
 @pytest.mark.skipif(not os.environ.get("RING_HF_ALL_CASES"), reason="two launches of an engine; RING_HF_ALL_CASES=1")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sharded_engines_keep_an_optimizer_state(folder, engine, tmp_path):
-    """The second stage with FSDP2 or ZeRO-3 on two processes has the losses of DDP."""
+    """Two stages with FSDP2 or ZeRO-3 on two processes, the second with the state of the first, as in one process."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     launcher += [f"configs/accelerate/{ENGINES[engine]}", str(ROOT / "tests/recipes/as_on_gpus.py")]
-    for index, name in enumerate(("stage-01-short", "stage-02-128")):
-        values = yaml.safe_load((folder / "run" / name / "run.yaml").read_text())
-        values |= {"output_dir": str(tmp_path / name), "perplexity_lengths": [128]}
-        if index:
-            values |= {"model": str(tmp_path / "stage-01-short")}
-            values |= {"optimizer_from": str(tmp_path / "stage-01-short" / "checkpoint-4")}
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-        command = [*launcher, "recipes/finetune.py", str(tmp_path / "run.yaml")]
-        run_command(command, {"ENGINE_FILE": str(tmp_path / "engine.json")})
-        assert json.loads((tmp_path / "engine.json").read_text())["engine"] == engine
-        ours, theirs = (losses_of(path / name / "log.jsonl") for path in (tmp_path, folder / "run"))
+    values = yaml.safe_load((folder / "run" / "stage-02-128" / "run.yaml").read_text())
+    values |= {"perplexity_lengths": [], "max_steps": 4}
+    for size, name in ((1, "one"), (2, engine)):
+        first = {**values, "context_parallel_size": size, "optimizer_from": None, "output_dir": str(tmp_path / name)}
+        second = {**first, "model": first["output_dir"], "output_dir": str(tmp_path / f"{name}-kept")}
+        second["optimizer_from"] = f"{first['output_dir']}/checkpoint-4"
+        for run_values in (first, second):
+            (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values))
+            command = ["recipes/finetune.py", str(tmp_path / "run.yaml")]
+            if size == 1:
+                launch_forked(command)
+            else:
+                run_command([*launcher, *command], {"ENGINE_FILE": str(tmp_path / "engine.json")})
+    assert json.loads((tmp_path / "engine.json").read_text())["engine"] == engine
+    for suffix in ("", "-kept"):
+        ours, theirs = (losses_of(tmp_path / f"{name}{suffix}" / "log.jsonl") for name in (engine, "one"))
         assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
