@@ -140,7 +140,7 @@ def test_every_stage_takes_its_first_steps(read, tmp_path):
             path.write_text(yaml.safe_dump(values))
             words.append(f"{stage.recipe}={path}")
             previous = folders[path.stem] = tmp_path / name / stage.name
-    output = launch_forked([str(ROOT / "tests/recipes/run_in_turn.py"), *words], 2)
+    output = launch_forked([str(ROOT / "tests/recipes/run_in_turn.py"), *words], 2, timeout=550)
     assert len(re.findall(r"^finished ", output, re.MULTILINE)) == 2 * len(words)
     for folder in folders.values():
         steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
