@@ -131,6 +131,38 @@ class MemoryArguments:
 
 
 @dataclass
+class RunArguments:
+    """Batch and budget in tokens, perplexity by length, and the first state of the optimizer."""
+
+    tokens_per_batch: str | None = option(
+        None, "Tokens of an optimizer step over all processes, as 4M (4 * 2**20): sets gradient_accumulation_steps."
+    )
+    max_tokens: str | None = option(None, "Tokens to train on, as 4.8B (decimal): sets max_steps.")
+    perplexity_lengths: list[int] = option(
+        [], "Context lengths at which held-out perplexity is measured when training ends; each divides the longest."
+    )
+    perplexity_windows: int = option(16, "Most windows of the longest of them.")
+    until_perplexity: float | None = option(
+        None,
+        "End training when held-out perplexity at the shortest of perplexity_lengths is at most this; measured at "
+        "every evaluation.",
+    )
+    evaluate_only: bool = option(False, "Measure perplexity_lengths and train nothing.")
+    optimizer_from: str | None = option(
+        None, "Checkpoint whose optimizer state training starts with; its learning rates are those of this run."
+    )
+    card_notes: str | None = option(None, "Markdown file whose text becomes a part of the model card.")
+    peak_tflops: float | None = option(
+        None, "Dense bf16 TFLOP/s of a device, by which MFU is logged. Default: the data sheet of known GPUs."
+    )
+
+    def __post_init__(self) -> None:
+        if (self.until_perplexity is not None or self.evaluate_only) and not self.perplexity_lengths:
+            key = "evaluate_only" if self.evaluate_only else "until_perplexity"
+            raise ValueError(f"{key}={getattr(self, key)} measures at perplexity_lengths, which is empty. Set it.")
+
+
+@dataclass
 class PerplexityArguments:
     """The models to measure, the context lengths, and the folder of the results."""
 

@@ -11,10 +11,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from run_start import REACHED
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
 STATE = "trainer_state.json"
+UNFINISHED = "checkpoint-is-incomplete.txt"  # of a checkpoint at SIGTERM, while the Trainer writes it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,7 +39,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Return whether all files of a checkpoint can be read to their end."""
-    if read_state(checkpoint) is None:
+    if read_state(checkpoint) is None or (checkpoint / UNFINISHED).exists():
         return False
     archives = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.rglob(pattern)]
     return (
@@ -72,6 +74,8 @@ def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
     state = read_state(Path(str(training_args.output_dir)))
     if state is None or state["global_step"] < (read_state(Path(checkpoint)) or {}).get("global_step", 0):
         return False
+    if any(REACHED in row for row in state["log_history"]):
+        return True
     if training_args.max_steps > 0:
         return bool(state["global_step"] >= training_args.max_steps)
     finished_epochs = training_args.num_train_epochs <= state["num_train_epochs"]

@@ -1,12 +1,19 @@
 """Model and tokenizer of a run, from its arguments."""
 
+import logging
 from typing import Any
 
-from arguments import ModelArguments
+from arguments import ModelArguments, SourceArguments
+from datasets import Dataset
+from rope import resolve_rope, warn_about_theta
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hf.data import add_vision_vocabulary, byte_level
+from ring_hf.data.sequences import load_source, load_splits, tokenize_heldout
+from ring_hf.evaluation import evaluation_windows
 from ring_hf.hf.pretrained import load_pretrained
+
+logger = logging.getLogger("ring_hf.recipes")
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -68,23 +75,41 @@ def set_positions(config: Any, args: ModelArguments, max_length: int) -> None:
     The order matters: scaled RoPE (yarn, llama3) takes the earlier maximum as the length it scales from.
 
     Raises:
-        ValueError: if the model has no RoPE, or several.
+        ValueError: if the model has no RoPE, or the arguments do not describe one (see `rope.resolve_rope`).
     """
-    if args.rope_theta is not None or args.rope_parameters is not None:
-        current = getattr(config, "rope_parameters", None)
-        if not current:
-            raise ValueError(
-                f"rope_theta={args.rope_theta}, rope_parameters={args.rope_parameters}: a {config.model_type} "
-                "configuration has no RoPE to set. Leave both out."
-            )
-        if args.rope_theta is not None and "rope_theta" not in current:
-            raise ValueError(
-                f"rope_theta={args.rope_theta}: {config.model_type} has one RoPE per layer type "
-                f"({', '.join(current)}). "
-                "Set rope_parameters with all of them."
-            )
-        config.rope_parameters = args.rope_parameters or {**current, "rope_theta": args.rope_theta}
+    assert not isinstance(args.rope_parameters, str)  # parsed by the dataclass
+    description = args.rope_parameters or (None if args.rope_theta is None else {"rope_theta": args.rope_theta})
+    if description is not None:
+        config.rope_parameters = resolve_rope(config, description, max_length)
+        config.max_position_embeddings = max(max_length, config.max_position_embeddings)
         config.standardize_rope_params()
         config.validate_rope()
     if getattr(config, "max_position_embeddings", max_length) < max_length:
         config.max_position_embeddings = max_length
+    warning = warn_about_theta(getattr(config, "rope_parameters", None) or {}, max_length)
+    if warning is not None:
+        logger.warning(warning)
+
+
+def load_windows(args: SourceArguments, tokenizer: Any, lengths: list[int], max_windows: int) -> dict[int, Dataset]:
+    """Return held-out windows by context length: the same text, cut as `recipes/perplexity.py` cuts it.
+
+    Raises:
+        ValueError: if nothing is held out, a length does not divide the longest, or no document is that long.
+    """
+    if not lengths:
+        return {}
+    longest = max(lengths)
+    if wrong := [length for length in lengths if length < 2 or longest % length]:
+        raise ValueError(f"perplexity_lengths={lengths}: {wrong[0]} must be at least 2 and divide {longest}.")
+    if args.holds_nothing_out:
+        raise ValueError(
+            f"perplexity_lengths={lengths} are measured on held-out documents, and heldout_fraction=0 holds none out. "
+            "Hold something out, or name a source as heldout_data."
+        )
+    has_source = args.heldout_data is not None  # then the training documents are not read
+    heldout = [(spec, load_source(spec)) for spec in args.heldout_sources()] if has_source else load_splits(args)[1]
+    tokens = tokenize_heldout(heldout, tokenizer)
+    assert tokens is not None  # something is held out
+    windows_NS = evaluation_windows(tokens["input_ids"], longest, max_windows)
+    return {length: Dataset.from_dict({"input_ids": windows_NS.reshape(-1, length).tolist()}) for length in lengths}

@@ -13,28 +13,43 @@ import dataclasses
 from typing import Any
 
 from adapters import add_adapter, check_merging, quantization_of, save_merged
-from arguments import MemoryArguments, ModelArguments, ParallelArguments
+from arguments import MemoryArguments, ModelArguments, ParallelArguments, RunArguments
 from checkpoints import find_checkpoint, is_finished
 from conversation_data import load_examples, print_once
 from loading import load_model, load_tokenizer
 from refusals import run
 from sft_arguments import AdapterArguments, ConversationArguments
-from training import disable_evaluation, parse_run, train_and_save
+from training import add_callbacks, disable_evaluation, parse_run, set_batch, train_and_save
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 import ring_hf
 from ring_hf.data import pack_documents
 
-ARGUMENTS = (ModelArguments, ConversationArguments, AdapterArguments, ParallelArguments, MemoryArguments, SFTConfig)
+ARGUMENTS = (
+    ModelArguments,
+    ConversationArguments,
+    AdapterArguments,
+    ParallelArguments,
+    MemoryArguments,
+    RunArguments,
+    SFTConfig,
+)
 
 
 def main() -> None:
-    model_args, data_args, adapter_args, parallel_args, memory_args, training_args = parse_run(ARGUMENTS, str(__doc__))
+    arguments = parse_run(ARGUMENTS, str(__doc__))
+    model_args, data_args, adapter_args, parallel_args, memory_args, run_args, training_args = arguments
+    if run_args.perplexity_lengths:
+        raise ValueError(
+            f"perplexity_lengths={run_args.perplexity_lengths} are windows of plain text, which this recipe does not "
+            "read. Leave it out, or measure with recipes/perplexity.py."
+        )
     adapter_args.check_model(model_args)
     memory_args = check_weighting(data_args, memory_args, training_args)
     if data_args.holds_nothing_out:
         disable_evaluation(training_args)
+    batch = set_batch(run_args, parallel_args, training_args, training_args.max_length)
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
     if checkpoint is not None and is_finished(checkpoint, training_args):
@@ -52,12 +67,12 @@ def main() -> None:
     model = add_adapter(model, adapter_args, checkpoints_layers)
     ring_hf.memory.apply(model, memory_args.config())
 
-    training_args.parallelism_config = parallel_args.config()
     weighs_examples = data_args.loss_weighting == "examples"
     build = build_weighted_trainer if weighs_examples else build_sft_trainer
     trainer = build(model, training_args, tokenizer, train, heldout)
     check_merging(adapter_args)
-    train_and_save(trainer, checkpoint)
+    add_callbacks(trainer, run_args, batch)
+    train_and_save(trainer, checkpoint, arguments)
     if adapter_args.merge_adapter:
         save_merged(trainer, tokenizer)
 

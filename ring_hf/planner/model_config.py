@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {"tied": True},
     "granite": {},
     "olmo2": {"qk_norm": "whole"},
+    "olmo3": {"qk_norm": "whole", "windows": 4},
     "seed_oss": {"out_bias": False},
     "gpt_oss": {"windows": 2, "sinks": True, "router_bias": True, "expert_bias": True, **_EXPERTS},
     "deepseek_v3": {"experts": "n_routed_experts", "expert_ff": "moe_intermediate_size"},

@@ -9,9 +9,9 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, parse
+from arguments import parse
+from finetune import ARGUMENTS
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainingArguments
 
 from ring_hf.hf.trainer.engines import find_engine
 from ring_hf.memory import MemoryConfig
@@ -28,7 +28,6 @@ from ring_hf.planner.plan_report import format_plan
 from tests.support.harness import ROOT
 
 QWEN = read_model("Qwen3-8B")
-FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 SAVED = {"checkpoint": "save-attention", "offload": ("layers", "attention"), "ffn_block": 4096, "loss_block": 2048}
 ON_HOST = {"zero": 3, "offload": ("optimizer", "weights")}
 JOBS = {
@@ -62,13 +61,13 @@ def printed_launch(job):
 
 def parse_printed_yaml(job, folder):
     (folder / "plan.yaml").write_text(printed_launch(job)[0])
-    return parse(FINETUNE, "", [str(folder / "plan.yaml")], use_cpu=True, output_dir=str(folder))
+    return parse(ARGUMENTS, "", [str(folder / "plan.yaml")], use_cpu=True, output_dir=str(folder))
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_recipe_reads_the_settings_of_the_plan_from_the_yaml(name, tmp_path):
     job = TrainingJob(QWEN, 2**17, **JOBS[name])
-    model, data, parallel, memory, training = parse_printed_yaml(job, tmp_path)
+    model, data, parallel, memory, _, training = parse_printed_yaml(job, tmp_path)
     assert (model.model, data.max_length) == ("Qwen/Qwen3-8B", 2**17)
     assert (training.optim, training.per_device_train_batch_size) == (job.optimizer, job.batch_size)
     assert (model.dtype, training.bf16) == (("bfloat16", False) if job.precision == "bf16" else ("float32", True))

@@ -1,16 +1,15 @@
 """One parser for all recipes: YAML, then the command line, and nothing that is not a key."""
 
 import pytest
-from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, PerplexityArguments, parse
+from arguments import MemoryArguments, ModelArguments, ParallelArguments, PerplexityArguments, parse
+from finetune import ARGUMENTS
 from loading import load_tokenizer, set_positions
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig
 
 from ring_hf.memory import MemoryConfig
 
-FINETUNE = (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments)
 
-
-def parse_run(*argv, yaml=None, tmp_path=None, types=FINETUNE):
+def parse_run(*argv, yaml=None, tmp_path=None, types=ARGUMENTS):
     if yaml is not None:
         path = tmp_path / "run.yaml"
         path.write_text(yaml)
@@ -20,7 +19,7 @@ def parse_run(*argv, yaml=None, tmp_path=None, types=FINETUNE):
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
     yaml = "model: a\nmax_length: 64\nlearning_rate: 1e-3\npacking: stream\nmask_boundaries: false\n"
-    model, data, parallel, memory, training = parse_run(
+    model, data, parallel, memory, _, training = parse_run(
         "--max_length", "128", "--packing=separate", yaml=yaml, tmp_path=tmp_path
     )
     assert (model.model, model.attn_implementation) == ("a", "ring_zigzag")
@@ -136,12 +135,12 @@ def test_yarn_scales_from_the_length_of_before():
 
 
 def test_rope_of_a_model_without_rope_is_refused():
-    with pytest.raises(ValueError, match=r"rope_theta=50000.0.*a gpt2 configuration has no RoPE to set"):
+    with pytest.raises(ValueError, match=r"'rope_theta': 50000.0.*a gpt2 configuration has no RoPE to set"):
         positions(rope_theta=5e4, model_type="gpt2")
 
 
 def test_one_theta_for_a_model_with_several_ropes_is_refused():
-    with pytest.raises(ValueError, match=r"gemma3_text has one RoPE per layer type .*Set rope_parameters with all"):
+    with pytest.raises(ValueError, match=r"gemma3_text has one RoPE per layer type .*rope_theta is none of them"):
         positions(rope_theta=5e4, model_type="gemma3_text")
 
 

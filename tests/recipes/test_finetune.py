@@ -261,9 +261,10 @@ def test_a_folder_without_model_or_tokenizer_says_what_it_holds(tmp_path, loader
 
 def test_every_recipe_explains_itself(monkeypatch, capsys):
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if "__main__" in path.read_text())
-    assert recipes == ["finetune", "perplexity", "quickstart"]
+    assert recipes == ["extend", "finetune", "perplexity", "quickstart"]
     for recipe in recipes:
         with pytest.raises(SystemExit) as stop:
             run_here(monkeypatch, recipe, "--help")
         assert stop.value.code == 0
-        assert f"{recipe}.py [run.yaml] [--key value ...]" in capsys.readouterr().out
+        file = "stages.yaml" if recipe == "extend" else "[run.yaml]"
+        assert f"{recipe}.py {file} [--key value ...]" in capsys.readouterr().out

@@ -11,17 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from arguments import (
-    DataArguments,
-    MemoryArguments,
-    ModelArguments,
-    ParallelArguments,
-    PerplexityArguments,
-    SourceArguments,
-    parse,
-)
+from arguments import PerplexityArguments, SourceArguments, parse
+from finetune import ARGUMENTS
 from sft import ARGUMENTS as SFT
-from transformers import TrainingArguments
 
 from ring_hf.cli import parser
 from tests.repository.documents import BLOCKS, COMMANDS, PAGES, prose
@@ -29,7 +21,7 @@ from tests.support.harness import ROOT, run_command
 
 LANGUAGES = {"bash", "diff", "python", "text", "yaml"}
 RECIPES = {
-    "recipes/finetune.py": (ModelArguments, DataArguments, ParallelArguments, MemoryArguments, TrainingArguments),
+    "recipes/finetune.py": ARGUMENTS,
     "recipes/perplexity.py": (PerplexityArguments, SourceArguments),
     "recipes/sft.py": SFT,
 }

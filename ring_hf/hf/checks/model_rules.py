@@ -33,7 +33,6 @@ OTHER_LAYERS = {
     "heavily_compressed_attention": "attend to summaries of the whole sequence",
 }
 STATEFUL = "carry a state along the sequence or look at neighbouring tokens"
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 REFUSED_TYPES = {
     "doge": "makes its attention mask from the values of all tokens",
     "gemma4_unified": "joins the tokens of images in its attention mask, even if there are none",
@@ -171,12 +170,24 @@ def _jitter(model: PreTrainedModel) -> str | None:
 def _rope(model: PreTrainedModel) -> str | None:
     parameters = getattr(text_config(model), "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    types = {value.get("rope_type") for value in nested} & LENGTH_DEPENDENT_ROPE
+    types = {value.get("rope_type") for value in nested if _depends_on_length(value)}
     if not types:
         return None
     return (
         f"rope_type={types.pop()!r} chooses its frequencies by the largest position of a shard, which differs between "
-        'ranks. Use "linear", "yarn", "llama3" or a larger rope_theta.'
+        'ranks. Use "linear", "yarn", "llama3", a larger rope_theta, or "longrope" with short_factor equal to '
+        "long_factor."
+    )
+
+
+def _depends_on_length(parameters: dict[str, Any]) -> bool:
+    """Return whether the frequencies of a RoPE depend on the positions of a batch.
+
+    LongRoPE takes one of two lists of factors by the largest position. If the lists are equal, nothing is chosen.
+    """
+    kind = parameters.get("rope_type")
+    return kind == "dynamic" or (
+        kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
     )
 
 
