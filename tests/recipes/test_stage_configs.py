@@ -20,11 +20,12 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "hea
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS = {"olmo3": "olmo3", "trl-1m": "qwen3", "qwen25-1m-sft": "qwen2"}
 LENGTHS = {"olmo3": 8192, "trl-1m": 40960, "lwm": 4096, "easycontext": 4096, "tiny": 256}
-SAMPLE = ("tiny", "olmo3", "qwen25-1m-sft")  # whose first steps are taken; RING_HF_ALL_CASES=1 takes those of all
+SAMPLE = ("tiny", "olmo3", "qwen25-1m-sft")  # files whose first steps are taken; all with RING_HF_ALL_CASES=1
 SHARE = 64  # tokens of the longest stage, scaled down
 # Keys that ask for another device, or for data and files that are not there.
 LEFT_OUT = {"bf16", "kernel", "heldout_data", "perplexity_lengths", "model", "data", "ulysses_size", "card_notes"}
-LEFT_OUT |= {"eval_strategy", "eval_steps", "save_steps", "max_heldout_sequences", "tokenizer", "model_config", "overlong"}
+LEFT_OUT |= {"eval_strategy", "eval_steps", "save_steps", "max_heldout_sequences"}
+LEFT_OUT |= {"tokenizer", "model_config", "overlong"}
 
 
 def base_config(name):
