@@ -101,13 +101,13 @@ def start_processes(context_parallel_size: int | None) -> Accelerator:
 
 def read_text(source: str) -> str:
     """Return enough text of a source for all prompts."""
-    pieces, num_characters = [], 0
+    parts, num_characters = [], 0
     for row in load_documents(source):
-        pieces.append(row["text"])
-        num_characters += len(pieces[-1])
+        parts.append(row["text"])
+        num_characters += len(parts[-1])
         if num_characters >= FILLER_CHARACTERS:
             break
-    return "\n\n".join(pieces)
+    return "\n\n".join(parts)
 
 
 def measure(

@@ -79,18 +79,18 @@ def insert_at_sentences(text: str, inserts: Sequence[tuple[float, str]]) -> str:
 
     Args:
         text: the filler.
-        inserts: pairs of depth (0 is the beginning, 1 the end) and sentence; equal places keep their order.
+        inserts: pairs of depth (0 is the beginning, 1 the end) and sentence; equal depths keep their order.
     """
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    places: list[tuple[int, str]] = []
+    insertions: list[tuple[int, str]] = []
     for depth, sentence in inserts:
         limit = depth * len(text)
-        places.append((max(end for end in ends if end <= limit), sentence))
-    pieces, last = [], 0
-    for position, sentence in sorted(places, key=lambda place: place[0]):
-        pieces += [text[last:position], sentence]
+        insertions.append((max(end for end in ends if end <= limit), sentence))
+    parts, last = [], 0
+    for position, sentence in sorted(insertions, key=lambda insertion: insertion[0]):
+        parts += [text[last:position], sentence]
         last = position
-    return "".join([*pieces, text[last:]])
+    return "".join([*parts, text[last:]])
 
 
 def fit_prompt(

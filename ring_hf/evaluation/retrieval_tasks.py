@@ -91,8 +91,8 @@ def _make_ruler_needles(num_keys: int, num_values: int, num_queries: int, purpos
         ]
         depths = [depth if key == 0 else rng.random() for key in range(num_keys * num_values)]
         inserts = [
-            (place, f" One of the special magic numbers for {name} is: {number}. ")
-            for place, (name, number) in zip(depths, facts, strict=True)
+            (where, f" One of the special magic numbers for {name} is: {number}. ")
+            for where, (name, number) in zip(depths, facts, strict=True)
         ]
         asked = names[:num_queries]
         answers = tuple(number for name, number in facts if name in asked)
