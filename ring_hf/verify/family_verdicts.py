@@ -13,9 +13,18 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..hf.runtime.proven_classes import PROVEN_CLASSES
+from ..hf.runtime.proven_classes import PROVEN_CLASSES, PROVEN_RELEASES, installed_release
 from ..text import markdown_table
-from .model_families import EXACT, REASONS, REFUSED, REFUSED_BEFORE, UNTESTED, model_class
+from .model_families import (
+    EXACT,
+    REASONS,
+    REFUSED,
+    REFUSED_BEFORE,
+    ROUTED,
+    ROUTER_LOSS_FAILS,
+    UNTESTED,
+    model_class,
+)
 
 
 def exact_families() -> set[str]:
@@ -34,8 +43,24 @@ def installed_exact(names: Iterable[str] = EXACT) -> list[str]:
     Args:
         names: families of `EXACT`, and their variants.
     """
-    refused = installed_refused()
-    return [name for name in names if _is_installed(name) and ("/" in name or name not in refused)]
+    refused, differing = installed_refused(), installed_differing()
+    return [
+        name
+        for name in names
+        if _is_installed(name) and ("/" in name or name not in refused) and name not in differing
+    ]
+
+
+def installed_differing() -> list[str]:
+    """Return the names of `EXACT` that are not exact in the installed release, which only the trial step shows."""
+    classes = PROVEN_RELEASES.get(installed_release(), frozenset())
+    return [name for name in EXACT if _is_installed(name) and _class_name(name) in classes]
+
+
+def installed_routed() -> list[str]:
+    """Return the names of `ROUTED` that are exact in the installed Transformers and able to compute that loss."""
+    failing = ROUTER_LOSS_FAILS.get(installed_release(), "").split()
+    return [name for name in installed_exact(ROUTED) if name not in failing]
 
 
 def installed_refused() -> dict[str, str]:
@@ -53,14 +78,17 @@ def _is_installed(name: str) -> bool:
     return name.split("/")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def _class_name(name: str) -> str:
+    return model_class(CONFIG_MAPPING[name.split("/")[0]]).__name__
+
+
 def exact_classes() -> set[str]:
     """Return the names of the model classes of the families of `EXACT`, in all releases.
 
     Those of other releases are the listed ones that the installed Transformers lacks. Classes of `REFUSED_BEFORE` are
     among the names: a release in which they are refused checks the rules about models before it looks up names.
     """
-    families = {name.split("/")[0] for name in EXACT if _is_installed(name)}
-    classes = {model_class(CONFIG_MAPPING[family]).__name__ for family in families}
+    classes = {_class_name(name) for name in EXACT if _is_installed(name)}
     return classes | {name for name in PROVEN_CLASSES if not hasattr(transformers, name)}
 
 

@@ -13,8 +13,8 @@ import pytest
 import transformers
 
 from ring_hf.memory import MemoryConfig, apply
-from ring_hf.verify.family_verdicts import installed_exact
-from ring_hf.verify.model_families import EXACT, ROUTED, ROUTER_LOSS
+from ring_hf.verify.family_verdicts import installed_exact, installed_routed
+from ring_hf.verify.model_families import EXACT, ROUTER_LOSS
 from tests.memory.models import batch, model_of, relative_difference, step
 from tests.support.harness import ROOT
 
@@ -93,7 +93,7 @@ def test_every_family_is_exact_or_refused(option):
 
 def test_auxiliary_losses_of_routers_are_unchanged():
     """The router stays whole: its logits are recorded once per layer, for all tokens, with gradients."""
-    mismatches = [find_mismatch(name, "all", **ROUTER_LOSS) for name in installed_exact(ROUTED)]
+    mismatches = [find_mismatch(name, "all", **ROUTER_LOSS) for name in installed_routed()]
     assert [message for message in mismatches if message] == []
 
 
