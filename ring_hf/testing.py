@@ -126,7 +126,9 @@ def poison_empty() -> None:
     def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def make_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() and x.device.type == "cpu" else x
+            if x.is_floating_point() and x.device.type == "cpu":
+                x.detach().fill_(torch.nan)  # torch 2.9 makes an empty leaf with gradients for checkpoints
+            return x
 
         return make_poisoned
 

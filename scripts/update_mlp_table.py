@@ -1,8 +1,11 @@
 """Writes the table of feed-forward classes, `ring_hf/memory/mlp_classes.py`, as the probe finds them.
 
-python scripts/update_mlp_table.py
+Listed classes that the installed Transformers lacks stay in the table: another release has them.
+
+    python scripts/update_mlp_table.py
 """
 
+import importlib
 import re
 import sys
 import textwrap
@@ -30,21 +33,31 @@ def format_tables(families: list, activations: set[str]) -> str:
         families: `ring_hf.verify.mlp_families.Family` of each.
         activations: qualified names of activation functions.
     """
-    from ring_hf.memory.mlp_classes import PREFIX
+    from ring_hf.memory.mlp_classes import INNER_CLASSES, MLP_CLASSES, PREFIX
 
-    specs = {name: spec for family in families for name, spec in family.specs.items()}
+    specs = {name: spec for name, spec in MLP_CLASSES.items() if not _is_installed(name)}
+    specs |= {name: spec for family in families for name, spec in family.specs.items()}
     by_arguments: dict[str, list[str]] = {}
     for name, spec in sorted(specs.items()):
         pairs = spec.token_dims.items()
         arguments = " ".join(argument if num == 1 else f"{argument}:{num}" for argument, num in pairs)
         by_arguments.setdefault(arguments, []).append(name.removeprefix(PREFIX))
     again = sorted(name.removeprefix(PREFIX) for name, spec in specs.items() if not spec.is_called_once)
-    inner = sorted(activations.union(*(family.inner_classes for family in families)))
+    inner_of_others = {name for name in INNER_CLASSES if not _is_installed(name)}
+    inner = sorted(activations.union(inner_of_others, *(family.inner_classes for family in families)))
     lines = ["_CLASSES = {"]
     for arguments, names in sorted(by_arguments.items()):
         lines += [f'    "{arguments}": """', _fill(names, 8), '    """,']
     lines += ["}", '_CALLED_AGAIN = """', _fill(again, 4), '"""', '_INNER_CLASSES = """', _fill(inner, 4), '"""', ""]
     return "\n".join(lines)
+
+
+def _is_installed(name: str) -> bool:
+    module, _, class_name = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), class_name)
+    except ModuleNotFoundError:
+        return False
 
 
 def _fill(names: list[str], indent: int) -> str:

@@ -1,4 +1,4 @@
-"""Write the verdicts of `ring_hf/verify/model_families.py` into the files that show or use them.
+"""Write the verdicts of `ring_hf/verify/family_verdicts.py` into the files that show or use them.
 
 These are the table of families in docs/models.md, and the names of classes that need no trial step in
 `ring_hf/hf/runtime/proven_classes.py`.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ring_hf.verify.model_families import exact_classes, markdown
+from ring_hf.verify.family_verdicts import exact_classes, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, NAMES = ROOT / "docs" / "models.md", ROOT / "ring_hf" / "hf" / "runtime" / "proven_classes.py"

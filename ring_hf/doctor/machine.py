@@ -1,6 +1,6 @@
 """Installed packages, hardware and environment variables, as PyTorch and the package metadata report them.
 
-Minimum versions are those of pyproject.toml, tested versions those of constraints.txt; a test compares them.
+Minimum versions are those of pyproject.toml, tested versions those of constraints-newest.txt; a test compares them.
 """
 
 import importlib.metadata
@@ -22,6 +22,7 @@ class PackageRequirement:
     Attributes:
         min_version: the oldest supported version, "0" for any.
         below_version: the first version that is no longer supported, None without a limit.
+        tested_version: the newest version that was tested.
     """
 
     name: str
@@ -32,8 +33,8 @@ class PackageRequirement:
 
 
 REQUIREMENTS = (
-    PackageRequirement("torch", "2.6", None, "2.13.0", True),
-    PackageRequirement("transformers", "5.15", "6", "5.23.0", True),
+    PackageRequirement("torch", "2.9", None, "2.14.1", True),
+    PackageRequirement("transformers", "5.15", "6", "5.24.0", True),
     PackageRequirement("accelerate", "1.12", None, "1.15.0", True),
     PackageRequirement("flash-attn", "2.6.2", "2.9", None, False),
     PackageRequirement("flash-attn-3", "0", None, None, False),

@@ -43,9 +43,9 @@ _CLASSES = {
     """,
     "hidden_states": """
         axk2.modeling_axk2.AXK2GateMLP codegen.modeling_codegen.CodeGenMLP
-        cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeTextMLP gemma3n.modeling_gemma3n.Gemma3nTextMLP
-        glm.modeling_glm.GlmMLP glm4.modeling_glm4.Glm4MLP glm4v.modeling_glm4v.Glm4vTextMLP
-        glm_ocr.modeling_glm_ocr.GlmOcrTextMLP gpt2.modeling_gpt2.GPT2MLP
+        cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeTextMLP dory.modeling_dory.DoryMLP
+        gemma3n.modeling_gemma3n.Gemma3nTextMLP glm.modeling_glm.GlmMLP glm4.modeling_glm4.Glm4MLP
+        glm4v.modeling_glm4v.Glm4vTextMLP glm_ocr.modeling_glm_ocr.GlmOcrTextMLP gpt2.modeling_gpt2.GPT2MLP
         gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeMLP gpt_neox.modeling_gpt_neox.GPTNeoXMLP
         gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseMLP gptj.modeling_gptj.GPTJMLP
         granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMLP
@@ -82,25 +82,27 @@ _CLASSES = {
         granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridExperts
         granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedExperts
         hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1Experts hy_v3.modeling_hy_v3.HYV3Experts
-        hy_v4.modeling_hy_v4.HYV4Experts inkling.modeling_inkling.InklingExperts jamba.modeling_jamba.JambaExperts
+        hy_v4.modeling_hy_v4.HYV4Experts hy_v4_vl.modeling_hy_v4_vl.HYV4VLExperts
+        inkling.modeling_inkling.InklingExperts jamba.modeling_jamba.JambaExperts
         kimi_linear.modeling_kimi_linear.KimiLinearExperts kolibri1.modeling_kolibri1.Kolibri1Experts
-        laguna.modeling_laguna.LagunaExperts longcat_flash.modeling_longcat_flash.LongcatFlashExperts
-        mellum.modeling_mellum.MellumExperts mimo_v2_flash.modeling_mimo_v2_flash.MiMoV2FlashExperts
-        minimax.modeling_minimax.MiniMaxExperts minimax_m2.modeling_minimax_m2.MiniMaxM2Experts
-        minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts mistral4.modeling_mistral4.Mistral4Experts
-        mistral_large4.modeling_mistral_large4.MistralLarge4TextExperts mixtral.modeling_mixtral.MixtralExperts
-        nemotron_h.modeling_nemotron_h.NemotronHExperts olmoe.modeling_olmoe.OlmoeExperts
-        phimoe.modeling_phimoe.PhimoeExperts qwen2_moe.modeling_qwen2_moe.Qwen2MoeExperts
-        qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeExperts qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
-        qwen3_next.modeling_qwen3_next.Qwen3NextExperts qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts
-        qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextExperts solar_open.modeling_solar_open.SolarOpenExperts
-        zaya.modeling_zaya.ZayaExperts
+        laguna.modeling_laguna.LagunaExperts lara_mini.modeling_lara_mini.LaraMiniExperts
+        longcat_flash.modeling_longcat_flash.LongcatFlashExperts mellum.modeling_mellum.MellumExperts
+        mimo_v2_flash.modeling_mimo_v2_flash.MiMoV2FlashExperts minimax.modeling_minimax.MiniMaxExperts
+        minimax_m2.modeling_minimax_m2.MiniMaxM2Experts minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts
+        mistral4.modeling_mistral4.Mistral4Experts mistral_large4.modeling_mistral_large4.MistralLarge4TextExperts
+        mixtral.modeling_mixtral.MixtralExperts nemotron_h.modeling_nemotron_h.NemotronHExperts
+        olmoe.modeling_olmoe.OlmoeExperts phimoe.modeling_phimoe.PhimoeExperts
+        qwen2_moe.modeling_qwen2_moe.Qwen2MoeExperts qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeExperts
+        qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts qwen3_next.modeling_qwen3_next.Qwen3NextExperts
+        qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextExperts
+        solar_open.modeling_solar_open.SolarOpenExperts zaya.modeling_zaya.ZayaExperts
     """,
     "input": """
         torch.nn.modules.container.Sequential
     """,
     "x": """
-        afmoe.modeling_afmoe.AfmoeMLP apertus.modeling_apertus.ApertusMLP arcee.modeling_arcee.ArceeMLP
+        afmoe.modeling_afmoe.AfmoeMLP apertus.modeling_apertus.ApertusMLP
+        apertus1p5.modeling_apertus1p5.Apertus1p5TextMLP arcee.modeling_arcee.ArceeMLP
         aria.modeling_aria.AriaSharedExpertsMLP axk1.modeling_axk1.AXK1MLP axk2.modeling_axk2.AXK2MLP
         bailing_hybrid.modeling_bailing_hybrid.BailingHybridMLP bamba.modeling_bamba.BambaMLP
         beam.modeling_beam.BeamMLP bitnet.modeling_bitnet.BitNetMLP cohere.modeling_cohere.CohereMLP
@@ -121,9 +123,10 @@ _CLASSES = {
         granite_swa.modeling_granite_swa.GraniteSWAMLP helium.modeling_helium.HeliumMLP
         hrm_text.modeling_hrm_text.HrmTextMLP hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1MLP
         hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1MLP hy_v3.modeling_hy_v3.HYV3MLP
-        hy_v4.modeling_hy_v4.HYV4MLP hyperclovax.modeling_hyperclovax.HyperCLOVAXMLP jais2.modeling_jais2.Jais2MLP
-        jamba.modeling_jamba.JambaMLP kimi_linear.modeling_kimi_linear.KimiLinearMLP
-        kolibri1.modeling_kolibri1.Kolibri1MLP laguna.modeling_laguna.LagunaMLP lfm2.modeling_lfm2.Lfm2MLP
+        hy_v4.modeling_hy_v4.HYV4MLP hy_v4_vl.modeling_hy_v4_vl.HYV4VLMLP
+        hyperclovax.modeling_hyperclovax.HyperCLOVAXMLP jais2.modeling_jais2.Jais2MLP jamba.modeling_jamba.JambaMLP
+        kimi_linear.modeling_kimi_linear.KimiLinearMLP kolibri1.modeling_kolibri1.Kolibri1MLP
+        laguna.modeling_laguna.LagunaMLP lara_mini.modeling_lara_mini.LaraMiniMLP lfm2.modeling_lfm2.Lfm2MLP
         lfm2_moe.modeling_lfm2_moe.Lfm2MoeMLP lfm3.modeling_lfm3.Lfm3MLP llama.modeling_llama.LlamaMLP
         llama4.modeling_llama4.Llama4TextMLP longcat_flash.modeling_longcat_flash.LongcatFlashMLP
         mimo_v2_flash.modeling_mimo_v2_flash.MiMoV2FlashMLP minicpm3.modeling_minicpm3.MiniCPM3MLP
@@ -144,7 +147,7 @@ _CLASSES = {
     """,
 }
 _CALLED_AGAIN = """
-    hrm_text.modeling_hrm_text.HrmTextMLP
+    dory.modeling_dory.DoryMLP hrm_text.modeling_hrm_text.HrmTextMLP
 """
 _INNER_CLASSES = """
     torch.nn.modules.activation.GELU torch.nn.modules.activation.Hardswish torch.nn.modules.activation.LeakyReLU
@@ -163,7 +166,7 @@ _INNER_CLASSES = """
     transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts
     transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4HashRouter
     transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4MLP
-    transformers.models.falcon.modeling_falcon.FalconLinear
+    transformers.models.dory.modeling_dory.DoryL2Norm transformers.models.falcon.modeling_falcon.FalconLinear
     transformers.models.reformer.modeling_reformer.ReformerFeedForwardDense
     transformers.models.reformer.modeling_reformer.ReformerFeedForwardOutput transformers.pytorch_utils.Conv1D
 """

@@ -17,6 +17,7 @@ from transformers.activations import ACT2CLS
 from ..memory.mlp_classes import EXPERTS_IMPLEMENTATIONS, MlpSpec, qualified_name
 from ..memory.mlp_lookup import inner_classes_of, recorded_classes, spec_from_call, why_not_mlp
 from ..memory.token_wise import RecordedCall, record_calls
+from .family_verdicts import installed_exact
 from .model_families import EXACT, IMAGE, REQUIRED_FIELDS, SIZES, dropouts, model_class, tiny
 
 IMAGE_TEXT = "image-text/"  # in front of the model type of a family that takes images and text
@@ -50,15 +51,15 @@ class Family:
 
 
 def family_names() -> list[str]:
-    """Every family with a causal language model, the variants of `EXACT`, and those that take images and text."""
+    """Every installed family with a causal language model, its variants in `EXACT`, and those of images and text."""
     causal = [config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING]
     image_text = [IMAGE_TEXT + config.model_type for config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
-    return list(dict.fromkeys([*EXACT, *causal, *image_text]))
+    return list(dict.fromkeys([*installed_exact(), *causal, *image_text]))
 
 
 def build(name: str) -> Any:
     """Return a small random model of a family in fp64 that runs a pass of tokens, or None."""
-    if name in EXACT:
+    if name in installed_exact([name] if name in EXACT else []):
         return tiny(name, "ring_zigzag")
     for variant in VARIANTS:
         try:
@@ -112,8 +113,9 @@ def probe(model: Any) -> Family:
     for call in calls:
         name, spec = qualified_name(type(call.module)), spec_from_call(call)
         assert all(num == 1 for num in spec.result_dims) and not spec.returns_tuple, name
-        known = specs.setdefault(name, spec)
-        assert (known.token_dims, known.is_called_once) == (spec.token_dims, spec.is_called_once), name
+        assert specs.setdefault(name, spec).token_dims == spec.token_dims, name
+        if not spec.is_called_once:  # some layers may run again, and others once
+            specs[name] = spec
     inner = {name for call in calls for name in inner_classes_of(call.module)}
     return Family(specs, [call.name for call in calls], inner)
 

@@ -3,16 +3,14 @@
 `EXACT` maps a family (a `model_type`, with a variant after a slash) to the fields in which its tiny random config
 differs from `SIZES`; `tests/hf/test_architectures.py` compares a Trainer's step of each with one process. `REFUSED`
 maps a key of `REASONS` to families; the test asserts the message. Every family is in one of them or in `UNTESTED` with
-the reason. `scripts/update_model_table.py` writes `markdown()` to docs/models.md and `exact_classes()` to
-`ring_hf/hf/runtime/proven_classes.py`.
+the reason. Families of all supported releases of Transformers are listed: `family_verdicts` tells those of the
+installed one.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-
-from ring_hf.text import markdown_table
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -67,10 +65,12 @@ LLAMA4 = {
 GEMMA4 = {**TEXT, **WINDOWS, "global_head_dim": 16, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0}
 GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 DECODER = {"is_decoder": True}
+GPTJ = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
 
 EXACT: dict[str, dict[str, Any]] = {
     "afmoe": WINDOWS,
     "apertus": {},
+    "apertus1p5_text": {},
     "arcee": {},
     "aria_text": {},
     "axk1": MLA,
@@ -78,6 +78,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "bert": {},
     "bert/decoder": DECODER,
     "bitnet": {},
+    "codegen": GPTJ,
     "cohere": {},
     "cohere2": WINDOWS,
     "cohere2_moe": WINDOWS,
@@ -98,6 +99,12 @@ EXACT: dict[str, dict[str, Any]] = {
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "diffllama": {},
+    "dory": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
     "dots1": WINDOWS,
     "electra": {},
     "electra/decoder": DECODER,
@@ -106,6 +113,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "ernie/decoder": DECODER,
     "ernie4_5": {},
     "ernie4_5_moe": {},
+    "exaone": {},
     "exaone4": WINDOWS,
     "exaone_moe": WINDOWS,
     "flex_olmo": {},
@@ -157,6 +165,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {},
     "gpt_neox": {},
     "gpt_oss": WINDOWS,
+    "gptj": GPTJ,
     "granite": {},
     "granite_swa": WINDOWS,
     "granitemoe": {},
@@ -217,6 +226,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen3": QWEN_WINDOWS,
     "qwen3_moe": QWEN_WINDOWS,
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+    "sarvam_mla": MLA,
+    "sarvam_moe": {},
     "seed_oss": {},
     "smollm3": {"no_rope_layers": [1, 0]},
     "solar_open": {},
@@ -236,6 +247,8 @@ ROUTED = [
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 ]
 # fmt: on
+# By release of Transformers: those whose models fail to compute this loss, also in one process, or never do (jetmoe).
+ROUTER_LOSS_FAILS = {"5.15": "dbrx granitemoe granitemoe_swa granitemoehybrid/attention granitemoeshared jetmoe"}
 ROUTER_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "aux_loss_coef": 0.5}
 
 
@@ -270,18 +283,18 @@ REASONS: dict[str, Reason] = {
     ),
     "random": Reason("experts drawn at random", "samples experts at random in training"),
     "partner": Reason("part of another model", "attends to images in layers"),
-    "unbuilt": Reason("not a causal LM by its configuration", "^AttributeError: 'Musicgen"),
+    "unbuilt": Reason("not a causal LM by its configuration", "^AttributeError: 'Musicgen|^StrictDataclassFieldV"),
 }
 REFUSED: dict[str, str] = {
-    "state": """bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba
-        kimi_linear mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-        qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zamba zamba2 zaya""",
+    "state": """bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_loop_text inkling2_text
+        inkling_text jamba kimi_linear lara_mini mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
+        qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zamba zamba2 zaya""",
     "convolution": "lfm2 lfm2_moe lfm3 phi4_multimodal",
     "selection": "axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4",
-    "interface": """bart big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt codegen cpmant
+    "interface": """bart big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt cpmant
         gpt_neox_japanese marian mbart megatron-bert mpt mvp openai-gpt pegasus plbart prophetnet reformer rembert
         roformer rwkv stablelm trocr whisper xglm xlm xlnet xlstm""",
-    "name": "falcon git gpt_neo gptj",
+    "name": "falcon git gpt_neo",
     "positions": "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
     "loss": "bert-generation",
     "kwargs": "nemotron",
@@ -290,6 +303,8 @@ REFUSED: dict[str, str] = {
     "partner": "mllama",
     "unbuilt": "musicgen musicgen_melody",
 }
+# Families of `EXACT` that were refused before a release of Transformers: that release, and the key of the reason.
+REFUSED_BEFORE = {"codegen": ("5.24", "interface"), "gptj": ("5.24", "name")}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256}
 INDEXER |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
 # Config fields that a refused family needs to be built, or to have the refused property.
@@ -365,32 +380,3 @@ def refused(name: str) -> PreTrainedModel:
     """Return a model of a family of `REFUSED` with its default config, without weights."""
     with torch.device("meta"):
         return make(name, REQUIRED_FIELDS.get(name, {}), "ring_zigzag")
-
-
-def exact_classes() -> set[str]:
-    """Return the names of the model classes of the families of `EXACT`."""
-    return {model_class(CONFIG_MAPPING[name.split("/")[0]]).__name__ for name in EXACT}
-
-
-def exact_families() -> set[str]:
-    """Return the families of `EXACT`, without those of which only a variant is exact."""
-    return {name.split("/")[0] for name in EXACT} - set(refused_families())
-
-
-def refused_families() -> dict[str, str]:
-    """Return the key of the reason by family."""
-    return {family: reason for reason, families in REFUSED.items() for family in families.split()}
-
-
-def markdown() -> str:
-    """Return the table of docs/models.md."""
-    rows = [("exact", list(EXACT))]
-    rows += [(f"refused: {reason.title}", REFUSED[key].split()) for key, reason in REASONS.items()]
-    cells = [["", "", "families of Transformers, by `model_type`"]]
-    for title, families in rows:
-        cells.append([title, str(len(families)), ", ".join(families)])
-    untested = "; ".join(f"`{family}` ({why})" for family, why in UNTESTED.items())
-    count = f"{len(exact_families())} families exact ({len(EXACT)} configurations), {len(refused_families())} refused"
-    compared = "Compared is an optimizer step of an unmodified Trainer, in two processes and in one."
-    table = markdown_table(cells, align="lrl", padded=False)
-    return f"{count} before anything is computed; not tested: {untested}. {compared}\n\n{table}"

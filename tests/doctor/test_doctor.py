@@ -107,7 +107,7 @@ CASES = {
         "DeepSpeed ZeRO-3 holds 19 GB",
     ),
     "torch-too-old": AdviceCase(
-        with_version("torch", "2.5.1"), "pip install 'torch>=2.6'", "torch 2.5.1", blocks_training=True
+        with_version("torch", "2.8.0"), "pip install 'torch>=2.9'", "torch 2.8.0", blocks_training=True
     ),
     "transformers-too-new": AdviceCase(
         with_version("transformers", "6.0.0"),
@@ -122,9 +122,9 @@ CASES = {
         blocks_training=True,
     ),
     "untested": AdviceCase(
-        with_version("torch", "2.14.0"),
-        "if anything fails, pip install torch==2.13.0",
-        "torch 2.14.0 is newer than the version that was tested",
+        with_version("torch", "2.15.0"),
+        "if anything fails, pip install torch==2.14.1",
+        "torch 2.15.0 is newer than the version that was tested",
     ),
     "model": AdviceCase(
         replace(NODE, refusal="Mamba carries a state."),
@@ -277,7 +277,9 @@ def test_required_versions_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = (line for lines in project["optional-dependencies"].values() for line in lines)
     dependencies = " ".join([*project["dependencies"], *extras])
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints-newest.txt").read_text().splitlines() if "==" in line
+    )
     for requirement in machine.REQUIREMENTS:
         if requirement.min_version != "0":
             limits = [f">={requirement.min_version}"]

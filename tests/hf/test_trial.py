@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 from ring_hf import memory
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
+from ring_hf.hf.runtime import proven_classes
 from ring_hf.hf.runtime.preserved_state import preserve_state
 from ring_hf.hf.runtime.proven_classes import find_unproven_module, find_unproven_part
 from tests.hf.faults import arguments
@@ -202,6 +203,15 @@ def test_find_unproven_names_the_module():
     model = llama()
     model.model.forward = lambda *args, **kwargs: None
     assert "the forward of model was replaced" in find_unproven_module(model)
+
+
+def test_nothing_is_proven_by_name_in_other_releases(monkeypatch):
+    model = llama()
+    guard_model(model)
+    monkeypatch.setattr(proven_classes, "installed_release", lambda: "5.20")
+    assert find_unproven_module(model) == "LlamaForCausalLM is not proven by name in Transformers 5.20"
+    monkeypatch.setattr(proven_classes, "installed_release", lambda: "5.15")
+    assert find_unproven_module(model) is None
 
 
 class IdentityModule(torch.nn.Module):

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from ring_hf.doctor.machine import REQUIREMENTS
 from ring_hf.memory import apply, declare_mlp, mlp_classes, mlp_lookup
 from ring_hf.memory.mlp_classes import INNER_CLASSES, MLP_CLASSES, qualified_name
 from ring_hf.memory.mlp_lookup import find_mlps
@@ -18,6 +19,7 @@ from ring_hf.verify.model_families import EXACT
 from tests.memory.models import batch, model_of, relative_difference, step
 from tests.support.harness import load_script
 
+TESTED_VERSION = next(package.tested_version for package in REQUIREMENTS if package.name == "transformers")
 ALL = bool(os.environ.get("RING_HF_ALL_CASES"))
 # What differs most: dense, experts, shared ones, containers, a cross-residual, several calls, norms, images.
 SAMPLE = [
@@ -59,6 +61,9 @@ def test_the_table_finds_what_the_probe_finds(name):
         assert name not in EXACT
         pytest.skip(f"{name} is not built by a small configuration")
     family, names, num_passes = result
+    missing = family.specs.keys() - MLP_CLASSES.keys()
+    if missing and transformers.__version__ != TESTED_VERSION:
+        pytest.skip(f"this release of Transformers has classes that the table does not list: {', '.join(missing)}")
     for kind, spec in family.specs.items():
         known = MLP_CLASSES[kind]
         assert (known.token_dims, known.is_called_once) == (spec.token_dims, spec.is_called_once), kind

@@ -39,9 +39,15 @@ def test_config_refuses(name):
         MemoryConfig(**settings)
 
 
+def enable_checkpointing(model):
+    """Call the method of Transformers by the name that the installed release has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
 def already_on():
     model = model_of("llama")
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     return model
 
 
@@ -233,7 +239,7 @@ def test_checkpointing_that_is_switched_on_again_is_refused():
     )
     assert check_memory(off, model) is None and check_memory(on, model_of("llama")) is None
     assert "activation_checkpointing=True" in check_memory(on, model) and "'save'" in check_memory(on, model)
-    model.activation_checkpointing_enable()  # as the Trainer does when it is not asked first
+    enable_checkpointing(model)  # as the Trainer does when it is not asked first
     with pytest.raises(ValueError, match="its layers did not ask what to save: checkpointing was switched on again"):
         step(model, batch())
 

@@ -24,6 +24,7 @@ def report() -> None:  # registered before the hook of ring_hf, so run after it
 from ring_hf.parallel import groups, register_group, shutdown  # noqa: E402
 
 CPU = torch.device("cpu")
+THREADS_HAVE_NAMES = torch.__version__ >= (2, 11)
 destroy = dist.destroy_process_group
 
 
@@ -35,7 +36,7 @@ def recorded(group: dist.ProcessGroup | None = None) -> None:
 def join(timeout: float = 60) -> None:
     method = f"file://{store}-{len(destroyed)}"
     dist.init_process_group("gloo", method, timedelta(seconds=timeout), world_size, rank)
-    while len(shutdown._worker_states()) < 2:  # a thread has no name before it runs
+    while THREADS_HAVE_NAMES and len(shutdown._worker_states()) < 2:  # a thread has no name before it runs
         time.sleep(0.01)
 
 

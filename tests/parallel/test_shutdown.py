@@ -3,6 +3,7 @@ time; and no exchange leaves its works behind."""
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ OURS = "['ring_hf between inner rings', 'ring_hf ring', 'default']"
 # Generous, since tests share their processors; the collectives of these processes would wait for 60 s.
 SOON = 20.0
 linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted and starved through Linux")
+# Before torch 2.11 the threads of gloo have no names, so that nothing counts them.
+THREADS_HAVE_NAMES = torch.__version__ >= (2, 11)
 
 
 @dataclass
@@ -55,6 +58,7 @@ def endings(tmp_path, case: str, world_size: int = 1) -> list[Ending]:
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
+        output = re.sub(r"^\[Gloo\] Rank .*\n", "", output, flags=re.MULTILINE)  # torch 2.9 prints it
         results.append(Ending(process.returncode, output, time.monotonic()))
         timeout = SOON
     return results
@@ -65,7 +69,13 @@ def ending(tmp_path, case: str) -> Ending:
     return result
 
 
+def without_count(state: str) -> str:
+    """Return a line of `endings.report` as torch's version prints it: 0 workers where threads have no names."""
+    return state if THREADS_HAVE_NAMES else re.sub(r"workers=\d+", "workers=0", state)
+
+
 @linux
+@pytest.mark.skipif(not THREADS_HAVE_NAMES, reason="starves threads by their name, which torch gives since 2.11")
 def test_threads_that_still_hold_tensors_end_before_the_interpreter(tmp_path):
     """Starved threads hold the last references to tensors: of groups that are destructed, of groups that the script
     holds to the end. (`scripts/soak_exit.py` does it many times.)"""
@@ -99,7 +109,7 @@ def test_groups_end_once_the_latest_first_and_the_default_one_last(tmp_path):
 )
 def test_what_the_script_has_destroyed_or_not_registered_is_left_alone(tmp_path, case, state):
     result = ending(tmp_path, case)
-    assert result.code == 0 and result.output.strip() == state, result.output
+    assert result.code == 0 and result.output.strip() == without_count(state), result.output
 
 
 @linux

@@ -13,9 +13,9 @@ MISSING_METADATA = (
 )
 UNCHECKED_BATCH = (
     "A sharded batch reached an attention layer without passing the checks of ring_hf, which compare it between ranks "
-    "and sum its loss. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so for AdaLoRA and "
-    "AdaptionPrompt): use another wrapper. Or this is a second model or a training loop of your own: call "
-    "ring_hf.guard_model(model) first."
+    "and sum its loss. Either a wrapper calls model.forward(...) instead of model(...) (PEFT does so before "
+    "0.21, and for AdaLoRA and AdaptionPrompt): use another wrapper. Or this is a second model or a training loop of "
+    "your own: call ring_hf.guard_model(model) first."
 )
 OUTPUT_ATTENTIONS = (
     "output_attentions=True needs the attention matrix, which ring attention never builds. Set it to False, or "

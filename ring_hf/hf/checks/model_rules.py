@@ -29,6 +29,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", 
 OTHER_LAYERS = {
     "conv": "look at neighbouring tokens, which may be on another rank",
     "indexed_attention": "choose the keys of a query by an index over the whole sequence",
+    "deepseek_sparse_attention": "choose the keys of a query by an index over the whole sequence",
     "compressed_sparse_attention": "attend to summaries of the whole sequence",
     "heavily_compressed_attention": "attend to summaries of the whole sequence",
 }
