@@ -38,11 +38,17 @@ _ZERO_STATES = {
 ONE_PROCESS = PlannedEngine("one process", "the device holds all weights, gradients and optimizer states")
 DDP = PlannedEngine("DDP", "every device holds all weights, gradients and optimizer states", "ddp")
 FSDP2 = PlannedEngine("FSDP2", _ZERO_STATES[3], "fsdp2", (("weights", "--fsdp_offload_params true"),))
+HSDP = PlannedEngine(
+    "HSDP (FSDP2)",
+    "weights, gradients and optimizer states are sharded over the devices of each of several copies",
+    "fsdp2",
+    FSDP2.offload,
+)
 ZERO = {
     stage: PlannedEngine(f"DeepSpeed ZeRO-{stage}", states, "zero3", _ZERO_OFFLOAD)
     for stage, states in _ZERO_STATES.items()
 }
-ENGINES = (ONE_PROCESS, DDP, FSDP2, *ZERO.values())
+ENGINES = (ONE_PROCESS, DDP, FSDP2, HSDP, *ZERO.values())
 
 
 def select_engine(job: TrainingJob) -> PlannedEngine:
@@ -50,7 +56,7 @@ def select_engine(job: TrainingJob) -> PlannedEngine:
     if job.is_deepspeed:
         return ZERO[job.zero]
     if job.zero:
-        return FSDP2
+        return HSDP if job.dp_replicate > 1 else FSDP2
     return ONE_PROCESS if job.devices == 1 else DDP
 
 

@@ -31,7 +31,7 @@ def make_recipe_config(job: TrainingJob) -> dict[str, Any]:
         "per_device_train_batch_size": job.batch_size,
         "attn_implementation": f"ring_{job.layout}",
         "context_parallel_size": job.cp,
-        "dp_replicate_size": 1 if select_engine(job).family == "fsdp2" else job.dp,
+        "dp_replicate_size": job.dp_replicate if select_engine(job).family == "fsdp2" else job.dp,
     }
     if job.ulysses > 1:
         config["ulysses_size"] = job.ulysses

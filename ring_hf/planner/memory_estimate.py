@@ -122,7 +122,7 @@ def optimizer_bytes(job: TrainingJob) -> float:
 
 
 def _state_items(job: TrainingJob) -> list[MemoryItem]:
-    model, precision, num_shards = job.model, job.precision_spec, job.devices
+    model, precision, num_shards = job.model, job.precision_spec, job.num_shards
     trained = trained_parameters(model, job.lora)
     frozen = model.parameters if job.lora else 0
     gradients = precision.gradients * trained

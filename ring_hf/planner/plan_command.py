@@ -36,7 +36,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "optimizers": make_optimizer_table,
 }
 # The settings of a job that --fit chooses; their options cannot be combined with it.
-FIT_SETTINGS = ("zero", "optimizer", "precision", "offload", "checkpoint", "ffn_block", "loss_block", "fused")
+FIT_SETTINGS = (
+    "zero",
+    "dp_replicate",
+    "optimizer",
+    "precision",
+    "offload",
+    "checkpoint",
+    "ffn_block",
+    "loss_block",
+    "fused",
+)
 
 _NAMES = wrap_prose("  " + ", ".join(name.rsplit("/", maxsplit=1)[-1] for name in MODEL_TABLE))
 
@@ -89,8 +99,9 @@ Assumptions: bf16 compute; rates of kernels alone, published for head dim 128 (s
 communication as in the cost model of `ring-hf simulate`; {DEVICES["h100"].source};
 B200: {DEVICES["b200"].source}.
 The engine is DDP (--zero 0), which holds everything on every device, unless options say otherwise: --zero 1 and 2 are
-those stages of DeepSpeed, --zero 3 is FSDP2, or ZeRO-3 with --precision bf16-master. --offload optimizer needs
-DeepSpeed, --offload optimizer,weights works with DeepSpeed and FSDP2. Settings that no engine can run are refused.
+those stages of DeepSpeed, --zero 3 is FSDP2 (HSDP with --dp-replicate), or ZeRO-3 with --precision bf16-master.
+--offload optimizer needs DeepSpeed, --offload optimizer,weights works with DeepSpeed and FSDP2. Settings that no engine
+can run are refused.
 """
 
 
@@ -126,6 +137,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default=0,
         choices=(0, 1, 2, 3),
         help="stage of ZeRO; 0 is DDP, 3 is FSDP2 or ZeRO-3 (default: 0)",
+    )
+    memory.add_argument(
+        "--dp-replicate", type=int, default=1, help="copies of sharded states, with --zero 3: HSDP (default: 1)"
     )
     memory.add_argument(
         "--optimizer", default=DEFAULT_OPTIMIZER, choices=OPTIMIZERS, help=f"the Trainer's optim ({DEFAULT_OPTIMIZER})"
@@ -179,6 +193,7 @@ def make_job(options: argparse.Namespace) -> TrainingJob:
         cp=options.cp,
         batch_size=options.rows,
         zero=options.zero,
+        dp_replicate=options.dp_replicate,
         optimizer=options.optimizer,
         precision=options.precision,
         offload=tuple(filter(None, options.offload.split(","))),

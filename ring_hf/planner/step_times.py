@@ -242,20 +242,28 @@ def _weight_communication(job: TrainingJob) -> tuple[float, float]:
 
     Sharded weights are gathered in bf16 in forward and backward, and their gradients are reduce-scattered. Otherwise
     gradients are all-reduced in the dtype of the weights, or (ZeRO-1 and 2, with the same number of bytes)
-    reduce-scattered, and the updated weights gathered.
+    reduce-scattered, and the updated weights gathered. With HSDP, shards of gradients are then all-reduced over the
+    copies of the states.
     """
-    hardware, share = job.hardware, (job.devices - 1) / job.devices
     if job.devices == 1:
         return 0.0, 0.0
+    share = (job.num_shards - 1) / job.num_shards
     trained = trained_parameters(job.model, job.lora)
     if job.zero == 3:
         sent = share * (BF16 * (2 * job.model.parameters + trained))
     else:
         sent = share * (2 * job.precision_spec.weights * trained)
-    bandwidth = hardware.node_bandwidth
-    if job.devices > job.per_node:
-        bandwidth = min(bandwidth, hardware.network_bandwidth * job.per_node)
-    return sent / bandwidth, sent
+    reduced = 2 * (job.dp_replicate - 1) / job.dp_replicate * BF16 * trained / job.num_shards
+    seconds = sent / _bandwidth_of(job, job.num_shards) + reduced / _bandwidth_of(job, job.devices)
+    return seconds, sent + reduced
+
+
+def _bandwidth_of(job: TrainingJob, num_ranks: int) -> float:
+    """Return the bytes/s of a collective over neighbouring ranks, one way."""
+    hardware = job.hardware
+    if num_ranks <= job.per_node:
+        return hardware.node_bandwidth
+    return min(hardware.node_bandwidth, hardware.network_bandwidth * job.per_node)
 
 
 def _offload_seconds(job: TrainingJob) -> float:
@@ -268,7 +276,7 @@ def _offload_seconds(job: TrainingJob) -> float:
         moved += 2.0 * saved_bytes(job) * num_tokens
     if "weights" in job.offload:  # copied in forward and backward in their own dtype; FSDP2 rounds them on the device
         element = BF16 if job.lora else job.precision_spec.weights
-        moved += 2 * element * job.model.parameters / job.devices
+        moved += 2 * element * job.model.parameters / job.num_shards
     return moved / job.device_spec.host_bandwidth
 
 
@@ -278,7 +286,7 @@ def _optimizer_part(job: TrainingJob) -> StepPart:
     On the host, all ranks of a node share its memory bandwidth. Shards of gradients are copied there and, unless the
     weights stay there, rounded weights back.
     """
-    precision, num_shards = job.precision_spec, job.devices if job.zero else 1
+    precision, num_shards = job.precision_spec, job.num_shards if job.zero else 1
     trained = trained_parameters(job.model, job.lora) / num_shards
     traffic = 2 * (trained * (precision.weights + precision.gradients) + optimizer_bytes(job) / num_shards)
     if "optimizer" not in job.offload:

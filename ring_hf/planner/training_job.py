@@ -36,6 +36,8 @@ class TrainingJob:
         batch_size: sequences in a batch of each data-parallel group.
         zero: states that are sharded over all devices: 0 for none (DDP), 1 for optimizer states, 2 also gradients
             (DeepSpeed), 3 also weights (FSDP2, DeepSpeed). `engine_bytes` has the engine of each.
+        dp_replicate: copies of the states, each sharded over its share of the devices: more than one is HSDP, which is
+            FSDP2 (`zero=3`) on a mesh of two axes.
         optimizer: a key of `OPTIMIZERS`, which has the Trainer's names.
         precision: a key of `PRECISIONS`, or "auto" for that of the engine: DeepSpeed has fp32 master weights, all
             others fp32 weights. `zero=3` means DeepSpeed with "bf16-master", or if only the optimizer is offloaded.
@@ -65,6 +67,7 @@ class TrainingJob:
     cp: int = 0
     batch_size: int = 1
     zero: int = 0
+    dp_replicate: int = 1
     optimizer: str = DEFAULT_OPTIMIZER
     precision: str = "auto"
     offload: tuple[str, ...] = ()
@@ -94,6 +97,11 @@ class TrainingJob:
             raise ValueError(
                 f"--cp {self.cp} does not divide --devices {self.devices}. Groups of equal size share a "
                 "sequence: choose a divisor, or leave --cp out for one group of all devices."
+            )
+        if self.dp_replicate < 1 or self.dp % self.dp_replicate:
+            raise ValueError(
+                f"--dp-replicate {self.dp_replicate} does not divide the {self.dp} groups of --devices {self.devices} "
+                f"with --cp {self.cp}. Every copy of the states belongs to whole groups: choose a divisor."
             )
         if self.ulysses == 0:
             model = self.model
@@ -185,6 +193,11 @@ class TrainingJob:
                 f"--offload optimizer with --precision {self.precision}: FSDP2 offloads the weights with the "
                 "optimizer. Write --offload optimizer,weights, or use DeepSpeed with --precision bf16-master."
             )
+        if self.dp_replicate > 1 and (self.zero != 3 or self.is_deepspeed):
+            raise ValueError(
+                f"--dp-replicate {self.dp_replicate} is HSDP, which FSDP2 alone does. Use --zero 3, without "
+                "--precision bf16-master."
+            )
         if self.zero:
             check_optimizer(self.optimizer, self.is_deepspeed, bool(offload))
 
@@ -222,6 +235,11 @@ class TrainingJob:
     def dp(self) -> int:
         """Data-parallel groups, each with a batch of its own."""
         return self.devices // self.cp
+
+    @property
+    def num_shards(self) -> int:
+        """Devices over which sharded states are sharded."""
+        return self.devices // self.dp_replicate
 
     @property
     def ring(self) -> int:

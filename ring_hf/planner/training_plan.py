@@ -273,7 +273,7 @@ def _state_offload_changes(job: TrainingJob) -> Iterator[tuple[str, str, dict[st
     zero = job.zero or 3
     zero_option = "" if job.zero else f"--zero {zero} "
     offloads_optimizer = "optimizer" in job.offload
-    can_be_deepspeed = job.precision in ("auto", "bf16-master")
+    can_be_deepspeed = job.precision in ("auto", "bf16-master") and job.dp_replicate == 1
     if not offloads_optimizer and can_be_deepspeed and supports_engine(job.optimizer, True, True):
         offload = (*job.offload, "optimizer")
         changes = {"zero": zero, "offload": offload}

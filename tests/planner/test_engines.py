@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ring_hf import ContextParallelConfig
 from ring_hf.cli import main
 from ring_hf.planner import TrainingJob, read_model
-from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, ONE_PROCESS, ZERO, select_engine
+from ring_hf.planner.engine_bytes import DDP, ENGINES, FSDP2, HSDP, ONE_PROCESS, ZERO, select_engine
 from ring_hf.planner.memory_estimate import estimate_memory, trained_parameters
 from ring_hf.planner.published import RUNS
 from tests.planner.live import LiveTensorTracker
@@ -24,6 +24,7 @@ QWEN = read_model("Qwen3-8B")
 KINDS = {
     "DDP": (DistributedType.MULTI_GPU, 0),
     "FSDP2": (DistributedType.FSDP, 0),
+    "HSDP (FSDP2)": (DistributedType.FSDP, 0),
     **{f"DeepSpeed ZeRO-{zero}": (DistributedType.DEEPSPEED, zero) for zero in (1, 2, 3)},
 }
 
@@ -56,6 +57,7 @@ def test_training_accepts_every_engine_that_a_plan_assumes():
         ({"zero": 2, "offload": ("optimizer",)}, ZERO[2], 2),
         ({"zero": 3}, FSDP2, 4),
         ({"zero": 3, "precision": "bf16"}, FSDP2, 2),
+        ({"zero": 3, "dp_replicate": 2, "cp": 4}, HSDP, 4),
         ({"zero": 3, "offload": ("optimizer", "weights")}, FSDP2, 4),
         ({"zero": 3, "precision": "bf16-master"}, ZERO[3], 2),
         ({"zero": 3, "offload": ("optimizer",)}, ZERO[3], 2),
@@ -71,6 +73,9 @@ def test_states_and_their_precision_say_which_engine_it_is(settings, engine, wei
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"zero": 3, "dp_replicate": 3, "cp": 4}, "--dp-replicate 3 does not divide the 2 groups of --devices 8"),
+        ({"zero": 2, "dp_replicate": 2, "cp": 4}, "--dp-replicate 2 is HSDP, which FSDP2 alone does"),
+        ({"zero": 3, "dp_replicate": 2, "cp": 4, "precision": "bf16-master"}, "is HSDP, which FSDP2 alone does"),
         ({"offload": ("optimizer",)}, "--offload optimizer with --zero 0: only DeepSpeed and FSDP2"),
         ({"offload": ("weights", "optimizer")}, "--offload optimizer,weights with --zero 0"),
         ({"zero": 3, "offload": ("weights",)}, "--offload weights needs the optimizer in host memory"),
