@@ -100,8 +100,8 @@ communication as in the cost model of `ring-hf simulate`; {DEVICES["h100"].sourc
 B200: {DEVICES["b200"].source}.
 The engine is DDP (--zero 0), which holds everything on every device, unless options say otherwise: --zero 1 and 2 are
 those stages of DeepSpeed, --zero 3 is FSDP2 (HSDP with --dp-replicate), or ZeRO-3 with --precision bf16-master.
---offload optimizer needs DeepSpeed, --offload optimizer,weights works with DeepSpeed and FSDP2. Settings that no engine
-can run are refused.
+--offload optimizer needs DeepSpeed, --offload optimizer,weights works with DeepSpeed and FSDP2. Settings that no
+engine can run are refused.
 """
 
 
