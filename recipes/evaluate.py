@@ -52,7 +52,7 @@ class EvaluationArguments:
     models: list[str] = option([], "Each `name=folder or hub id`.")
     tasks: list[str] = option(["needle"], "Names of tasks; see above.")
     lengths: list[int] = option([1024, 2048, 4096], "Tokens of the prompts.")
-    num_depths: int = option(10, "Depths at which the fact that is asked for is hidden, from 0 to 100 %.")
+    num_depths: int = option(10, "Depths at which the fact that is asked for is hidden, at equal distances.")
     rounds: int = option(3, "Examples for each length and depth.")
     seed: int = option(0, "Of all examples.")
     text: str = option("builtin", "Source of the filler text: files, a dataset of the hub, or `builtin`.")

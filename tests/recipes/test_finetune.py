@@ -261,7 +261,7 @@ def test_a_folder_without_model_or_tokenizer_says_what_it_holds(tmp_path, loader
 
 def test_every_recipe_explains_itself(monkeypatch, capsys):
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if "__main__" in path.read_text())
-    assert recipes == ["extend", "finetune", "perplexity", "quickstart"]
+    assert recipes == ["evaluate", "extend", "finetune", "perplexity", "quickstart", "sft"]
     for recipe in recipes:
         with pytest.raises(SystemExit) as stop:
             run_here(monkeypatch, recipe, "--help")

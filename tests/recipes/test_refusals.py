@@ -33,6 +33,7 @@ def command(folder):
 
 def test_one_process_ends_with_the_message_alone(tmp_path):
     words, message = command(tmp_path)
+    words += ["--context_parallel_size", "1"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and done.stderr.rstrip().splitlines()[-1].startswith(message)
