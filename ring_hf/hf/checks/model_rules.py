@@ -215,15 +215,6 @@ MODEL_RULES: tuple[Rule, ...] = (
     check_aux_loss,
     _output_attentions,
 )
-# Of a model that generates: what concerns losses and training alone does not matter.
-GENERATION_RULES: tuple[Rule, ...] = (
-    _encoder_decoder,
-    _layer_types,
-    _attention_interface,
-    _backend,
-    _refused_type,
-    _convolution,
-    _internal_positions,
-    _forward_kwargs,
-    _rope,
-)
+# What concerns losses and training does not matter to a model that generates.
+_TRAINING_RULES = {_loss_type, _attention_dropout, _dropout, _jitter, check_aux_loss, _output_attentions}
+GENERATION_RULES = tuple(rule for rule in MODEL_RULES if rule not in _TRAINING_RULES)
