@@ -70,16 +70,31 @@ def main() -> None:
     if not args.models:
         raise ValueError("models is empty: nothing to measure. Give --models name=folder, once or several times.")
     spec = GridSpec(tuple(args.tasks), tuple(args.lengths), args.num_depths, args.rounds, args.seed)
+    models = named_models(args.models)
     accelerator = start_processes(args.context_parallel_size)
     text = read_text(args.text)
-    results: dict[str, GridResult] = {}
-    for entry in args.models:
-        name, separator, source = entry.partition("=")
-        name, source = (name, source) if separator else (Path(entry).name, entry)
-        results[name] = measure(args, spec, accelerator, text, name, source)
+    results = {name: measure(args, spec, accelerator, text, name, source) for name, source in models.items()}
     if accelerator.is_main_process:
         write(args, results)
     accelerator.wait_for_everyone()
+
+
+def named_models(entries: list[str]) -> dict[str, str]:
+    """Return the folder or hub id of each model by its name.
+
+    Raises:
+        ValueError: if two models have one name, and would share a file of results.
+    """
+    sources: dict[str, str] = {}
+    for entry in entries:
+        name, separator, source = entry.partition("=")
+        name, source = (name, source) if separator else (Path(entry).name, entry)
+        if name in sources:
+            raise ValueError(
+                f"models: {sources[name]} and {source} are both named {name!r}. Write name=folder for each."
+            )
+        sources[name] = source
+    return sources
 
 
 def start_processes(context_parallel_size: int | None) -> Accelerator:
@@ -116,7 +131,8 @@ def measure(
     """Return the scores of one model, those of an interrupted run included."""
     path = Path(args.output_dir) / f"{name}.jsonl"
     # The first process reads, since another machine may not have the file.
-    box: list[Any] = [read_or_error(path, spec) if accelerator.is_main_process else None]
+    origin = {"model": source, "text": args.text, "dtype": args.dtype, "attention": args.attn_implementation}
+    box: list[Any] = [read_or_error(path, spec, origin) if accelerator.is_main_process else None]
     broadcast_object_list(box)
     if isinstance(box[0], ValueError):
         raise ValueError(str(box[0]))
@@ -143,10 +159,10 @@ def measure(
     return result
 
 
-def read_or_error(path: Path, spec: GridSpec) -> GridResult | ValueError:
+def read_or_error(path: Path, spec: GridSpec, origin: dict[str, str]) -> GridResult | ValueError:
     """Return the scores of a file, or the error that all processes raise."""
     try:
-        return read_grid(path, spec)
+        return read_grid(path, spec, origin)
     except ValueError as error:
         return error
 

@@ -7,6 +7,7 @@ et al. 2024, arXiv 2402.08268; `scripts/eval_needle.py` there).
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,10 +83,7 @@ def insert_at_sentences(text: str, inserts: Sequence[tuple[float, str]]) -> str:
         inserts: pairs of depth (0 is the beginning, 1 the end) and sentence; equal depths keep their order.
     """
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    insertions: list[tuple[int, str]] = []
-    for depth, sentence in inserts:
-        limit = depth * len(text)
-        insertions.append((max(end for end in ends if end <= limit), sentence))
+    insertions = [(ends[bisect_right(ends, depth * len(text)) - 1], sentence) for depth, sentence in inserts]
     parts, last = [], 0
     for position, sentence in sorted(insertions, key=lambda insertion: insertion[0]):
         parts += [text[last:position], sentence]
@@ -106,7 +104,7 @@ def fit_prompt(
         purpose: names the task in an error.
 
     Raises:
-        ValueError: if the prompt without filler is longer than the budget.
+        ValueError: if the prompt without filler is longer than the budget, or no amount of filler comes close to it.
     """
     fixed = filler.count(assemble(""))
     if fixed > num_tokens:
@@ -117,12 +115,17 @@ def fit_prompt(
         excess = filler.count(prompt) - num_tokens
         if excess <= 0:
             return prompt
-        size = max(0, size - excess - 1)
-    return assemble("")
+        size -= excess + 1
+        if size < 0:
+            break
+    raise ValueError(
+        f"{purpose}: no prompt of about {num_tokens} tokens was reached in {_MAX_SHRINKS} attempts, because the "
+        "tokenizer makes other tokens of the filler each time. Give another filler text."
+    )
 
 
 def fit_items(num_tokens: int, filler: Filler, assemble: Callable[[int], str], least: int, purpose: str) -> str:
-    """Return the prompt of as many items (lines, pairs, words) as fit into `num_tokens` tokens.
+    """Return the prompt of as many items (lines, pairs, words) as fit into `num_tokens` tokens, by bisection.
 
     Args:
         assemble: makes the prompt with a number of items; more items never make it shorter.

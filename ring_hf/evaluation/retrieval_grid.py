@@ -6,7 +6,7 @@ what is there and computes the rest; a run with other settings is refused.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,12 @@ class GridResult:
 
     Attributes:
         spec: the grid.
+        origin: what else decides about the scores.
         scores: by cell; cells that have not run are missing.
     """
 
     spec: GridSpec
+    origin: dict[str, Any] = field(default_factory=dict)
     scores: dict[Cell, float] = field(default_factory=dict)
 
     def mean(self, task: str, length: int, depth: float | None = None) -> float | None:
@@ -94,19 +96,24 @@ class GridResult:
         return sum(scores) / len(scores) if scores else None
 
 
-def read_grid(path: Path, spec: GridSpec) -> GridResult:
+def read_grid(path: Path, spec: GridSpec, origin: Mapping[str, Any]) -> GridResult:
     """Return the scores that a file holds; none if there is no file. A last line that was cut off is ignored.
 
+    Args:
+        path: of the file that `run_grid` writes.
+        spec: the grid.
+        origin: what else decides about the scores (the model, the text, the dtype), as JSON knows it.
+
     Raises:
-        ValueError: if the file is of another grid.
+        ValueError: if the file is of another grid or origin.
     """
-    result = GridResult(spec)
+    result = GridResult(spec, dict(origin))
     if not path.exists():
         return result
     header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    if header and json.loads(header) != _header(spec):
+    if header and json.loads(header) != _header(result):
         raise ValueError(
-            f"{path} holds results of other settings ({header}), not of {json.dumps(_header(spec))}. Name another "
+            f"{path} holds results of other settings ({header}), not of {json.dumps(_header(result))}. Name another "
             "output_dir, or delete the file."
         )
     for line in lines:
@@ -142,7 +149,7 @@ def run_grid(
     Raises:
         ValueError: if a length is too short for a task.
     """
-    result = GridResult(spec, dict(done.scores))
+    result = GridResult(spec, done.origin, dict(done.scores))
     cells = list(spec.cells())
     if writes:
         _begin_file(path, result)
@@ -160,15 +167,16 @@ def run_grid(
     return result
 
 
-def _header(spec: GridSpec) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(spec)))  # tuples become lists, as in the file
+def _header(result: GridResult) -> dict[str, Any]:
+    header = {"grid": asdict(result.spec), "origin": result.origin}
+    return json.loads(json.dumps(header))  # tuples become lists, as in the file
 
 
 def _begin_file(path: Path, done: GridResult) -> None:
     """Write the header, or drop a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = lines[: 1 + len(done.scores)] or [json.dumps(_header(done.spec))]
+    kept = lines[: 1 + len(done.scores)] or [json.dumps(_header(done))]
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 

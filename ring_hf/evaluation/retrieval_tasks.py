@@ -121,16 +121,19 @@ def _make_key_value(rng: random.Random, num_tokens: int, depth: float, filler: F
 
 
 def _make_lines(rng: random.Random, num_tokens: int, depth: float, filler: Filler) -> Example:
-    names, numbers = _names(rng, len(ADJECTIVES) * len(NOUNS)), rng.sample(range(10_000, 100_000), 80_000)
-    target, answer = names[0], str(numbers[0])
+    names = _names(rng, len(ADJECTIVES) * len(NOUNS))
+    target, answer = names[0], str(rng.randrange(10_000, 100_000))
+    seed = rng.getrandbits(64)
 
     def assemble(num_lines: int) -> str:
-        if num_lines > len(names):
-            return "x " * num_tokens  # there are no more names
-        lines = [f"line {name}: REGISTER_CONTENT is <{number}>" for name, number in zip(names, numbers, strict=False)]
-        chosen = lines[1:num_lines]
-        chosen.insert(round(depth * len(chosen)), lines[0])
-        return _ask("\n".join(chosen), f"What is the REGISTER_CONTENT of line {target}?")
+        other = random.Random(seed)
+        lines = []
+        for number in range(1, num_lines):
+            lap, index = divmod(number, len(names))
+            name = f"{names[index]}-{lap}" if lap else names[index]  # after the last name, each gets a number
+            lines.append(f"line {name}: REGISTER_CONTENT is <{other.randrange(10_000, 100_000)}>")
+        lines.insert(round(depth * len(lines)), f"line {target}: REGISTER_CONTENT is <{answer}>")
+        return _ask("\n".join(lines), f"What is the REGISTER_CONTENT of line {target}?")
 
     return Example(fit_items(num_tokens, filler, assemble, 2, "lines"), (answer,), 24)
 
@@ -138,8 +141,8 @@ def _make_lines(rng: random.Random, num_tokens: int, depth: float, filler: Fille
 def _make_variable_tracking(rng: random.Random, num_tokens: int, depth: float, filler: Filler) -> Example:
     """Hide a chain of four assignments, in order; the names of all variables with its value are the answer."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = ["".join(letter) for letter in zip(*(rng.choices(letters, k=5) for _ in range(5)), strict=True)]
-    (value,) = (str(rng.randrange(10_000, 100_000)),)
+    names = ["".join(rng.choices(letters, k=5)) for _ in range(5)]
+    value = str(rng.randrange(10_000, 100_000))
     statements = [f" VAR {names[0]} = {value}. "]
     statements += [f" VAR {name} = VAR {source}. " for source, name in itertools.pairwise(names)]
     depths = sorted([depth, *(rng.random() for _ in names[1:])])
@@ -168,16 +171,17 @@ def _make_common_words(rng: random.Random, num_tokens: int, depth: float, filler
 
 
 def _make_frequent_words(rng: random.Random, num_tokens: int, depth: float, filler: Filler) -> Example:
-    """Draw coded words from a Zipf distribution with alpha 2; the three most frequent ones are the answer."""
+    """Shuffle coded words whose counts fall as 1 / rank^2 (Zipf, alpha 2); the three most frequent are the answer."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=6)) for _ in range(500)]
-    weights = [1 / rank**2 for rank in range(1, len(words) + 1)]
+    words = list(dict.fromkeys("".join(rng.choices(letters, k=6)) for _ in range(500)))
     seed = rng.getrandbits(64)
 
-    def assemble(num_words: int) -> str:
-        drawn = random.Random(seed).choices(words, weights, k=num_words)
-        return _ask(" ".join(drawn), "What are the three most frequent words of this coded text?")
+    def assemble(scale: int) -> str:
+        listed = [word for rank, word in enumerate(words, 1) for _ in range(scale // rank**2)]
+        random.Random(seed).shuffle(listed)
+        return _ask(" ".join(listed), "What are the three most frequent words of this coded text?")
 
+    # With a scale of 100, the first four words stand 100, 25, 11 and 6 times: the answer is never a tie.
     return Example(fit_items(num_tokens, filler, assemble, 100, "frequent_words"), tuple(words[:3]), 48)
 
 

@@ -1,20 +1,24 @@
 """Prompts have the asked length and hide their facts at the asked depth; a grid continues where it stopped."""
 
 import json
+import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ring_hf.data import build_byte_tokenizer
+from ring_hf.evaluation import retrieval_tasks
 from ring_hf.evaluation.grid_charts import plot_grids
-from ring_hf.evaluation.haystack import Example, Filler, insert_at_sentences
+from ring_hf.evaluation.haystack import Example, Filler, fit_prompt, insert_at_sentences
 from ring_hf.evaluation.retrieval_grid import GridSpec, format_scores, read_grid, run_grid
 from ring_hf.evaluation.retrieval_tasks import TASKS, make_example
 
 TEXT = " ".join(f"This is sentence {number} of a story that goes on." for number in range(400))
 SPEC = GridSpec(("needle", "common_words"), (8000, 5000), num_depths=3, rounds=2)
+ORIGIN = {"model": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,30 @@ def test_facts_of_aggregation_are_what_can_be_counted(filler):
     example = make_example("common_words", 30_000, 0.5, 0, 0, filler)
     counts = {word: len(re.findall(rf"\d\. {word}\b", example.prompt)) for word in example.answers}
     assert set(counts.values()) == {30}
-    example = make_example("frequent_words", 30_000, 0.5, 0, 0, filler)
-    words = re.findall(r"\b[a-z]{6}\b", example.prompt)
-    ranked = sorted(set(words), key=words.count, reverse=True)[:3]
-    assert set(ranked) == set(example.answers)
+    for num_tokens, number in ((1_600, 0), (1_600, 1), (30_000, 0)):
+        example = make_example("frequent_words", num_tokens, 0.5, number, 0, filler)
+        text = example.prompt.partition("USER: ")[2].partition("\n")[0]
+        (_, first), (_, second), (_, third), (_, fourth) = Counter(text.split()).most_common(4)
+        assert first > second > third > fourth
+        assert tuple(word for word, _ in Counter(text.split()).most_common(3)) == example.answers
+
+
+def test_lines_do_not_run_out_of_names(filler, monkeypatch):
+    monkeypatch.setattr(retrieval_tasks, "ADJECTIVES", ["old", "new"])
+    monkeypatch.setattr(retrieval_tasks, "NOUNS", ["oak", "elm"])
+    example = make_example("lines", 4_000, 0.5, 0, 0, filler)
+    names = re.findall(r"line (\S+):", example.prompt)
+    assert len(names) == len(set(names)) > 60 and 3_900 < filler.count(example.prompt) <= 4_000
+
+
+def test_filler_that_never_fits_is_an_error(filler):
+    class Growing(Filler):
+        def count(self, text):
+            return 10 if "[]" in text else 10_000
+
+    growing = Growing(TEXT, PreTrainedTokenizerFast(tokenizer_object=build_byte_tokenizer()))
+    with pytest.raises(ValueError, match="no prompt of about 200 tokens was reached"):
+        fit_prompt(200, growing, random.Random(0), lambda text: f"[{text}]", "needle")
 
 
 def test_sentences_are_inserted_where_others_end():
@@ -83,27 +107,28 @@ def test_a_grid_that_was_killed_continues(filler, tmp_path):
         return prompt if len(calls) % 2 else "nothing"
 
     with pytest.raises(KeyboardInterrupt):
-        run_grid(SPEC, generate, filler, path, done=read_grid(path, SPEC))
+        run_grid(SPEC, generate, filler, path, done=read_grid(path, SPEC, ORIGIN))
     with path.open("a") as file:
         file.write('{"cell": {"task": "need')  # killed while it wrote
-    done = read_grid(path, SPEC)
+    done = read_grid(path, SPEC, ORIGIN)
     assert len(done.scores) == 5
     calls.append("the fault is over")
     result = run_grid(SPEC, generate, filler, path, done=done)
     total = len(list(SPEC.cells()))
     assert total == 2 * (3 * 2 + 2) == len(result.scores) == len(calls) - 1
-    assert read_grid(path, SPEC) == result
+    assert read_grid(path, SPEC, ORIGIN) == result
     assert all(json.loads(line) for line in path.read_text().splitlines())
-    with pytest.raises(ValueError, match="holds results of other settings"):
-        read_grid(path, replace(SPEC, rounds=1))
+    for spec, origin in ((replace(SPEC, rounds=1), ORIGIN), (SPEC, {**ORIGIN, "model": "another"})):
+        with pytest.raises(ValueError, match="holds results of other settings"):
+            read_grid(path, spec, origin)
 
 
 def test_scores_are_means_over_depths_and_rounds(filler, tmp_path):
     result = run_grid(
-        SPEC, lambda prompt, _: prompt, filler, tmp_path / "a.jsonl", done=read_grid(tmp_path / "a", SPEC)
+        SPEC, lambda prompt, _: prompt, filler, tmp_path / "a.jsonl", done=read_grid(tmp_path / "a", SPEC, ORIGIN)
     )
     blind = replace(SPEC, tasks=("needle",))
-    none = run_grid(blind, lambda *_: "", filler, tmp_path / "b.jsonl", done=read_grid(tmp_path / "b", blind))
+    none = run_grid(blind, lambda *_: "", filler, tmp_path / "b.jsonl", done=read_grid(tmp_path / "b", blind, ORIGIN))
     results = {"reads": result, "blind": none}
     assert format_scores(results, (5000, 8000)) == [
         ["task", "model", "5,000", "8,000"],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from arguments import PerplexityArguments, SourceArguments, parse
+from evaluate import EvaluationArguments
 from finetune import ARGUMENTS
 from sft import ARGUMENTS as SFT
 
@@ -21,6 +22,7 @@ from tests.support.harness import ROOT, run_command
 
 LANGUAGES = {"bash", "diff", "python", "text", "yaml"}
 RECIPES = {
+    "recipes/evaluate.py": (EvaluationArguments,),
     "recipes/finetune.py": ARGUMENTS,
     "recipes/perplexity.py": (PerplexityArguments, SourceArguments),
     "recipes/sft.py": SFT,
