@@ -66,11 +66,20 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
-    """Return whether the run of this checkpoint took all its steps and saved its model.
+def has_nothing_left(checkpoint: str | None, training_args: TrainingArguments) -> bool:
+    """Return whether a run is finished, which the first process then says.
 
     The Trainer would take one more step each time it is started.
     """
+    if checkpoint is None or not is_finished(checkpoint, training_args):
+        return False
+    if training_args.process_index == 0:
+        print(f"{checkpoint} is the end of this run: nothing left to train. Raise max_steps, or change output_dir.")
+    return True
+
+
+def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Return whether the run of this checkpoint took all its steps and saved its model."""
     state = read_state(Path(str(training_args.output_dir)))
     if state is None or state["global_step"] < (read_state(Path(checkpoint)) or {}).get("global_step", 0):
         return False

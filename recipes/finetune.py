@@ -13,7 +13,7 @@ checkpoint.
 from typing import Any
 
 from arguments import DataArguments, MemoryArguments, ModelArguments, ParallelArguments, RunArguments
-from checkpoints import find_checkpoint, is_finished
+from checkpoints import find_checkpoint, has_nothing_left
 from loading import load_tokenizer, load_windows
 from refusals import run
 from training import (
@@ -53,11 +53,7 @@ def finetune(arguments: tuple[Any, ...]) -> None:
         prepare_for_streaming(training_args)
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
-    if checkpoint is not None and is_finished(checkpoint, training_args):
-        if training_args.process_index == 0:
-            print(
-                f"{checkpoint} is the end of this run: nothing left to train. Raise max_steps, or change output_dir."
-            )
+    if has_nothing_left(checkpoint, training_args):
         return
     with training_args.main_process_first(desc="data"):  # the other processes read it from the cache
         windows = load_windows(data_args, tokenizer, run_args.perplexity_lengths, run_args.perplexity_windows)

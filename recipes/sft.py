@@ -14,8 +14,8 @@ from typing import Any
 
 from adapters import add_adapter, check_merging, quantization_of, save_merged
 from arguments import MemoryArguments, ModelArguments, ParallelArguments, RunArguments
-from checkpoints import find_checkpoint, is_finished
-from conversation_data import load_examples, print_once
+from checkpoints import find_checkpoint, has_nothing_left
+from conversation_data import load_examples
 from loading import load_model, load_tokenizer
 from refusals import run
 from sft_arguments import AdapterArguments, ConversationArguments
@@ -52,11 +52,7 @@ def main() -> None:
     batch = set_batch(run_args, parallel_args, training_args, training_args.max_length)
     tokenizer = load_tokenizer(model_args)
     checkpoint = find_checkpoint(training_args)
-    if checkpoint is not None and is_finished(checkpoint, training_args):
-        print_once(
-            f"{checkpoint} is the end of this run: nothing left to train. Raise max_steps, or change output_dir.",
-            training_args,
-        )
+    if has_nothing_left(checkpoint, training_args):
         return
     with training_args.main_process_first(desc="data"):  # the other processes read it from the cache
         train, heldout = load_examples(data_args, training_args, tokenizer)

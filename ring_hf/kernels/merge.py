@@ -71,6 +71,10 @@ class OutLseAccumulator:
             queries.scatter(self.out, merged_out)
             queries.scatter(self.lse, merged_lse)
 
+    def merge_all(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge a result for all queries: `out [B, H, S, D]` and `lse [B, H, S]`."""
+        merge_(self.out, self.lse, out, lse)
+
     def add_sinks(self, sinks_H: torch.Tensor) -> None:
         """Add one key per head with this score and no value. Call it once, after all results are merged."""
         lse = torch.logaddexp(self.lse, sinks_H.to(self._dtype)[:, None])

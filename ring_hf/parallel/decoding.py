@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import AttentionSpec, Mask, RowRegions, Segment, Tile, make_tiles
-from ..kernels import OutLseAccumulator, accumulate_dtype, choose, merge_
+from ..kernels import OutLseAccumulator, choose
 from .groups import all_gather
 from .ulysses import all_to_all
 
@@ -110,9 +110,8 @@ def decode_attention(
     out, lse = attend_to_cache(q_BHND, k_BKLD, v_BKLE, queries, keys, spec, kernel)
     partial = torch.cat([out, lse.unsqueeze(-1)], dim=-1)
     merged = OutLseAccumulator(q_BHND, v_BKLE.shape[-1])
-    total_out, total_lse = merged.out, merged.lse
     for of_rank in all_gather(partial, group):
-        merge_(total_out, total_lse, of_rank[..., :-1], of_rank[..., -1])
+        merged.merge_all(of_rank[..., :-1], of_rank[..., -1])
     if sinks_H is not None:
         merged.add_sinks(sinks_H)
     return merged.out.to(q_BHND.dtype)
@@ -127,8 +126,8 @@ def history_attention(
     group: str,
     spec: AttentionSpec,
     kernel: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return `(out [B, H, C, E], lse [B, H, C])` of this rank's new queries over the cached keys of all ranks.
+) -> OutLseAccumulator:
+    """Return the result of this rank's new queries over the cached keys of all ranks, to be merged with others.
 
     The queries of every rank travel to all ranks (one `all_gather`), and the partial results back (one all-to-all).
 
@@ -138,7 +137,7 @@ def history_attention(
         k_BKLD, v_BKLE, keys: the cached keys and values of this rank, without those of the new tokens.
         group: the registered name of the ranks that share the cache.
     """
-    dtype, head_dim = accumulate_dtype(q_BHCD.dtype), v_BKLE.shape[-1]
+    head_dim = v_BKLE.shape[-1]
     partials = []
     for q_of_rank, shard in zip(all_gather(q_BHCD, group), shards, strict=True):
         out, lse = attend_to_cache(q_of_rank, k_BKLD, v_BKLE, shard, keys, spec, kernel)
@@ -146,8 +145,7 @@ def history_attention(
     sizes = [partial.numel() for partial in partials]
     received = all_to_all(torch.cat(partials), sizes, sizes, group)
     merged = OutLseAccumulator(q_BHCD, head_dim)
-    total_out, total_lse = merged.out, merged.lse
     for partial in received.split(sizes):
-        of_rank = partial.view(*q_BHCD.shape[:3], head_dim + 1).to(dtype)
-        merge_(total_out, total_lse, of_rank[..., :-1], of_rank[..., -1])
-    return total_out, total_lse
+        of_rank = partial.view(*q_BHCD.shape[:3], head_dim + 1)
+        merged.merge_all(of_rank[..., :-1], of_rank[..., -1])
+    return merged

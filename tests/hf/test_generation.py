@@ -301,6 +301,8 @@ def test_refusals_name_the_reason_on_every_rank():
         assert "is for generation" in messages["training"]
         assert "segment_ids: a ContextParallelCache shards input_ids only" in messages["segments"]
         assert "Make another one" in messages["another context"]
+        assert "attend to its own keys only" in messages["decoder"]
+        assert "The last pass over this ContextParallelCache failed" in messages["after a failure"]
         assert "attention inside chunks" in messages["llama4"]
         assert "layers of type" in messages["qwen3_next"]
 
@@ -320,6 +322,11 @@ def refuse(rank: int, size: int) -> dict[str, str]:
         model.eval()
         more = {"segment_ids": prompts[:, :1], "past_key_values": cache}
         messages["segments"] = message_of(lambda: model(input_ids=prompts[:, :1], **more))
+        cache = ContextParallelCache(model, 8)
+        with torch.no_grad():
+            model(input_ids=prompt(30), past_key_values=cache)
+            messages["decoder"] = message_of(lambda: model.model(input_ids=prompt(1), past_key_values=cache))
+        messages["after a failure"] = message_of(partial(generate_after_failure, model))
         messages["llama4"] = message_of(lambda: ContextParallelCache(tiny("llama4_text", "ring_zigzag")))
         messages["qwen3_next"] = message_of(lambda: ContextParallelCache(refused("qwen3_next")))
         activate_context(rank, size)
@@ -327,6 +334,20 @@ def refuse(rank: int, size: int) -> dict[str, str]:
     finally:
         context.reset()
     return messages
+
+
+def generate_after_failure(model: Any) -> None:
+    """Use a cache again after a layer has failed in the middle of a pass."""
+    cache = ContextParallelCache(model, 8)
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"), torch.no_grad():
+        model(input_ids=prompt(30), past_key_values=cache)
+    hook.remove()
+    model(input_ids=prompt(1), past_key_values=cache)
+
+
+def fail(*args: Any) -> None:
+    raise RuntimeError("out of memory")
 
 
 def message_of(call: Callable[[], Any]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from ring_hf.geometry import AttentionSpec
-from ring_hf.kernels import accumulate_dtype, merge_
 from ring_hf.parallel import CachedKeys, decode_attention, history_attention, ring_attention
 
 from ..cache_step import CacheStep
@@ -50,7 +49,8 @@ def cached_attention(
         queries = step.positions(step.rank)
         out = decode_attention(q_BHND, k_BKLD, v_BKLE, queries, keys, step.group, spec, sinks_H, kernel)
         return out.transpose(1, 2).contiguous()
-    continues, num_earlier = step.start > 0, sum(segment.length for segment in layer.earlier_segments)
+    continues, earlier = step.start > 0, CachedKeys(layer.earlier_segments, step.row_starts)
+    num_earlier = earlier.num_tokens
     out, lse = ring_attention(
         q_BHND,
         k_BKLD[:, :, num_earlier:],
@@ -64,12 +64,10 @@ def cached_attention(
     )
     if continues:
         shards = [step.positions(rank) for rank in range(step.sequence.num_ranks)]
-        keys = CachedKeys(layer.earlier_segments, step.row_starts)
-        earlier = k_BKLD[:, :, :num_earlier], v_BKLE[:, :, :num_earlier]
-        total, total_lse = history_attention(q_BHND, *earlier, shards, keys, step.group, spec, kernel)
-        merge_(total, total_lse, out, lse)
+        k, v = k_BKLD[:, :, :num_earlier], v_BKLE[:, :, :num_earlier]
+        merged = history_attention(q_BHND, k, v, shards, earlier, step.group, spec, kernel)
+        merged.merge_all(out, lse)
         if sinks_H is not None:
-            with_sinks = torch.logaddexp(total_lse, sinks_H.to(accumulate_dtype(q_BHND.dtype))[:, None])
-            total.mul_(torch.exp(total_lse - with_sinks).unsqueeze(-1))
-        out = total.to(q_BHND.dtype)
+            merged.add_sinks(sinks_H)
+        out = merged.out.to(q_BHND.dtype)
     return out.transpose(1, 2).contiguous()

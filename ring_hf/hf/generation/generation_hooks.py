@@ -70,7 +70,8 @@ class SharedCache(Protocol):
 
 
 def _cache_of(kwargs: dict[str, Any]) -> SharedCache | None:
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name until Transformers 5.23, and since 5.24
+    names = ("past_key_values", "cache")  # until Transformers 5.23, and since 5.24
+    cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
     return cache if cache is not None and hasattr(cache, "begin_step") and cache.context is not None else None
 
 
@@ -89,9 +90,11 @@ def _before_pass(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
             row_starts = _row_starts(kwargs.get("attention_mask"), start, ids.shape[1])
         except ValueError as mask_error:
             error = str(mask_error)
-    if start == 0 or error is not None or ids is None or ids.shape[1] > 1:
+    if start == 0 or ids is None or ids.shape[1] > 1:
         values = {} if ids is None else {"input_ids": _fingerprint(ids), "the tokens in the cache": start}
         assert_equal_across_ranks(values, error, group_of(group))
+    elif error is not None:  # of a decoded token, before which ranks exchange nothing
+        raise ValueError(error)
     assert ids is not None
     if start == 0:
         _share_random_state(ids.device, group)
@@ -104,8 +107,8 @@ def _find_error(model: Any, args: tuple, kwargs: dict[str, Any], cache: SharedCa
         return "The processes were set up anew since ContextParallelCache was made. Make another one."
     if args or kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None:
         return "A model with a ContextParallelCache is called with input_ids as a keyword argument, and no embeddings."
-    if model.training and torch.is_grad_enabled():
-        return "ContextParallelCache is for generation. Call model.eval() and torch.no_grad()."
+    if model.training:
+        return "ContextParallelCache is for generation, and the model is in training mode. Call model.eval()."
     if kwargs.get("return_dict") is False:
         return "return_dict=False is not supported with a ContextParallelCache. Leave it out."
     for name in REFUSED_FLAGS:

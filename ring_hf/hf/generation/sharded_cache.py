@@ -60,13 +60,20 @@ class ShardedLayer(CacheLayerMixin):
         Args:
             key_states, value_states: `[B, K, N, D]` and `[B, K, N, E]` of the new tokens that this rank computes.
 
+        Raises:
+            ValueError: if no pass has been described to this layer.
+
         Returns:
             All that this rank keeps; if the tokens of the step are sharded, what it kept before and the new ones. A
             layer may compute its keys and values from what it caches (multi-head latent attention), so it must get
             the earlier ones too, and at least one token: the attention function knows which of them count.
         """
         step = self.step
-        assert step is not None, "ContextParallelCache describes every pass to its layers"
+        if step is None:
+            raise ValueError(
+                "A ContextParallelCache reached an attention layer without a pass of the model it was made for, so "
+                "this rank would attend to its own keys only. Call that model, not its decoder or a copy."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.window is not None:
@@ -181,7 +188,12 @@ class ContextParallelCache(Cache):
 
         Args:
             row_starts: per batch row the number of padded tokens at its start.
+
+        Raises:
+            ValueError: if the last pass has not ended, so that some layers hold more tokens than others.
         """
+        if any(layer.step is not None for layer in self.layers):
+            raise ValueError("The last pass over this ContextParallelCache failed. Make another one.")
         assert self.context is not None
         start, size = self.get_seq_length(), self.context.size
         sequence, owner = None, self._owner(num_tokens)
@@ -201,7 +213,9 @@ class ContextParallelCache(Cache):
         return step
 
     def end_step(self, step: CacheStep) -> None:
-        """Account the tokens of a pass to the ranks that keep their keys."""
+        """Account the tokens of a pass to the ranks that keep their keys; the layers forget the pass."""
+        for layer in self.layers:
+            layer.step = None
         if step.sequence is None:
             self._num_tokens[step.owner] += step.num_tokens
             self._run_owner = step.owner
@@ -222,6 +236,8 @@ class ContextParallelCache(Cache):
         if self.context is not None:
             self._num_tokens = [0] * self.context.size
             self._run_left = 0
+            for layer in self.layers:
+                layer.step = None
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

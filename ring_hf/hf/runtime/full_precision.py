@@ -24,6 +24,11 @@ ENGINE_PACKAGES = ("torch.distributed.fsdp", "deepspeed")
 ZERO3_LINEAR_MODULE = "deepspeed.runtime.zero.linear"  # part of an engine package, but computes layers of the model
 
 
+def trains_half_weights(model: nn.Module) -> bool:
+    """Return whether any trained weight is in half precision, as TRL's adapters on quantised weights are in bf16."""
+    return any(weight.dtype in HALF_DTYPES for weight in model.parameters() if weight.requires_grad)
+
+
 class FullPrecisionMode(TorchFunctionMode):
     """Context in which PyTorch functions compute in fp32 instead of half precision.
 

@@ -142,9 +142,7 @@ def run_trial(
     start_time = time.perf_counter()
     trial_inputs = make_trial_inputs(model, inputs, context)
     dtype = compute_dtype(model)
-    # TRL keeps adapters in bf16 on quantised weights, whatever the dtype of the rest.
-    has_half_weights = any(p.dtype in full_precision.HALF_DTYPES for p in model.parameters() if p.requires_grad)
-    is_half = dtype in full_precision.HALF_DTYPES or has_half_weights
+    is_half = dtype in full_precision.HALF_DTYPES or full_precision.trains_half_weights(model)
     in_fp32 = is_half and full_precision.can_run_in_fp32(model)
     outermost = model if trainer is None else trainer.model
     with (

@@ -18,7 +18,7 @@ from ring_hf.parallel import all_reduce
 from .. import context as process
 from ..batch_metadata import METADATA_KEY, ContextParallelMetadata
 from ..refusal import raise_on_all_ranks
-from ..runtime.full_precision import HALF_DTYPES
+from ..runtime.full_precision import trains_half_weights
 from ..runtime.preserved_state import preserve_state
 from ..runtime.runtime_state import runtime_state
 from ..runtime.trial_inputs import make_trial_inputs
@@ -93,9 +93,8 @@ def _run_trial(
         runtime_state.evaluation_batch = None
     raise_on_all_ranks(error, {}, context)
     sharded_loss = float(all_reduce(torch.tensor(sharded_loss, dtype=torch.float64), context.group)) / context.size
-    has_half_weights = any(p.dtype in HALF_DTYPES for p in model.parameters() if p.requires_grad)
-    dtype_tolerances = TOLERANCES.get(model.dtype, HALF_PRECISION_TOLERANCES)
-    tolerance = (HALF_PRECISION_TOLERANCES if has_half_weights else dtype_tolerances).loss
+    is_half = model.dtype not in TOLERANCES or trains_half_weights(model)
+    tolerance = (HALF_PRECISION_TOLERANCES if is_half else TOLERANCES[model.dtype]).loss
     if abs(sharded_loss - whole_loss) > tolerance * abs(whole_loss):
         error = (
             f"{type(trainer).__name__} computes its evaluation loss from one shard of a sequence: {sharded_loss:.7g} "
