@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before torch is imported: threads of OpenMP that wait spin, and several workers on two cores then mostly wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from ring_hf.testing import poison_empty
 from tests.support.harness import stop_workers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("ring_hf", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("ring_hf")
 poison_empty()
