@@ -11,5 +11,9 @@ MORE = {"test_tiles_of_a_step_are_routed_to_two_kernels_by_their_masks", "test_f
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason=f"the cuDNN adapter needs torch 2.11, this is {torch.__version__}")
     for item in items:
-        if IS_TOO_OLD and item.path.name.startswith("test_cuda_") and ("cudnn" in item.name or item.name in MORE):
+        if (
+            IS_TOO_OLD
+            and item.path.name.startswith(("test_cuda_", "test_selection"))
+            and ("cudnn" in item.name or item.name in MORE)
+        ):
             item.add_marker(skip)

@@ -128,7 +128,9 @@ def test_rows_without_visible_keys_get_lse_minus_infinity():
 def test_stand_ins_have_the_schemas_of_pytorch(function, operator, num_results):
     names = [argument.name for argument in operator._schema.arguments]
     message = f"PyTorch {torch.__version__}: {operator._schema}"
-    assert names == list(inspect.signature(function).parameters), message
+    parameters = list(inspect.signature(function).parameters)
+    # Until torch 2.10 there are no `block_table` and `num_splits`, which no call sets.
+    assert names == [x for x in parameters if x not in ("block_table", "num_splits") or x in names], message
     assert len(operator._schema.returns) == num_results
 
 
