@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from transformers import masking_utils
 
 from ring_hf.hf.attention import backend
 from ring_hf.hf.checks import moe_aux_loss
@@ -56,9 +57,11 @@ FAULTS = {
     "targets counted per shard": Fault(model_guard, "_needs_count", lambda kwargs: False, "gemma4"),
     "first labels not counted": Fault(counters, "_correct_num_items", lambda trainer: None, "gpt2"),
 }
+# Releases before 5.23 cut the chunks of packed documents by positions in the row.
+LLAMA4_REFERENCES = (EAGER, LOCAL) if hasattr(masking_utils, "remap_positions_for_packed_sequence") else (LOCAL,)
 # gpt-oss is compared with the ring backend only: Transformers lets its packed documents attend to each other.
 PACKED = {
-    "llama4_text": (EAGER, LOCAL),
+    "llama4_text": LLAMA4_REFERENCES,
     "gemma2": (EAGER, LOCAL),
     "deepseek_v3": (EAGER, LOCAL),
     "qwen2_moe": (EAGER, LOCAL),

@@ -294,7 +294,7 @@ def check_sharded_weights(context: ProcessContext, model: Any) -> str | None:
             f"Parameters of the model are DTensors on {foreign_mesh}, and {context.engine} did not create them: "
             "gradients of ranks that share a sequence would not be summed. Leave the sharding of weights to FSDP2 "
             "(`accelerate launch --use_fsdp --fsdp_version 2`), to DeepSpeed, or to "
-            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))."
+            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)) of Transformers 5.23 or newer."
         )
     config = model.config.distributed_config
     sizes = {name: getattr(config, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
