@@ -9,9 +9,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from transformers import masking_utils
 
-from ring_hf.hf.attention import backend
+from ring_hf.hf.attention import backend, shard_errors
 from ring_hf.hf.checks import moe_aux_loss
 from ring_hf.hf.trainer import counters, model_guard
 from ring_hf.verify.model_families import ROUTER_LOSS
@@ -57,11 +56,9 @@ FAULTS = {
     "targets counted per shard": Fault(model_guard, "_needs_count", lambda kwargs: False, "gemma4"),
     "first labels not counted": Fault(counters, "_correct_num_items", lambda trainer: None, "gpt2"),
 }
-# Releases before 5.23 cut the chunks of packed documents by positions in the row.
-LLAMA4_REFERENCES = (EAGER, LOCAL) if hasattr(masking_utils, "remap_positions_for_packed_sequence") else (LOCAL,)
 # gpt-oss is compared with the ring backend only: Transformers lets its packed documents attend to each other.
 PACKED = {
-    "llama4_text": LLAMA4_REFERENCES,
+    "llama4_text": (EAGER, LOCAL),
     "gemma2": (EAGER, LOCAL),
     "deepseek_v3": (EAGER, LOCAL),
     "qwen2_moe": (EAGER, LOCAL),
@@ -95,5 +92,19 @@ def test_packed_documents_equal_one_process():
     for family, references in PACKED.items():
         for reference in references:
             difference = results[reference][family]
+            if family == "llama4_text" and not backend.chunks_begin_with_documents():
+                assert shard_errors.CHUNKS_OF_PACKED_ROWS in difference
+                continue
             assert isinstance(difference, Difference), f"{family}: {difference}"
             assert difference.is_within((1e-6, 2e-6, 5e-6)), f"{family}: {difference}"
+
+
+def compare_packed_in_older_releases(rank: int, world_size: int) -> Results:
+    with mock.patch.object(backend, "chunks_begin_with_documents", lambda: False):
+        return compare(rank, world_size, ["llama4_text", "gemma2"], {}, packing=True)
+
+
+def test_chunks_of_packed_documents_are_refused_before_5_23():
+    for result in run_distributed(2, compare_packed_in_older_releases, timeout=60):
+        assert shard_errors.CHUNKS_OF_PACKED_ROWS in result["llama4_text"]
+        assert isinstance(result["gemma2"], Difference)

@@ -9,6 +9,7 @@ has no other). An argument that would change the result and is not implemented r
 Shapes: B batch, H query heads, K key/value heads, S tokens, D head dim, E value head dim.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -301,6 +302,14 @@ def _cast_qkv(
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+@functools.cache
+def chunks_begin_with_documents() -> bool:
+    """Return whether Transformers counts the chunks of a packed row from the first token of each document."""
+    from transformers import masking_utils  # at the top of this file it would be a circular import
+
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")
+
+
 def _refuse_unshardable(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -322,6 +331,9 @@ def _refuse_unshardable(
             f"attention dropout {dropout} cannot equal one process: every rank would draw its own mask. Set "
             "config.attention_dropout = 0.0."
         )
+    is_packed = any(len(bounds) > 2 for bounds in batch.sequence.documents or ())
+    if is_packed and layer_chunk(module) is not None and not chunks_begin_with_documents():
+        raise ValueError(shard_errors.CHUNKS_OF_PACKED_ROWS)
     if key.shape[2] != query.shape[2]:
         raise ValueError(shard_errors.kv_cache_error(f"{query.shape[2]} queries meet {key.shape[2]} keys"))
     if query.shape[2] != batch.shard_length:

@@ -22,6 +22,12 @@ OUTPUT_ATTENTIONS = (
     "inspect a short sequence with attn_implementation='eager'."
 )
 
+CHUNKS_OF_PACKED_ROWS = (
+    "Packed documents reached a layer that attends inside chunks. Transformers before 5.23 counts chunks from the "
+    "first token of a row, ring_hf counts them from the first token of each document as later releases do, so losses "
+    "would differ. Install Transformers 5.23 or newer, or train without packing."
+)
+
 
 def attention_mask_error(argument: str) -> str:
     """Return the message for an attention mask beside a sharded batch; `argument` describes it."""
