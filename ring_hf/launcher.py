@@ -143,7 +143,12 @@ def receive_results(
     function: Callable[..., Any],
     timeout: float,
 ) -> list[Any]:
-    """Return what each of `pipes` sends as ("done", result), in their order; see `WorkerPool.run`."""
+    """Return what each of `pipes` sends as ("done", result), in their order; see `WorkerPool.run`.
+
+    Raises:
+        WorkerError: if a pipe brings an exception or ends.
+        WorkerTimeout: if results are missing after `timeout` seconds.
+    """
     statuses = dict.fromkeys(ranks, "starting")
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout

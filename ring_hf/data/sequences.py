@@ -93,6 +93,9 @@ def load_splits(args: SourceArguments) -> tuple[list[Dataset], list[tuple[Source
     """Return the rows to train on, by source, and the held-out ones with the source they come from.
 
     The latter are of `heldout_data`, or a fraction of every source; none if `heldout_fraction` is 0.
+
+    Raises:
+        ValueError: if rows are to be held out of a source whose format joins the rows of a document.
     """
     sources = args.mixture().sources
     rows = [load_source(spec) for spec in sources]

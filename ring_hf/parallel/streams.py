@@ -81,6 +81,9 @@ class CudaCommStream(CommStream):
         """The communication stream waits for the works, and the current one for the communication stream.
 
         One event serves both streams and all later users of the buffers, so that no work is waited for twice.
+
+        Raises:
+            RuntimeError: if the device has not reached the event when `timeout` ends.
         """
         with self._cuda.stream(self._side):
             super().wait_works(works)  # without a timeout: on a GPU this only orders streams

@@ -179,6 +179,26 @@ REFUSED_NAMES = {
 }
 
 
+def public_functions(body, class_docstring=""):
+    """Yield each public function with its docstring and that of its class."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, ast.get_docstring(node) or "")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node, f"{class_docstring} {ast.get_docstring(node) or ''}"
+
+
+def test_public_functions_say_what_they_raise():
+    silent = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+        for path in sorted(ROOT.glob("ring_hf/**/*.py"))
+        for function, docstring in public_functions(ast.parse(path.read_text()).body)
+        if any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(function))
+        and "raise" not in docstring.lower()
+    ]
+    assert not silent
+
+
 def assigned_names(tree):
     """Names that a module gives to variables, arguments, attributes, functions and classes, with their lines."""
     for node in ast.walk(tree):
