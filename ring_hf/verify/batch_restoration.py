@@ -1,11 +1,12 @@
 """Whole sequences from the shards of a batch, as one process would have them: the inputs of a comparison.
 
 Tokens, labels and positions are gathered from all ranks. Positions that count from 0 on every rank, and labels that
-were shifted after sharding, are replaced by those of whole sequences, so that a collator with this mistake is detected.
+were shifted after sharding, are replaced by those of whole sequences: a collator with this mistake is detected.
 
 Shapes: B rows, S tokens of a whole row (padding of the layout removed), C tokens of this rank.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def restore_batch(inputs: dict[str, Any], max_length: int | None, model: Any) ->
     if not isinstance(shards[METADATA_KEY], ContextParallelMetadata):
         raise ValueError(shards[METADATA_KEY].message)
     device = inputs["input_ids"].device
-    moved = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in shards.items()}
+    moved: dict[str, Any] = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in shards.items()}
     return _restore(moved, moved[METADATA_KEY])
 
 
@@ -81,7 +82,7 @@ def _cut_row(batch: ComparedBatch, row: int, max_length: int) -> dict[str, list[
     whole, num_tokens = batch.whole, batch.metadata.sequence.num_tokens
     length = max_length if num_tokens is None else min(max_length, num_tokens[row])
     keys = [key for key in ("input_ids", "labels", "position_ids", "shift_labels", "loss_weights") if key in whole]
-    cut = {key: whole[key][row, :length].tolist() for key in keys}
+    cut: dict[str, list[Any]] = {key: whole[key][row, :length].tolist() for key in keys}
     if batch.metadata.sequence.documents is None:
         del cut["position_ids"]
     cut["shift_labels"][-1] = IGNORE_INDEX  # the target of the last token is no longer there
@@ -107,7 +108,7 @@ def _restore(inputs: dict[str, Any], metadata: ContextParallelMetadata) -> Compa
     position_BS = torch.zeros(num_rows, length, dtype=torch.long)
     document_BS = torch.zeros(num_rows, length, dtype=torch.long)
     for row, boundaries in enumerate(documents):
-        for number, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+        for number, (start, stop) in enumerate(itertools.pairwise(boundaries)):
             stop = min(stop, length)
             position_BS[row, start:stop] = torch.arange(max(stop - start, 0))
             document_BS[row, start:stop] = number

@@ -65,8 +65,8 @@ def find_first_difference(
     culprit, tensor, first_key = key.module, "output", key
     inner = next((k for k in inputs_of(key.module) if ratios[k] > tolerance), None)
     if inner is not None:  # the difference came from outside of this module
-        first_key, tensor = inner, f"input {inner.tensor} of {key.module or 'the model'}"
-        names = _ancestors(key.module)
+        first_key, tensor = inner, f"input {inner.tensor} of {key.module or 'the model'}, computed"
+        names = [n for n in _ancestors(key.module) if any(k.module == n for k in keys)]  # those that ran
         culprit = next((n for n in names if all(ratios[k] <= tolerance for k in inputs_of(n))), "")
         if culprit == "" and (bad := [k for k in inputs_of("") if ratios[k] > tolerance]):
             first_key, tensor = bad[0], f"input {bad[0].tensor}"
@@ -107,10 +107,12 @@ def _ratios(
 ) -> list[float]:
     """Return by tensor the largest difference of a token over the root mean square norm of all, over all ranks."""
     largest = [
-        float(comparisons[key].difference_BC.nan_to_num(nan=math.inf).max()) if key in comparisons else 0.0 for key in keys
+        float(comparisons[key].difference_BC.nan_to_num(nan=math.inf).max()) if key in comparisons else 0.0
+        for key in keys
     ]
     sums = [
-        [comparisons[key].square_sum, comparisons[key].num_tokens] if key in comparisons else [0.0, 0.0] for key in keys
+        [comparisons[key].square_sum, comparisons[key].num_tokens] if key in comparisons else [0.0, 0.0]
+        for key in keys
     ]
     gathered = torch.stack(all_gather(torch.tensor(largest, dtype=torch.float64), context.group)).amax(0)
     totals = all_reduce(torch.tensor(sums, dtype=torch.float64), context.group)

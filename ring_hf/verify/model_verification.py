@@ -70,7 +70,7 @@ class FirstDifference:
     Attributes:
         module: name of the module, or "loss".
         module_class: its class.
-        tensor: the output of the module, its input, or the gradient of a parameter.
+        tensor: the output of the module, the input of a module inside, or the gradient of a parameter.
         value: the largest relative difference of a token.
         tokens: global positions of the tokens that differ, of all rows; empty if it has no tokens.
         pattern: these positions in words.
@@ -86,7 +86,9 @@ class FirstDifference:
     causes: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"first difference: {self.tensor} of {self.module} ({self.module_class}), relative {self.value:.1e}"]
+        joint = "in" if self.tensor.startswith("input") else "of"
+        module = f"{self.module} ({self.module_class})"
+        lines = [f"first difference: {self.tensor} {joint} {module}, relative {self.value:.1e}"]
         if self.pattern:
             lines.append(f"  tokens: {self.pattern}")
         lines += [f"  {'usual cause' if n == 0 else 'or'}: {cause}" for n, cause in enumerate(self.causes)]

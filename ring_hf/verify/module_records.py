@@ -1,4 +1,4 @@
-"""The tensors of every module in a forward pass, small enough to keep: a reference, and how far another pass is from it.
+"""The tensors of every module in a forward pass, small enough to keep, and how far another pass is from them.
 
 A hook on every module projects each token's features to at most `NUM_FEATURES` numbers by random signs (Johnson and
 Lindenstrauss 1984; with signs, Achlioptas 2003). The projection is linear and keeps norms to about a tenth, so the
@@ -199,5 +199,7 @@ def _flatten(values: dict[str, Any]) -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor) and value.dtype != torch.bool:
             flat.append((name, value))
         elif type(value) in (tuple, list):
-            flat += [(f"{name}.{n}", x) for n, x in enumerate(value) if isinstance(x, Tensor) and x.dtype != torch.bool]
+            flat += [
+                (f"{name}.{n}", x) for n, x in enumerate(value) if isinstance(x, Tensor) and x.dtype != torch.bool
+            ]
     return flat[:MAX_TENSORS]

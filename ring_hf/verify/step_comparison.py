@@ -1,8 +1,8 @@
-"""One training step of a Trainer, on whole sequences and on shards: loss, logits, gradients, and where they first differ.
+"""One training step of a Trainer, on whole sequences and on shards: loss, logits, gradients, and the first difference.
 
 Every rank runs the step twice, as a trial step does (`ring_hf/hf/runtime/trial_step.py`), but on a real batch: with
-whole sequences and Transformers' own attention, as one process would, and with its shard. The price is the memory of one
-process at that length on every rank, plus the gradients of both.
+whole sequences and Transformers' own attention, as one process would, and with its shard. The price is the memory of
+one process at that length on every rank, plus the gradients of both.
 
 Shapes: B rows, S tokens of a whole row, C tokens of this rank, V tokens of the vocabulary.
 """
@@ -118,7 +118,7 @@ class StepComparison:
             losses = mean_losses(whole, sharded, context)
             gradients = measure_gradients(whole, sharded, parameters, context, method.are_reduced)
             ratios = relative_differences(gradients)
-            norms = [math.sqrt(sum(n**2 for n in each)) for each in zip(*[(g.norm, g.sharded_norm) for g in gradients])]
+            norms = math.hypot(*(g.norm for g in gradients)), math.hypot(*(g.sharded_norm for g in gradients))
             worst = max(range(len(ratios)), key=lambda n: ratios[n] if ratios[n] == ratios[n] else math.inf)
             names = list(parameters)
             differences = (

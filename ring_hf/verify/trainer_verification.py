@@ -1,13 +1,14 @@
 """Verify a model, or the first batches of a Trainer, against one process: `verify_model` and `verify_trainer`.
 
-Both run in processes that `accelerate launch` (or torchrun) started, one call on every rank. The Trainer prepares model,
-engine and batches as for training; its first training steps are compared (`step_comparison.py`), and no optimizer step
-is taken. `verify_first_steps` compares them in a training that then goes on.
+Both run in processes that `accelerate launch` (or torchrun) started, one call on every rank. The Trainer prepares
+model, engine and batches as for training; its first training steps are compared (`step_comparison.py`), and no
+optimizer step is taken. `verify_first_steps` compares them in a training that then goes on.
 """
 
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import tempfile
 import traceback
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import ring_hf
 
@@ -24,12 +32,15 @@ from ..hf import context as process
 from ..hf.batch_metadata import METADATA_KEY, ContextParallelMetadata
 from ..hf.collate.collator import ContextParallelCollator
 from ..hf.refusal import raise_on_all_ranks, record_refusals
+from ..hf.trainer.callback import enable_logging
 from ..hf.trainer.model_guard import base_model, guard_model
 from ..hf.trainer.parallelism_config import ContextParallelConfig
 from ..parallel import num_processes
 from .batch_restoration import restore_batch
 from .model_verification import ModelVerification, combine
 from .step_comparison import StepComparison, choose_reference
+
+logger = logging.getLogger("ring_hf")
 
 REFERENCES = ("auto", "sdpa", "eager", "own")
 _OWN_FOLDER = Path(ring_hf.__file__).resolve().parent
@@ -53,9 +64,7 @@ class VerifyFirstSteps(TrainerCallback):
         ValueError: in the training step, on every rank, if training is to go on and a step is not exact.
     """
 
-    def __init__(
-        self, trainer: Trainer, num_steps: int, max_length: int | None, reference: str, trains: bool
-    ) -> None:
+    def __init__(self, trainer: Trainer, num_steps: int, max_length: int | None, reference: str, trains: bool) -> None:
         if num_steps < 1:
             raise ValueError(f"{num_steps} steps to verify: give at least 1.")
         if reference not in REFERENCES:
@@ -111,7 +120,8 @@ class VerifyFirstSteps(TrainerCallback):
     def _report(self, result: ModelVerification) -> None:
         if result.is_exact:
             if self.trainer.is_world_process_zero():
-                print(f"verify_steps, batch {len(self.results)} of {self.num_steps}\n{result.report()}", flush=True)
+                enable_logging()
+                logger.info("verified batch %d of %d\n%s", len(self.results), self.num_steps, result.report())
             return
         raise ValueError(f"the model on shards is not that of one process:\n{result.report()}")
 
@@ -155,7 +165,7 @@ def verify_trainer(
     except _VerificationEnded:
         return combine(callback.results)
     except ValueError as error:
-        if not _is_refusal(error):
+        if not is_refusal(error):
             raise
         return ModelVerification("refused", str(error))
     return combine(callback.results)
@@ -170,19 +180,20 @@ def verify_model(
     reference: str = "auto",
     past_refusals: bool = False,
 ) -> ModelVerification:
-    """Compare a model and a batch through one process with the same through the ranks of a sequence. A collective call.
+    """Compare a model and a batch through one process with the same through the ranks of a sequence.
 
-    Loss, logits by position, gradients of all trained parameters and the grad norm are compared. If one differs by more
-    than rounding, the result names the first module, tensor and tokens that differ, and what usually causes that.
+    A collective call. Loss, logits by position, gradients of all trained parameters and the grad norm are compared. If
+    one differs by more than rounding, the result names the first module, tensor and tokens that differ, and what
+    usually causes that.
 
     Args:
         model: with a ring backend as its attention.
         examples: rows as the collator takes them, `input_ids` and optionally labels and others.
-        arguments: with a `ContextParallelConfig`. Default: all processes share each row, and one batch has all of the
+        arguments: with a `ContextParallelConfig`. Default: all processes share each row, and one batch has all
             examples.
         collator: the default is `ContextParallelCollator(model)`.
-        reference: attention of whole sequences: "sdpa" or "eager" of Transformers, "own" for that of the backend in one
-            process, or "auto" for the one of Transformers that computes what the model asks for.
+        reference: attention of whole sequences: "sdpa" or "eager" of Transformers, "own" for that of the backend in
+            one process, or "auto" for the one of Transformers that computes what the model asks for.
         past_refusals: compare a model although a rule refuses it, and report the rule's message.
 
     Returns:
@@ -204,7 +215,7 @@ def verify_model(
                 trainer.remove_callback(callback)
             result = verify_trainer(trainer, reference=reference)
         except ValueError as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             result = ModelVerification("refused", str(error))
         return dataclasses.replace(result, refusals=tuple(refusals))
@@ -236,7 +247,7 @@ def default_arguments(folder: str, num_rows: int, use_cpu: bool, **settings: Any
     return TrainingArguments(**{**defaults, **settings})
 
 
-def _is_refusal(error: ValueError) -> bool:
+def is_refusal(error: ValueError) -> bool:
     """Return whether a statement of ring_hf raised an error, and not an operation that failed."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).resolve().is_relative_to(_OWN_FOLDER)

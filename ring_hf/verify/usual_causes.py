@@ -24,16 +24,16 @@ MAX_RANGES = 4  # of token positions in a text
 MAX_KERNEL = 8  # tokens after the start of a chunk that a convolution changes
 
 RANDOM = (
-    "dropout, noise or another random state: two passes of one process differ as well, and every rank draws numbers of "
-    "its own. Set the probabilities to 0"
+    "dropout, noise or another random state: two passes of one process differ as well, and every rank draws numbers "
+    "of its own. Set the probabilities to 0"
 )
 POSITIONS = (
     "positions are not sharded: RoPE or position embeddings count from 0 on every rank. Use the position_ids of the "
     "batch, and pass them on"
 )
 LOCAL_ATTENTION = (
-    "the layer attends to the tokens of its own rank only. Compute attention through Transformers' attention interface "
-    "(ALL_ATTENTION_FUNCTIONS), with the keyword arguments that the layer gets"
+    "the layer attends to the tokens of its own rank only. Compute attention through Transformers' attention "
+    "interface (ALL_ATTENTION_FUNCTIONS), with the keyword arguments that the layer gets"
 )
 NEIGHBOURS = "the layer looks at neighbouring tokens (a convolution, a shift), which may be on another rank"
 RECURRENCE = "the layer carries a state along the sequence, which does not travel between ranks"
@@ -53,8 +53,8 @@ COUNT = (
 MISSING_FACTOR = "the loss of a rank lacks a factor: the engine averages over ranks, so each needs ranks * sum / count"
 OTHER_LOSS = "the loss is computed from values of one rank outside of its targets (an auxiliary term, a penalty)"
 LOST_GRADIENT = (
-    "the forward pass agrees, so a gradient is lost or counted twice on its way back: detach() or no_grad, a collective "
-    "without a backward pass, a hook or a parameter that is used outside of the model"
+    "the forward pass agrees, so a gradient is lost or counted twice on its way back: detach() or no_grad, a "
+    "collective without a backward pass, a hook or a parameter that is used outside of the model"
 )
 BATCH_POSITIONS = "the collator counts positions from 0 on every rank. Use ring_hf.ContextParallelCollator"
 BATCH_LABELS = "the collator shifts labels after it has cut the sequence. Shift them first"
