@@ -73,7 +73,7 @@ def find_first_difference(
     differs_BS = _gather_tokens(first_key, comparisons, tolerance, batch, context)
     inside = {id(module) for module in modules[culprit].modules()}
     evidence = Evidence(
-        names=(culprit, _class_name(modules[culprit]), tensor, key.module, _class_name(modules[key.module])),
+        names=(culprit, class_name(modules[culprit]), tensor, key.module, class_name(modules[key.module])),
         differs_BS=differs_BS,
         called_ring=any(id(caller) in inside for caller in callers),
         is_random=any(random_ratios[k] > tolerance for k in keys[: keys.index(key) + 1]),
@@ -83,7 +83,7 @@ def find_first_difference(
         causes = (usual_causes.BATCH_POSITIONS,)
     return FirstDifference(
         module=culprit or "the model",
-        module_class=_class_name(modules[culprit]),
+        module_class=class_name(modules[culprit]),
         tensor=tensor,
         value=ratios[first_key],
         tokens=tuple(differs_BS.any(0).nonzero().flatten().tolist()),
@@ -98,7 +98,8 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)] if name else [""]
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
+    """Return the class of a module, without the prefix that FSDP2 gives it."""
     return type(module).__name__.removeprefix("FSDP")
 
 
@@ -157,7 +158,7 @@ def _in_loss_or_backward(
         differs = torch.zeros(batch.document_BS.shape, dtype=torch.bool)
         differs[:, list(tokens)] = True
         pattern = describe_tokens(differs, batch) if tokens else ""
-        return FirstDifference("the loss", type(model).__name__, "value", difference, tokens, pattern, causes)
+        return FirstDifference("the loss", class_name(model), "value", difference, tokens, pattern, causes)
     names = [name for name, ratio in gradient_ratios.items() if not ratio <= tolerances.gradient]
     if not names:
         name = max(gradient_ratios, key=lambda n: gradient_ratios[n])
@@ -166,7 +167,7 @@ def _in_loss_or_backward(
     owner = dict(model.named_modules()).get(name.rpartition(".")[0])
     return FirstDifference(
         module=name.rpartition(".")[0] or "the model",
-        module_class=type(owner).__name__,
+        module_class=class_name(owner or model),
         tensor=f"gradient of {name.rpartition('.')[2]}",
         value=gradient_ratios[name],
         tokens=(),

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options, num_ranks, torch.cuda.device_count() if device == "cuda" else None)
     with tempfile.TemporaryDirectory() as folder:
         result_path = Path(folder) / "verification.json"
-        command = _recipe_command if options.config is not None else _rank_command
+        command = recipe_command if options.config is not None else rank_command
         words = [*accelerate_command(num_ranks), *command(options, num_ranks, device, result_path)]
         done = _launch(words, options, device)
         if not result_path.is_file():
@@ -130,7 +130,8 @@ def _launch(words: list[str], options: argparse.Namespace, device: str) -> "subp
         ) from None
 
 
-def _rank_command(options: argparse.Namespace, num_ranks: int, device: str, result_path: Path) -> list[str]:
+def rank_command(options: argparse.Namespace, num_ranks: int, device: str, result_path: Path) -> list[str]:
+    """Return the program of a rank and its arguments."""
     values: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("model", "engine", "tokenizer", "transport", "ulysses", "reference", "past_refusals")
@@ -142,7 +143,8 @@ def _rank_command(options: argparse.Namespace, num_ranks: int, device: str, resu
     return ["-m", "ring_hf.verify.verify_rank", str(path), str(result_path)]
 
 
-def _recipe_command(options: argparse.Namespace, num_ranks: int, device: str, result_path: Path) -> list[str]:
+def recipe_command(options: argparse.Namespace, num_ranks: int, device: str, result_path: Path) -> list[str]:
+    """Return the recipe of a run and its arguments, with which it writes `result_path` and trains nothing."""
     words = [str(ROOT / "recipes" / f"{options.recipe}.py"), str(options.config)]
     given = {
         "model": options.model,

@@ -35,7 +35,7 @@ from ..hf.trainer.model_guard import ModelGuard
 from ..hf.trainer.trainer_hooks import capture_loss
 from ..parallel import all_gather, all_reduce, assert_equal_across_ranks, group_of
 from .batch_restoration import ComparedBatch
-from .first_difference import find_first_difference
+from .first_difference import class_name, find_first_difference
 from .model_verification import ModelVerification, WorstDifference, tolerances_for
 from .module_records import ModuleRecords
 
@@ -162,8 +162,9 @@ class StepComparison:
         num_rows, length = batch.document_BS.shape
         sequence = batch.metadata.sequence
         documents = "" if sequence.documents is None else f", {sum(map(len, sequence.documents)) - num_rows} documents"
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())  # ZeRO-3 frees them
         return {
-            "model": f"{type(self.model).__name__}, {self.model.num_parameters():,} parameters, {str(dtype)[6:]}"
+            "model": f"{class_name(self.model)}, {num_parameters:,} parameters, {str(dtype)[6:]}"
             + ", computed in fp32" * in_fp32,
             "batch": f"{num_rows} rows of {length:,} tokens{documents}, {batch.num_targets:,.0f} targets",
             "ranks": f"{sequence.num_ranks} share each row ({sequence.layout}, {batch.metadata.options.transport}), "

@@ -5,16 +5,19 @@ import math
 
 import pytest
 import torch
+from arguments import parse
+from finetune import ARGUMENTS
 from transformers import Trainer
 
-from ring_hf.cli import main
+from ring_hf.cli import main, parser
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
-from ring_hf.verify import ModelVerification, usual_causes, verify_first_steps, verify_model
+from ring_hf.verify import ModelVerification, model_command, usual_causes, verify_first_steps, verify_model
 from ring_hf.verify.model_verification import FirstDifference, WorstDifference, combine, tolerances_for
 from ring_hf.verify.module_records import to_tokens
+from tests.engines.conftest import ENVIRONMENTS
 from tests.hf.faults import arguments
 from tests.hf.models import llama, mistral, rows
-from tests.support.harness import run_distributed
+from tests.support.harness import ROOT, launch_forked, run_distributed
 from tests.verify import planted_bugs
 from tests.verify.planted_bugs import of_class, with_layer
 
@@ -123,6 +126,19 @@ def test_a_refusal_is_the_verdict_unless_it_is_to_be_passed(name, message):
     assert f"refused in training: {passed.refusals[0]}" in passed.report()
 
 
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+def test_models_are_verified_on_sharded_weights(engine, tmp_path):
+    path = tmp_path / "results.json"
+    launch_forked(["tests/verify/engine_script.py", str(path), engine], 2, ENVIRONMENTS.get(engine.split("-")[0]))
+    right, wrong = map(ModelVerification.from_json, json.loads(path.read_text()).values())
+    assert (
+        right.is_exact and f"engine {engine}" in right.setup["ranks"] and "22,688 parameters" in right.setup["model"]
+    )
+    assert all(each.value <= each.tolerance for each in right.differences)
+    assert wrong.verdict == "different" and wrong.first_difference.module == "model.layers.1.self_attn"
+    assert wrong.first_difference.tokens == MOVED and wrong.first_difference.causes[0] == usual_causes.LOCAL_ATTENTION
+
+
 def train(rank, world_size, name, num_steps, max_length):
     """Return the losses of a training, or the error."""
     model = MODELS[name]()
@@ -176,6 +192,29 @@ def test_the_command_verifies_a_saved_model(tmp_path, capfd):
 def test_options_that_do_not_fit_together_are_refused(words, message, capsys):
     assert main(["verify", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_verified_by_its_recipe(tmp_path):
+    words = [
+        "verify",
+        "--config",
+        "configs/finetune.yaml",
+        "--model",
+        "m",
+        "--data",
+        "a.txt",
+        "b.txt",
+        "--length",
+        "1K",
+    ]
+    options = parser().parse_args(words)
+    script, *rest = model_command.recipe_command(options, 2, "cpu", tmp_path / "verification.json")
+    assert script == str(ROOT / "recipes" / "finetune.py")
+    model_args, data_args, parallel_args, _, run_args, training_args = parse(ARGUMENTS, "", rest, use_cpu=True)
+    assert model_args.model == "m" and model_args.rope_theta == 1e5 and data_args.max_length == 1024
+    assert [source["source"] for source in data_args.data] == ["a.txt", "b.txt"]
+    assert parallel_args.context_parallel_size == 2 and training_args.output_dir == str(tmp_path)
+    assert (run_args.verify_steps, run_args.verify_only) == (1, True)
 
 
 def test_tokens_are_the_dim_of_their_length():
