@@ -9,7 +9,7 @@ Shapes: B rows, S tokens of a whole row, C tokens of this rank.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +26,47 @@ from .module_records import Comparison, ModuleRecords, RecordKey
 from .usual_causes import Evidence, describe_tokens, find_causes
 
 
-def find_first_difference(
-    model: nn.Module,
-    batch: ComparedBatch,
-    records: ModuleRecords,
-    comparisons: Mapping[RecordKey, Comparison],
-    callers: Sequence[nn.Module],
-    tolerances: VerificationTolerances,
-    gradient_ratios: Mapping[str, float],
-    losses: tuple[float, float],
-    outputs: Any,
-    context: ProcessContext,
-) -> FirstDifference:
-    """Return the first difference, the same on every rank. A collective call.
+@dataclass(frozen=True)
+class ComparedPasses:
+    """A step on whole sequences and the same on shards, of which something differs.
 
-    Args:
-        records: with the reference; its comparisons are those of a second whole pass.
-        comparisons: those of the sharded pass.
+    Attributes:
+        model: the Transformers model.
+        context: of this process.
+        tolerances: by quantity.
+        records: the tensors of the whole step; their comparisons are those of a second whole step.
+        comparisons: those of the sharded step.
         callers: the modules that called the ring's attention.
         gradient_ratios: relative differences by parameter.
-        losses: of the whole step, and of this rank's shard.
-        outputs: logits and arguments of the sharded pass.
+        whole_loss: of the whole step.
+        own_loss: of this rank's shard.
+        logits_BCV: of this rank's tokens; None if the loss was computed in blocks.
     """
-    keys = list(records.references)
+
+    model: nn.Module
+    batch: ComparedBatch
+    context: ProcessContext
+    tolerances: VerificationTolerances
+    records: ModuleRecords
+    comparisons: Mapping[RecordKey, Comparison]
+    callers: Sequence[nn.Module]
+    gradient_ratios: Mapping[str, float]
+    whole_loss: float
+    own_loss: float
+    logits_BCV: Tensor | None
+
+
+def find_first_difference(passes: ComparedPasses) -> FirstDifference:
+    """Return the first difference, the same on every rank. A collective call."""
+    batch, context, comparisons = passes.batch, passes.context, passes.comparisons
+    keys = list(passes.records.references)
     ratios = dict(zip(keys, _ratios(keys, comparisons, context), strict=True))
-    random_ratios = dict(zip(keys, _ratios(keys, records.comparisons, context), strict=True))
-    tolerance = tolerances.logits
-    modules = dict(model.named_modules())
+    random_ratios = dict(zip(keys, _ratios(keys, passes.records.comparisons, context), strict=True))
+    tolerance = passes.tolerances.logits
+    modules = dict(passes.model.named_modules())
     key = next((key for key in keys if key.kind == "output" and ratios[key] > tolerance), None)
     if key is None:
-        return _in_loss_or_backward(model, batch, tolerances, gradient_ratios, losses, outputs, context)
+        return _in_loss_or_backward(passes)
 
     def inputs_of(name: str) -> list[RecordKey]:
         calls = {k.call for k in keys if k.module == name}
@@ -75,7 +86,7 @@ def find_first_difference(
     evidence = Evidence(
         names=(culprit, class_name(modules[culprit]), tensor, key.module, class_name(modules[key.module])),
         differs_BS=differs_BS,
-        called_ring=any(id(caller) in inside for caller in callers),
+        called_ring=any(id(caller) in inside for caller in passes.callers),
         is_random=any(random_ratios[k] > tolerance for k in keys[: keys.index(key) + 1]),
     )
     causes = find_causes(evidence, batch)
@@ -140,34 +151,26 @@ def _gather_tokens(
     return (whole / scale > tolerance).cpu()
 
 
-def _in_loss_or_backward(
-    model: nn.Module,
-    batch: ComparedBatch,
-    tolerances: VerificationTolerances,
-    gradient_ratios: Mapping[str, float],
-    losses: tuple[float, float],
-    outputs: Any,
-    context: ProcessContext,
-) -> FirstDifference:
-    whole_loss, own_loss = losses
-    of_ranks = torch.stack(all_gather(torch.tensor([own_loss], dtype=torch.float64), context.group))
+def _in_loss_or_backward(passes: ComparedPasses) -> FirstDifference:
+    batch, gradient_ratios = passes.batch, passes.gradient_ratios
+    of_ranks = torch.stack(all_gather(torch.tensor([passes.own_loss], dtype=torch.float64), passes.context.group))
     mean = float(of_ranks.mean())
-    difference = abs(mean - whole_loss) / max(abs(whole_loss), 1e-30)
-    if not difference <= tolerances.loss:
-        causes, tokens = _explain_loss(batch, own_loss, whole_loss, outputs, context)
+    difference = abs(mean - passes.whole_loss) / max(abs(passes.whole_loss), 1e-30)
+    if not difference <= passes.tolerances.loss:
+        causes, tokens = _explain_loss(passes)
         differs = torch.zeros(batch.document_BS.shape, dtype=torch.bool)
         differs[:, list(tokens)] = True
         pattern = describe_tokens(differs, batch) if tokens else ""
-        return FirstDifference("the loss", class_name(model), "value", difference, tokens, pattern, causes)
-    names = [name for name, ratio in gradient_ratios.items() if not ratio <= tolerances.gradient]
+        return FirstDifference("the loss", class_name(passes.model), "value", difference, tokens, pattern, causes)
+    names = [name for name, ratio in gradient_ratios.items() if not ratio <= passes.tolerances.gradient]
     if not names:
         name = max(gradient_ratios, key=lambda n: gradient_ratios[n])
     else:
         name = names[-1]  # the last parameter of the forward pass gets its gradient first
-    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    owner = dict(passes.model.named_modules()).get(name.rpartition(".")[0])
     return FirstDifference(
         module=name.rpartition(".")[0] or "the model",
-        module_class=class_name(owner or model),
+        module_class=class_name(owner or passes.model),
         tensor=f"gradient of {name.rpartition('.')[2]}",
         value=gradient_ratios[name],
         tokens=(),
@@ -176,17 +179,16 @@ def _in_loss_or_backward(
     )
 
 
-def _explain_loss(
-    batch: ComparedBatch, own_loss: float, whole_loss: float, outputs: Any, context: ProcessContext
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _explain_loss(passes: ComparedPasses) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the causes that the losses of all ranks agree with, and the tokens whose targets are wrong."""
     unknown = (usual_causes.COUNT, usual_causes.LABELS, usual_causes.OTHER_LOSS)
-    if outputs.logits_BCV is None or "loss_weights" in batch.sharded:
+    batch, context, logits_BCV = passes.batch, passes.context, passes.logits_BCV
+    if logits_BCV is None or "loss_weights" in batch.sharded:
         return unknown, ()
-    correct, is_count = _sum_of_losses(outputs.logits_BCV, _targets(batch))
-    shifted, shifted_count = _sum_of_losses(outputs.logits_BCV, shift_left(batch.sharded["labels"]))
+    correct, is_count = _sum_of_losses(logits_BCV, _targets(batch))
+    shifted, shifted_count = _sum_of_losses(logits_BCV, shift_left(batch.sharded["labels"]))
     total, num_targets = all_reduce(torch.tensor([correct, is_count], dtype=torch.float64), context.group).tolist()
-    scale = whole_loss / (total / max(num_targets, 1))  # what the Trainer multiplies losses by
+    scale = passes.whole_loss / (total / max(num_targets, 1))  # what the Trainer multiplies losses by
     candidates = {
         usual_causes.LABELS: (
             context.size * shifted / num_targets,
@@ -199,7 +201,7 @@ def _explain_loss(
     }
     causes = []
     for cause, values in candidates.items():
-        fits = [abs(value * scale - own_loss) <= 1e-4 * abs(own_loss) for value in values]
+        fits = [abs(value * scale - passes.own_loss) <= 1e-4 * abs(passes.own_loss) for value in values]
         on_all = torch.stack(all_gather(torch.tensor(fits).float(), context.group)).amin(0)
         if bool(on_all.any()):
             causes.append(cause)

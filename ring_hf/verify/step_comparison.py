@@ -35,17 +35,16 @@ from ..hf.trainer.model_guard import ModelGuard
 from ..hf.trainer.trainer_hooks import capture_loss
 from ..parallel import all_gather, all_reduce, assert_equal_across_ranks, group_of
 from .batch_restoration import ComparedBatch
-from .first_difference import class_name, find_first_difference
+from .first_difference import ComparedPasses, class_name, find_first_difference
 from .model_verification import ModelVerification, WorstDifference, tolerances_for
 from .module_records import ModuleRecords
 
 
 @dataclass
 class Outputs:
-    """The logits of the last forward pass and the arguments of it, of this rank's tokens ([B, C, V])."""
+    """The logits of the last forward pass, [B, S, V] or those of this rank's tokens, [B, C, V]."""
 
-    logits_BCV: Tensor | None = None
-    arguments: dict[str, Any] | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,16 +131,19 @@ class StepComparison:
             comparisons = dict(records.comparisons)
             run_whole(False)  # a second time, which shows what is random
             first = find_first_difference(
-                self.model,
-                batch,
-                records,
-                comparisons,
-                callers,
-                tolerances,
-                dict(zip(names, ratios, strict=True)),
-                (float(whole.loss.mean()), float(sharded.loss.mean())),
-                outputs,
-                context,
+                ComparedPasses(
+                    model=self.model,
+                    batch=batch,
+                    context=context,
+                    tolerances=tolerances,
+                    records=records,
+                    comparisons=comparisons,
+                    callers=callers,
+                    gradient_ratios=dict(zip(names, ratios, strict=True)),
+                    whole_loss=float(whole.loss.mean()),
+                    own_loss=float(sharded.loss.mean()),
+                    logits_BCV=outputs.logits,
+                )
             )
         return ModelVerification("different", "", setup, differences, first)
 
@@ -200,12 +202,11 @@ def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 def _captured_outputs(model: PreTrainedModel) -> Iterator[Outputs]:
     outputs = Outputs()
 
-    def capture(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def capture(module: Any, args: tuple, output: Any) -> None:
         logits = getattr(output, "logits", None)
-        outputs.logits_BCV = logits.detach() if isinstance(logits, Tensor) else None
-        outputs.arguments = kwargs
+        outputs.logits = logits.detach() if isinstance(logits, Tensor) else None
 
-    handle = model.register_forward_hook(capture, with_kwargs=True)
+    handle = model.register_forward_hook(capture)
     try:
         yield outputs
     finally:
@@ -216,12 +217,12 @@ def _compare_logits(
     whole: Outputs, sharded: Outputs, batch: ComparedBatch, tolerance: float, context: process.ProcessContext
 ) -> WorstDifference:
     """Return the largest difference of a logit, over the root mean square of all."""
-    if whole.logits_BCV is None or sharded.logits_BCV is None:
+    if whole.logits is None or sharded.logits is None:
         return WorstDifference("logits", math.nan, tolerance, "not compared: the model computes its loss in blocks")
-    index_C = batch.positions_C.clamp(max=batch.document_BS.shape[1] - 1).to(whole.logits_BCV.device)
-    expected = whole.logits_BCV[:, index_C]
+    index_C = batch.positions_C.clamp(max=batch.document_BS.shape[1] - 1).to(whole.logits.device)
+    expected = whole.logits[:, index_C]
     is_real_BC = batch.is_real_BC.to(expected.device)
-    largest_BC = (sharded.logits_BCV.to(expected) - expected).abs().amax(-1).float().nan_to_num(nan=math.inf)
+    largest_BC = (sharded.logits.to(expected) - expected).abs().amax(-1).float().nan_to_num(nan=math.inf)
     largest_BC = largest_BC.masked_fill(~is_real_BC, 0.0)
     squares = (expected.float() ** 2).mean(-1)[is_real_BC].double().sum()
     total, count = all_reduce(torch.stack([squares, is_real_BC.sum().double()]), context.group).tolist()

@@ -75,30 +75,36 @@ class VerifyFirstSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Replace the Trainer's training step until all comparisons are done."""
-        trainer = self.trainer
-        replaced = vars(trainer).get("training_step")
-        next_step = trainer.training_step  # with the trial step, if one is due
-        own_step = next_step.__wrapped__ if hasattr(next_step, "begins_with_trial") else next_step
-
-        @functools.wraps(next_step)
-        def training_step(wrapped: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
-            self.results.append(self._compare(own_step, inputs, num_items_in_batch))
-            is_last = len(self.results) >= self.num_steps or not self.results[-1].is_exact
-            if is_last and replaced is None:
-                del trainer.training_step
-            elif is_last:
-                trainer.training_step = replaced
-            if self.trains:
-                self._report(self.results[-1])
-            elif is_last:
-                raise _VerificationEnded
-            return next_step(wrapped, inputs, num_items_in_batch, **more) if self.trains else torch.zeros(())
-
         if process.current() is None:
             raise ValueError(
                 "One process holds the whole sequences, so there is nothing to compare. Start several processes that "
                 "share each sequence (context_parallel_size), or leave the verification out."
             )
+        trainer = self.trainer
+        first_step = trainer.training_step  # begins with a trial step, if one is due
+        own_step = first_step.__wrapped__ if hasattr(first_step, "begins_with_trial") else first_step
+        replaced = vars(trainer).get("training_step")
+
+        @functools.wraps(first_step)
+        def training_step(wrapped: Any, inputs: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
+            nonlocal replaced
+            self.results.append(self._compare(own_step, inputs, num_items_in_batch))
+            is_last = len(self.results) >= self.num_steps or not self.results[-1].is_exact
+            if not self.trains and not is_last:
+                return torch.zeros((), device=trainer.args.device)
+            if replaced is None:
+                del trainer.training_step
+            else:
+                trainer.training_step = replaced
+            if not self.trains:
+                raise _VerificationEnded
+            self._report(self.results[-1])
+            loss = trainer.training_step(wrapped, inputs, num_items_in_batch, **more)
+            if not is_last:
+                replaced = vars(trainer).get("training_step")
+                trainer.training_step = training_step
+            return loss
+
         trainer.training_step = training_step
 
     def _compare(self, own_step: Any, inputs: Any, num_items_in_batch: Any) -> ModelVerification:

@@ -135,8 +135,9 @@ def test_models_are_verified_on_sharded_weights(engine, tmp_path):
         right.is_exact and f"engine {engine}" in right.setup["ranks"] and "22,688 parameters" in right.setup["model"]
     )
     assert all(each.value <= each.tolerance for each in right.differences)
-    assert wrong.verdict == "different" and wrong.first_difference.module == "model.layers.1.self_attn"
-    assert wrong.first_difference.tokens == MOVED and wrong.first_difference.causes[0] == usual_causes.LOCAL_ATTENTION
+    first = wrong.first_difference
+    assert wrong.verdict == "different" and first.module == "model.layers.1.self_attn"
+    assert first.tokens == MOVED and first.causes[0] == usual_causes.LOCAL_ATTENTION
 
 
 def train(rank, world_size, name, num_steps, max_length):
