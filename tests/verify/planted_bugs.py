@@ -11,6 +11,10 @@ from ring_hf.hf import ContextParallelCollator
 from tests.hf.models import llama
 
 
+class HarmlessForCausalLM(LlamaForCausalLM):
+    """Computes the same as its base class, but is not proven by name."""
+
+
 class LocalPositionsForCausalLM(LlamaForCausalLM):
     """Ignores the position_ids of the batch."""
 

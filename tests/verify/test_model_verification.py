@@ -14,6 +14,7 @@ from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context
 from ring_hf.verify import ModelVerification, model_command, usual_causes, verify_first_steps, verify_model
 from ring_hf.verify.model_verification import FirstDifference, WorstDifference, combine, tolerances_for
 from ring_hf.verify.module_records import to_tokens
+from ring_hf.verify.trainer_verification import VerifyFirstSteps
 from tests.engines.conftest import ENVIRONMENTS
 from tests.hf.faults import arguments
 from tests.hf.models import llama, mistral, rows
@@ -27,6 +28,7 @@ MOVED = tuple(range(16, LENGTH))
 MODELS = {
     "llama": llama,
     "mistral": mistral,
+    "harmless": lambda: of_class(planted_bugs.HarmlessForCausalLM),
     "local-positions": lambda: of_class(planted_bugs.LocalPositionsForCausalLM),
     "local-labels": lambda: of_class(planted_bugs.LocalLabelsForCausalLM),
     "mean-loss": lambda: of_class(planted_bugs.MeanLossForCausalLM),
@@ -153,14 +155,18 @@ def train(rank, world_size, name, num_steps, max_length):
         return str(error)
     finally:
         context.reset()
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    verified = [c.results for c in trainer.callback_handler.callbacks if isinstance(c, VerifyFirstSteps)]
+    losses = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return losses, [result.verdict for results in verified for result in results]
 
 
 def test_verified_steps_change_no_number_of_the_training():
-    expected, _ = run_distributed(2, train, "mistral", 0, None)
-    assert len(expected) == 2
+    """Of a model that also takes a trial step, which replaces the training step of the Trainer as well."""
+    (losses, verdicts), _ = run_distributed(2, train, "harmless", 0, None)
+    assert len(losses) == 2 and verdicts == []
     for num_steps, max_length in ((2, None), (1, 20)):
-        assert run_distributed(2, train, "mistral", num_steps, max_length)[0] == expected
+        result, _ = run_distributed(2, train, "harmless", num_steps, max_length)
+        assert result == (losses, ["exact"] * num_steps)
 
 
 def test_a_verified_step_that_differs_ends_the_training():
