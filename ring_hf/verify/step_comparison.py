@@ -56,7 +56,7 @@ class StepComparison:
         training_step: its own, not one that a hook has replaced.
         model: the Transformers model inside.
         guard: of that model.
-        reference: attention of whole sequences: an `attn_implementation`, or "own" for that of the model.
+        reference: attention of whole sequences: an `attn_implementation`, "own" for that of the model, or "auto".
         pass_num_items: whether the Trainer passes the number of targets.
     """
 
@@ -74,12 +74,15 @@ class StepComparison:
         method = require_gradient_method(engine_of(context, self.model), "the model is to be verified")
         dtype = compute_dtype(self.model)
         is_half = dtype in full_precision.HALF_DTYPES or full_precision.trains_half_weights(self.model)
-        in_fp32 = is_half and full_precision.can_run_in_fp32(self.model)
+        reference = self.reference
+        if reference == "auto":  # the backend rounds queries to half-precision weights, sdpa in fp32 does not
+            reference = "own" if is_half else choose_reference(self.model)
+        in_fp32 = is_half and reference == "own" and full_precision.can_run_in_fp32(self.model)
         tolerances = tolerances_for(torch.bfloat16 if is_half else dtype, in_fp32)
         outermost = self.trainer.model
         parameters = {name: p for name, p in outermost.named_parameters() if p.requires_grad}
         records = ModuleRecords(self.model, batch.positions_C, batch.is_real_BC, batch.document_BS.shape[1])
-        setup = self._setup(batch, context, dtype, in_fp32)
+        setup = {**self._setup(batch, context, dtype, in_fp32), "one process": f"attention {reference}"}
         with preserve_state(self.model, self.trainer), method.prepare(outermost) as gradients_of:
 
             def run(is_whole: bool, is_reference: bool, num_replicas: int) -> tuple[StepResult | str, Outputs]:
@@ -99,7 +102,7 @@ class StepComparison:
                     return run_step(step, compute_gradients, parameters), outputs
 
             def run_whole(is_reference: bool) -> tuple[StepResult | str, Outputs]:
-                with process.whole_sequences(), _attention(self.model, self.reference):
+                with process.whole_sequences(), _attention(self.model, reference):
                     return run(True, is_reference, context.size * context.num_replicas)
 
             whole, whole_outputs = run_whole(True)
@@ -163,7 +166,8 @@ class StepComparison:
     ) -> dict[str, str]:
         num_rows, length = batch.document_BS.shape
         sequence = batch.metadata.sequence
-        documents = "" if sequence.documents is None else f", {sum(map(len, sequence.documents)) - num_rows} documents"
+        num_documents = int((batch.document_BS.amax(1) + 1).sum())
+        documents = "" if sequence.documents is None else f", {num_documents} documents"
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())  # ZeRO-3 frees them
         return {
             "model": f"{class_name(self.model)}, {num_parameters:,} parameters, {str(dtype)[6:]}"
@@ -171,7 +175,6 @@ class StepComparison:
             "batch": f"{num_rows} rows of {length:,} tokens{documents}, {batch.num_targets:,.0f} targets",
             "ranks": f"{sequence.num_ranks} share each row ({sequence.layout}, {batch.metadata.options.transport}), "
             f"engine {engine_of(context, self.model)}, {next(self.model.parameters()).device.type}",
-            "one process": f"attention {self.reference}",
         }
 
 

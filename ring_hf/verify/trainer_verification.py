@@ -38,7 +38,7 @@ from ..hf.trainer.parallelism_config import ContextParallelConfig
 from ..parallel import num_processes
 from .batch_restoration import restore_batch
 from .model_verification import ModelVerification, combine
-from .step_comparison import StepComparison, choose_reference
+from .step_comparison import StepComparison
 
 logger = logging.getLogger("ring_hf")
 
@@ -116,10 +116,9 @@ class VerifyFirstSteps(TrainerCallback):
         is_sharded = isinstance(metadata, ContextParallelMetadata)
         error = None if is_sharded else getattr(metadata, "message", "The batch comes from another collator.")
         raise_on_all_ranks(error, {}, context)
-        reference = choose_reference(model) if self.reference == "auto" else self.reference
         batch = restore_batch(inputs, self.max_length, model)
         comparison = StepComparison(
-            trainer, own_step, model, guard_model(model), reference, num_items_in_batch is not None
+            trainer, own_step, model, guard_model(model), self.reference, num_items_in_batch is not None
         )
         return comparison.compare(batch)
 
@@ -199,7 +198,8 @@ def verify_model(
             examples.
         collator: the default is `ContextParallelCollator(model)`.
         reference: attention of whole sequences: "sdpa" or "eager" of Transformers, "own" for that of the backend in
-            one process, or "auto" for the one of Transformers that computes what the model asks for.
+            one process, or "auto" for the one of Transformers that computes what the model asks for ("own" where
+            weights are in half precision).
         past_refusals: compare a model although a rule refuses it, and report the rule's message.
 
     Returns:
