@@ -152,11 +152,29 @@ class RunArguments:
         None, "Checkpoint whose optimizer state training starts with; its learning rates are those of this run."
     )
     card_notes: str | None = option(None, "Markdown file whose text becomes a part of the model card.")
+    verify_steps: int = option(
+        0,
+        "Before training, compare this many batches with one process: each rank also computes the whole sequences, "
+        "for which it needs the memory of one process. A difference ends the run with its layer and tokens.",
+    )
+    verify_length: int | None = option(
+        None, "Tokens of a row that verify_steps compares, to save memory. Default: all."
+    )
+    verify_only: bool = option(False, "End after verify_steps, with the verdict in output_dir/verification.json.")
     peak_tflops: float | None = option(
         None, "Dense bf16 TFLOP/s of a device, by which MFU is logged. Default: the data sheet of known GPUs."
     )
 
     def __post_init__(self) -> None:
+        if self.verify_steps < 0:
+            raise ValueError(f"verify_steps={self.verify_steps} must be at least 0, which compares nothing.")
+        for key in ("verify_length", "verify_only"):
+            if getattr(self, key) and not self.verify_steps:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} with verify_steps=0, which compares nothing. Set it to 1."
+                )
+        if self.verify_steps and self.evaluate_only:
+            raise ValueError(f"verify_steps={self.verify_steps} compares training steps; evaluate_only has none.")
         if (self.until_perplexity is not None or self.evaluate_only) and not self.perplexity_lengths:
             key = "evaluate_only" if self.evaluate_only else "until_perplexity"
             raise ValueError(f"{key}={getattr(self, key)} measures at perplexity_lengths, which is empty. Set it.")

@@ -45,6 +45,7 @@ TOP_KEYS = {
 # Keys of the recipe that follow from keys of the stage.
 REPLACED = {"rope_theta": "rope", "rope_parameters": "rope", "max_steps": "budget", "max_tokens": "budget"}
 REPLACED |= {"num_train_epochs": "budget", "optimizer_from": "optimizer_state", "card_notes": "the driver"}
+REPLACED |= {"verify_only": "the driver"}
 REPLACED |= {"until_perplexity": "until_short_perplexity_within", "evaluate_only": "the driver"}
 _PRECISION = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")  # checked on the devices of the run
 
@@ -279,6 +280,7 @@ def measurement(stages: list[Stage], top: dict[str, Any]) -> Stage | None:
     if not first.values.get("perplexity_lengths"):
         return None
     dropped = {"rope_parameters", "tokens_per_batch", "max_steps", "eval_strategy", "report_to", "push_to_hub"}
+    dropped |= {"verify_steps", "verify_length"}
     values = {key: value for key, value in first.values.items() if key not in dropped}
     values |= {"evaluate_only": True, "report_to": "none", "output_dir": str(first.folder.parent / "stage-00-base")}
     launch = read_launch(str(top["measure_launch"])) if "measure_launch" in top else first.launch

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 import ring_hf
+from ring_hf.verify import verify_first_steps, verify_trainer
 
 
 def parse_run(dataclass_types: tuple[Any, ...], description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -126,6 +128,8 @@ def add_callbacks(trainer: Trainer, run_args: RunArguments, batch: Batch) -> Non
             )
         metric = f"eval_at_{min(run_args.perplexity_lengths)}_loss"
         trainer.add_callback(StopAtPerplexity(run_args.until_perplexity, metric))
+    if run_args.verify_steps and not run_args.verify_only:
+        verify_first_steps(trainer, run_args.verify_steps, run_args.verify_length)
     start = RunStart(run_args.optimizer_from, run_args.evaluate_only)
     start.trainer = trainer
     trainer.add_callback(start)
@@ -151,7 +155,11 @@ def train_and_save(
         arguments: all dataclasses of the run, for the card; without them there is none.
         windows: the result of `loading.load_windows`; the perplexity on them is measured at the end.
     """
-    evaluates_only = any(isinstance(values, RunArguments) and values.evaluate_only for values in arguments)
+    run_args = next((values for values in arguments if isinstance(values, RunArguments)), RunArguments())
+    if run_args.verify_only:
+        verify_only(trainer, run_args)
+        return
+    evaluates_only = run_args.evaluate_only
     metrics = None
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -174,6 +182,23 @@ def train_and_save(
             trainer.save_metrics("train", metrics)
         trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # if a rank ended while another writes, the launcher would kill that one
+
+
+def verify_only(trainer: Trainer, run_args: RunArguments) -> None:
+    """Compare the first batches with one process, print the report and write it to output_dir/verification.json.
+
+    Raises:
+        SystemExit: with 1, on every rank, if the model on shards is not that of one process.
+    """
+    result = verify_trainer(trainer, run_args.verify_steps, run_args.verify_length)
+    if trainer.is_world_process_zero():
+        folder = Path(str(trainer.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "verification.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        print(result.report())
+    trainer.accelerator.wait_for_everyone()
+    if not result.is_exact:
+        sys.exit(1)
 
 
 def write_perplexity(trainer: Trainer, windows: dict[int, Dataset]) -> None:

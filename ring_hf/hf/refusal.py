@@ -1,5 +1,11 @@
-"""Raise an error of any rank on every rank, so that no rank waits in a collective for one that has left."""
+"""Raise an error of any rank on every rank, so that no rank waits in a collective for one that has left.
 
+`record_refusals` is for a comparison that runs although a rule about models refuses the training: it is only after a
+comparison that one can name the layer and the tokens at which a model differs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ring_hf.parallel import assert_equal_across_ranks, group_of
@@ -28,3 +34,26 @@ def raise_on_all_ranks(error: str | None, values: dict[str, Any], context: Proce
         assert_equal_across_ranks({}, error)
     elif error is not None:
         raise ValueError(error)
+
+
+_recorded: list[str] | None = None
+
+
+@contextmanager
+def record_refusals() -> Iterator[list[str]]:
+    """Inside, the rules about models record their messages in the list that is yielded, and refuse nothing."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def unless_recorded(message: str | None) -> str | None:
+    """Return the message of a rule about models, or None inside `record_refusals`, which keeps each message once."""
+    if _recorded is None or message is None:
+        return message
+    if message not in _recorded:
+        _recorded.append(message)
+    return None

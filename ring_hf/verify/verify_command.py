@@ -1,5 +1,6 @@
 """`ring-hf verify`: are the kernels exact on this machine, does training stay the same, how fast is it?
 
+With `--model` or `--config`, the question is another one: is a model of the user exact (`model_command.py`)?
 Each finished section is kept in results.json, so that a stopped run continues where it was; of the section `steps`,
 each finished run is kept. `scripts/gpu_check.py` runs the same from a bare checkout.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..text import HelpFormatter
+from . import model_command
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +41,9 @@ _EXAMPLES = """examples:
     ring-hf verify --only exactness,benchmark --kernels kernels-community/flash-attn3
   without a GPU, at sizes that say nothing about speed
     ring-hf verify --emulate --quick
-
-Exit code 0, or 1 if a section failed; 2 if an option is wrong or there is no GPU.
+"""
+_EXIT_CODES = """
+Exit code 0, or 1 if a section failed or a model is not exact; 2 if an option is wrong or there is no GPU.
 """
 ReportProgress = Callable[[str, int], None]
 
@@ -57,12 +60,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     """Add the command and its options."""
     command = commands.add_parser(
         "verify",
-        help="exactness, training, speed and memory on the GPUs of this machine, with a report",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
+        help="this machine's GPUs (exactness, training, speed, memory), or a model of your own against one process",
+        description=f"{_DESCRIPTION}\n{model_command.DESCRIPTION}",
+        epilog=f"{_EXAMPLES.rstrip()}{model_command.EXAMPLES}{_EXIT_CODES}",
         formatter_class=HelpFormatter,
     )
     add_options(command, RESULTS)
+    model_command.add_options(command)
 
 
 def add_options(parser: argparse.ArgumentParser, results_root: Path) -> None:
@@ -90,6 +94,25 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: if an option is wrong or there is no GPU.
     """
+    if options.model is not None or options.config is not None:
+        machine_options = {
+            f"--only {options.only}": options.only != ",".join(SECTIONS),
+            f"--kernels {' '.join(options.kernels)}": options.kernels != ["auto"],
+            "--quick": options.quick,
+            "--emulate": options.emulate,
+            "--output": options.output is not None,
+            "--again": options.again,
+        }
+        if given := [name for name, is_given in machine_options.items() if is_given]:
+            raise ValueError(f"{given[0]} is for the machine, not for --model or --config. Leave one of the two out.")
+        return model_command.run(options)
+    given = [
+        f"--{name}"
+        for name in ("cp", "attn", "data", "tokenizer", "length", "rows", "dtype", "json")
+        if getattr(options, name) is not None
+    ]
+    if given:
+        raise ValueError(f"{given[0]} is for a model. Name one with --model, or a run with --config.")
     return verify(options, command=" ".join(["ring-hf", *options.argv]))
 
 

@@ -67,7 +67,8 @@ def folder(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("\n".join(rows))
     (folder / "run.yaml").write_text(RUN)
     start(folder, [sys.executable], "one")
-    start(folder, LAUNCH, "two", "--context_parallel_size", "2", *MEMORY_OPTIONS)
+    done = start(folder, LAUNCH, "two", "--context_parallel_size", "2", "--verify_steps", "2", *MEMORY_OPTIONS)
+    (folder / "two" / "output.txt").write_text(done.stderr)
     return folder
 
 
@@ -105,6 +106,21 @@ def test_two_processes_give_the_losses_of_one(folder):
     evaluations = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (first, second)]
     assert len(evaluations[0]) == 1
     assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+
+
+def test_verified_steps_are_reported_before_they_are_taken(folder):
+    """`test_two_processes_give_the_losses_of_one` shows that they change no number."""
+    output = (folder / "two" / "output.txt").read_text()
+    assert "verified batch 1 of 2" in output and "verified batch 2 of 2" in output
+    assert output.count("verdict: exact") == 2
+
+
+def test_a_verification_alone_writes_its_verdict_and_trains_nothing(folder):
+    fork(folder, 2, "verified", "--verify_steps", "2", "--verify_only", "true", "--verify_length", "48")
+    result = json.loads((folder / "verified" / "verification.json").read_text())
+    assert result["verdict"] == "exact" and result["setup"]["batches"] == "2"
+    assert "48 tokens" in result["setup"]["batch"]
+    assert sorted(path.name for path in (folder / "verified").iterdir()) == ["verification.json"]
 
 
 def test_training_reduces_the_loss(folder):

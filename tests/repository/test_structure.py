@@ -28,6 +28,7 @@ FLOORS = {
         "parallel",
         "memory",
         "hf",
+        "data",
         "simulate",
         "planner",
         "doctor",

@@ -37,19 +37,24 @@ DTYPES = {
 
 
 class AttentionCallRecorder:
-    """Records which modules call the backend with a shard, for the guard's proof that all attention layers do."""
+    """Records which modules call the backend with a shard, for the guard's proof that all attention layers do.
+
+    Attributes:
+        last_callers: the modules that called it in the last pass that was recorded to its end.
+    """
 
     def __init__(self) -> None:
         self.on = False
         self.callers: list[torch.nn.Module] = []
+        self.last_callers: list[torch.nn.Module] = []
 
     def start(self) -> None:
         self.on, self.callers = True, []
 
     def stop(self) -> list[torch.nn.Module]:
         self.on = False
-        callers, self.callers = self.callers, []
-        return callers
+        self.last_callers, self.callers = self.callers, []
+        return self.last_callers
 
 
 attention_calls = AttentionCallRecorder()

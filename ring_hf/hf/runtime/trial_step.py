@@ -202,20 +202,20 @@ def _run_both_steps(
     """
     world_size = context.size * context.num_replicas
 
-    def run_step(inputs: Inputs, num_replicas: int) -> StepResult | str:
+    def run(inputs: Inputs, num_replicas: int) -> StepResult | str:
         num_items = float(num_replicas * trial_inputs.num_targets) if pass_num_items else None
         with full_precision.FullPrecisionMode() if in_fp32 else contextlib.nullcontext():
-            return _run_step(lambda: step(dict(inputs), num_items), compute_gradients, parameters)
+            return run_step(lambda: step(dict(inputs), num_items), compute_gradients, parameters)
 
     with process.whole_sequences():
-        whole = run_step(trial_inputs.whole, world_size)
+        whole = run(trial_inputs.whole, world_size)
     _raise_failure(whole, "on whole sequences", context)
     used_outputs: set[str] = set()
     runtime_state.loss_monitor.recorded_outputs = used_outputs
     runtime_state.token_reads = TokenReadRecorder(trial_inputs.sharded)
     try:
         with runtime_state.token_reads:
-            sharded = run_step(trial_inputs.sharded, context.num_replicas)
+            sharded = run(trial_inputs.sharded, context.num_replicas)
         error = runtime_state.token_reads.check()
     finally:
         runtime_state.loss_monitor.recorded_outputs = None
@@ -226,7 +226,7 @@ def _run_both_steps(
     return whole, sharded, frozenset(used_outputs)
 
 
-def _run_step(
+def run_step(
     step: Callable[[], Tensor], compute_gradients: ComputeGradients, parameters: dict[str, nn.Parameter]
 ) -> StepResult | str:
     """Return the loss and the gradients of one step, or the reason why it failed."""
@@ -280,10 +280,56 @@ def _compare(
     Raises:
         ValueError: on every rank, if all gradients are zero.
     """
-    whole_loss = float(whole.loss.double().mean())
+    whole_loss, sharded_loss = mean_losses(whole, sharded, context)
+    measured = measure_gradients(whole, sharded, parameters, context, are_reduced)
+    if not max(gradient.norm for gradient in measured) > 0:
+        raise ValueError("The trial step proves nothing: all gradients of the parameters that it compares are zero.")
+    ratios = relative_differences(measured)
+    worst = max(range(len(ratios)), key=lambda n: ratios[n] if ratios[n] == ratios[n] else float("inf"))
+    return TrialResult(
+        loss=abs(sharded_loss - whole_loss) / max(abs(whole_loss), 1e-30),
+        gradient=ratios[worst],
+        parameter=list(parameters)[worst],
+        whole_loss=whole_loss,
+        sharded_loss=sharded_loss,
+    )
+
+
+def mean_losses(whole: StepResult, sharded: StepResult, context: process.ProcessContext) -> tuple[float, float]:
+    """Return the loss of this rank's whole step, and the mean of the sharded step over the ranks of a sequence. A
+    collective call."""
     sharded_loss = float(all_reduce(sharded.loss.double().mean(), context.group)) / context.size
+    return float(whole.loss.double().mean()), sharded_loss
+
+
+class GradientNorms(NamedTuple):
+    """Norms (2-norms) of one parameter's gradient.
+
+    Attributes:
+        norm: of the whole step.
+        sharded_norm: of the mean over ranks of the sharded step.
+        difference: of the difference of the two.
+    """
+
+    norm: float
+    sharded_norm: float
+    difference: float
+
+
+def measure_gradients(
+    whole: StepResult,
+    sharded: StepResult,
+    parameters: dict[str, nn.Parameter],
+    context: process.ProcessContext,
+    are_reduced: bool,
+) -> list[GradientNorms]:
+    """Return the norms of each parameter's gradients, the same on every rank of a sequence. A collective call.
+
+    Args:
+        are_reduced: see `GradientMethod`.
+    """
     world_size = context.size * context.num_replicas
-    squares = []  # by parameter: squared norms of the whole gradient and of the difference
+    squares = []  # by parameter: squared norms of the whole gradient, the sharded mean, their difference
     for parameter, whole_grad, sharded_grad in zip(
         parameters.values(), whole.gradients, sharded.gradients, strict=True
     ):
@@ -296,24 +342,20 @@ def _compare(
         if not is_shard:
             mean = all_reduce(mean, context.group) / context.size
         num_copies = world_size if are_reduced and not is_shard else 1
-        squares.append(torch.stack([(x.double() ** 2).sum() / num_copies for x in (expected, mean - expected)]))
+        norms = (expected, mean, mean - expected)
+        squares.append(torch.stack([(x.double() ** 2).sum() / num_copies for x in norms]))
     summed = torch.stack(squares)
     if are_reduced:  # each rank has compared its shards of DTensors, and its copies of other parameters
         for group in (context.group, context.replica_group):
             summed = summed if group is None else all_reduce(summed, group)
-    norms, differences = summed.sqrt().T.tolist()
-    if not max(norms) > 0:
-        raise ValueError("The trial step proves nothing: all gradients of the parameters that it compares are zero.")
-    floor = 1e-2 * max(norms)
-    ratios = [d / max(n, floor, 1e-30) for d, n in zip(differences, norms, strict=True)]
-    worst = max(range(len(ratios)), key=lambda n: ratios[n] if ratios[n] == ratios[n] else float("inf"))
-    return TrialResult(
-        loss=abs(sharded_loss - whole_loss) / max(abs(whole_loss), 1e-30),
-        gradient=ratios[worst],
-        parameter=list(parameters)[worst],
-        whole_loss=whole_loss,
-        sharded_loss=sharded_loss,
-    )
+    return [GradientNorms(*row) for row in summed.sqrt().tolist()]
+
+
+def relative_differences(measured: list[GradientNorms]) -> list[float]:
+    """Return the relative difference of each gradient; those of norms below 1 % of the largest are relative to that,
+    since a gradient that is zero but for rounding has no direction."""
+    floor = 1e-2 * max(gradient.norm for gradient in measured)
+    return [gradient.difference / max(gradient.norm, floor, 1e-30) for gradient in measured]
 
 
 @contextlib.contextmanager

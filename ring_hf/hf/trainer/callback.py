@@ -22,7 +22,7 @@ from ..checks.liger import check_liger
 from ..checks.model_rules import MODEL_RULES
 from ..checks.trainer_rules import TRAINER_RULES
 from ..degrees import find_degrees_error, resolve_degrees
-from ..refusal import raise_on_all_ranks
+from ..refusal import raise_on_all_ranks, unless_recorded
 from ..runtime.runtime_state import runtime_state
 from .counters import correct_counters
 from .engines import check_blocks, check_sharded_weights, checkpoints_layers, collect_messages, engine_of
@@ -122,7 +122,8 @@ class ContextParallelCallback(TrainerCallback):
         if context is None:
             return
         inner = base_model(model)
-        error = first_error(ARGUMENT_RULES, args) or first_error(MODEL_RULES, inner) or check_loader(loader)
+        error = first_error(ARGUMENT_RULES, args) or unless_recorded(first_error(MODEL_RULES, inner))
+        error = error or check_loader(loader)
         engine, accelerator_state = engine_of(context, inner), AcceleratorState()
         error = error or check_sharded_weights(context, inner)
         error = error or next(iter(collect_messages(engine.rules, accelerator_state, args)), None)

@@ -30,7 +30,7 @@ from ..checks.batch_rules import check_batch
 from ..checks.model_rules import MODEL_RULES, text_config
 from ..checks.moe_aux_loss import gather_router_logits, rescale_aux_loss
 from ..checks.padded_targets import refuse_padded_targets
-from ..refusal import raise_on_all_ranks
+from ..refusal import raise_on_all_ranks, unless_recorded
 from ..runtime.loss_monitor import find_loss_mismatch
 from ..runtime.pass_message import (
     NO_FINGERPRINT,
@@ -202,7 +202,7 @@ class ModelGuard:
             runtime_state.token_reads.inside_model = True
         mode = _mode(model)
         is_first = mode not in self._checked_modes
-        error = first_error(MODEL_RULES, model) if is_first else None
+        error = unless_recorded(first_error(MODEL_RULES, model)) if is_first else None
         error = error or check_batch(model, args, kwargs, context)
         error = error or (None if model.training else evaluator.check_batch(batch))
         messages = self._compare_across_ranks(model, kwargs, error, context)
@@ -245,7 +245,9 @@ class ModelGuard:
             runtime_state.token_reads.inside_model = False
         mode = _mode(model)
         if mode not in self._checked_modes:
-            _check_attention_calls(model, attention_calls.stop())
+            error = unless_recorded(_check_attention_calls(model, attention_calls.stop()))
+            if error is not None:
+                raise ValueError(error)
             if not self.in_trial:
                 self._checked_modes.add(mode)
         has_labels = kwargs.get("labels") is not None
@@ -369,9 +371,9 @@ def _values_to_compare(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
     return values
 
 
-def _check_attention_calls(model: PreTrainedModel, callers: list[torch.nn.Module]) -> None:
-    """Raise unless there was at least one call per layer (some layers attend twice, some run several times), and one
-    by every module of a class that called the attention function."""
+def _check_attention_calls(model: PreTrainedModel, callers: list[torch.nn.Module]) -> str | None:
+    """Return an error message unless there was at least one call per layer (some layers attend twice, some run several
+    times), and one by every module of a class that called the attention function."""
     num_layers = text_config(model).num_hidden_layers
     caller_classes = {type(caller) for caller in callers}
     caller_ids = {id(caller) for caller in callers}
@@ -380,10 +382,11 @@ def _check_attention_calls(model: PreTrainedModel, callers: list[torch.nn.Module
         for name, module in model.named_modules()
         if type(module) in caller_classes and id(module) not in caller_ids
     ]
-    if len(callers) < num_layers or missing:
-        example = f" ({missing[0]} did not)" if missing else ""
-        raise ValueError(
-            f"{type(model).__name__} has {num_layers} layers, but called the attention function {len(callers)} times "
-            f"in one forward pass{example}. A layer that computes attention elsewhere sees one shard only. Use a "
-            "model whose every layer uses the attention interface."
-        )
+    if len(callers) >= num_layers and not missing:
+        return None
+    example = f" ({missing[0]} did not)" if missing else ""
+    return (
+        f"{type(model).__name__} has {num_layers} layers, but called the attention function {len(callers)} times in "
+        f"one forward pass{example}. A layer that computes attention elsewhere sees one shard only. Use a model whose "
+        "every layer uses the attention interface."
+    )

@@ -8,6 +8,7 @@ import hashlib
 import random
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -76,22 +77,9 @@ def _run_trial(
     reason: str,
     context: process.ProcessContext,
 ) -> None:
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-
     def step(trial_inputs: dict[str, Any], num_items: float | None) -> torch.Tensor:
-        runtime_state.captured_losses = []
-        try:
-            count = None if num_items is None else torch.as_tensor(num_items_in_batch).new_tensor(num_items)
-            trainer.training_step(unwrapped, trial_inputs, count)
-            losses = runtime_state.captured_losses
-        finally:
-            runtime_state.captured_losses = None
-        if len(losses) != 1:
-            raise ValueError(
-                f"{type(trainer).__name__}.training_step calls accelerator.backward {len(losses)} times, not once, "
-                "so its loss cannot be compared. Use a Trainer that leaves the backward pass to Accelerate."
-            )
-        return losses[0]
+        count = None if num_items is None else torch.as_tensor(num_items_in_batch).new_tensor(num_items)
+        return capture_loss(trainer, trainer.training_step, trial_inputs, count)
 
     guard.in_trial = True
     try:
@@ -107,6 +95,35 @@ def _run_trial(
         )
     finally:
         guard.in_trial = False
+
+
+def capture_loss(
+    trainer: Trainer, training_step: Callable[..., Any], inputs: dict[str, Any], num_items_in_batch: Any
+) -> torch.Tensor:
+    """Return the loss (a scalar) that a training step hands to its backward pass, and run no backward pass.
+
+    The model runs outside of the wrapper of its engine where that is possible.
+
+    Args:
+        training_step: the Trainer's own, or the function that replaced it.
+        num_items_in_batch: targets of all ranks, or None where the Trainer passes none.
+
+    Raises:
+        ValueError: if the step runs another number of backward passes than one.
+    """
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    runtime_state.captured_losses = []
+    try:
+        training_step(unwrapped, inputs, num_items_in_batch)
+        losses = runtime_state.captured_losses
+    finally:
+        runtime_state.captured_losses = None
+    if len(losses) != 1:
+        raise ValueError(
+            f"{type(trainer).__name__}.training_step calls accelerator.backward {len(losses)} times, not once, so its "
+            "loss cannot be compared. Use a Trainer that leaves the backward pass to Accelerate."
+        )
+    return losses[0]
 
 
 # Random numbers
