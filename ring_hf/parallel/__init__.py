@@ -18,11 +18,13 @@ from .groups import (
     rank_in,
     register_group,
 )
+from .liveness import LivenessWatch, watch_ranks
 from .sharded_attention import check_tensors, local_attention, ring_attention
 from .sharding import cut, join, shard, unshard
 
 __all__ = [
     "CachedKeys",
+    "LivenessWatch",
     "all_gather",
     "all_reduce",
     "assert_equal_across_ranks",
@@ -47,4 +49,5 @@ __all__ = [
     "shard",
     "unshard",
     "warm_up",
+    "watch_ranks",
 ]

@@ -22,7 +22,7 @@ from ring_hf.memory import applied_to
 
 from .. import context as process
 from ..attention import announcements
-from ..attention.backend import attention_calls
+from ..attention.backend import attention_calls, key_sums
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata
 from ..checks.argument_rules import first_error
@@ -32,6 +32,7 @@ from ..checks.moe_aux_loss import gather_router_logits, rescale_aux_loss
 from ..checks.padded_targets import refuse_padded_targets
 from ..refusal import raise_on_all_ranks
 from ..runtime.loss_monitor import find_loss_mismatch
+from ..runtime.nonfinite import raise_if_not_finite
 from ..runtime.pass_message import (
     NO_FINGERPRINT,
     PassMessage,
@@ -209,6 +210,7 @@ class ModelGuard:
         assert isinstance(batch, ContextParallelMetadata)
         if model.training and is_first and not (self.trainer_runs_trial or self.in_trial):
             self._run_trial(model, kwargs, context)
+        key_sums.sums.clear()
         if is_first:
             attention_calls.start()
         announcements.register(model)
@@ -281,11 +283,13 @@ class ModelGuard:
             loss_factor=last_loss.factor,
             loss_residual=last_loss.residual,
             loss_tolerance=last_loss.tolerance,
+            is_finite=last_loss.is_finite,
         )
         device = kwargs["input_ids"].device if "input_ids" in kwargs else model.device
         messages = exchange_messages(message, device)
         if any(message.needs_agreement for message in messages):
             raise_on_all_ranks(error, _values_to_compare(model, batch), context)
+        raise_if_not_finite(messages, device, self._step_prefix())
         disagreement = find_disagreement(messages, context)
         if disagreement is not None:
             raise ValueError(f"{self._step_prefix()}{disagreement}. {_advise(disagreement)}")
@@ -359,6 +363,7 @@ def _values_to_compare(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         "the model": f"{type(model).__name__} with {attention_name(model.config)} in {model.dtype}",
         # Recomputed attention exchanges keys and values again.
         "the memory options": None if options is None else str(options.config),
+        "the code that is not proven by name": find_unproven_module(model),  # which runs a trial step
     }
     if isinstance(batch, ContextParallelMetadata):
         sequence = batch.sequence
