@@ -76,8 +76,8 @@ def play(folder: Path, engine: str, fault: str, forked: bool, again: bool = True
         outcome.checkpoints[checkpoint.name] = find_damage(checkpoint)
     if again:
         outcome.second = start(command, engine)
-        results = folder / "results.json"
-        outcome.results = json.loads(results.read_text()) if results.exists() else None
+    results = folder / "results.json"
+    outcome.results = json.loads(results.read_text()) if results.exists() else None
     return outcome
 
 

@@ -171,11 +171,10 @@ class LossMonitor:
         self._loss_gradients, self._is_used_outside = [], False
         (last, loss), self._last_backward, self._last_loss = (self._last_backward, self._last_loss), None, None
         is_finite = loss is None or bool(loss.isfinite().all())
-        return (
-            TrainedLoss(is_finite=is_finite)
-            if last is None
-            else TrainedLoss(*map(float, last))._replace(is_finite=is_finite)
-        )
+        if last is None:
+            return TrainedLoss(is_finite=is_finite)
+        factor, residual, tolerance = last
+        return TrainedLoss(float(factor), float(residual), float(tolerance), is_finite)
 
 
 class _Alias(torch.autograd.Function):
