@@ -62,9 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=256, help="tokens of the longest row (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the steps (default: 0)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("soak_training.jsonl"), help="default: soak_training.jsonl"
-    )
+    parser.add_argument("--output", type=Path, default=Path("soak_training.jsonl"), help="a line a step")
     return parser.parse_args()
 
 
@@ -173,10 +171,10 @@ def train_step(rank: int, step: int, seed: int, max_length: int) -> dict[str, An
     process = _trainee.activate(settings["cp"], RingOptions(**{name: settings[name] for name in names}))
     shared, whole = _trainee.models["shared"], _trainee.models["whole"]
     shared.set_attn_implementation(settings["layout"])
-    toggle = (
-        shared.gradient_checkpointing_enable if settings["checkpointing"] else shared.gradient_checkpointing_disable
-    )
-    toggle()
+    if settings["checkpointing"]:
+        shared.gradient_checkpointing_enable()
+    else:
+        shared.gradient_checkpointing_disable()
     ring_hf.guard_model(shared).recheck_next_forward()
     per_replica = len(examples) // process.num_replicas
     own = examples[process.replica * per_replica :][:per_replica]

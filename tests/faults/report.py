@@ -22,7 +22,7 @@ from tests.faults.injection import FAULTS
 from tests.faults.outcomes import ENGINES, Outcome, play
 
 ERRORS = re.compile(
-    r"ring_hf: rank|^(?:\[rank\d\]: *)*\w*(?:Error|Exception)\b|Signal \d+ \(SIG\w+\) received|The ranks disagree"
+    r"ring_hf: rank|^(?:\[rank\d\]: *)*[\w.]*(?:Error|Exception)\b|Signal \d+ \(SIG\w+\) received|disagree about"
 )
 
 
