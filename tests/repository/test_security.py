@@ -70,7 +70,6 @@ def test_the_search_detects_unsafe_calls(source):
 def test_sources_make_no_unsafe_calls():
     unsafe = {str(path.relative_to(ROOT)): find_unsafe_calls(path.read_text()) for path in SOURCES}
     assert len(unsafe) > 200
-    # The launcher of a benchmark and the debugger of nothing else may be listed here, each with its reason.
     assert {name: calls for name, calls in unsafe.items() if calls} == {}
     assert sum("torch.load(" in path.read_text() for path in SOURCES) >= 2
 
@@ -96,7 +95,8 @@ def write_model_folder(folder: Path, **config) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
-def test_pickled_weights_and_optimizer_states_run_nothing(tmp_path):
+def test_pickled_weights_and_optimizer_states_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     write_model_folder(tmp_path)
     attack = Attack(tmp_path / "attacked")
     torch.save({"lm_head.weight": attack}, tmp_path / "pytorch_model.bin")
