@@ -22,6 +22,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable
 from datetime import timedelta
@@ -103,7 +104,7 @@ class LivenessWatch:
         if self._has_failed or self._process != os.getpid():
             return
         self._has_failed = True
-        frames = [frame for frame, _ in _walk(error.__traceback__)]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         position = self._describe(frames)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         text = f"rank {self.rank} failed in {self._in_step(position)} ({reason[:300]})"
@@ -230,14 +231,6 @@ class LivenessWatch:
         return frames[::-1]
 
 
-def _walk(traceback: types.TracebackType | None) -> list[tuple[types.FrameType, int]]:
-    frames = []
-    while traceback is not None:
-        frames.append((traceback.tb_frame, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    return frames
-
-
 def _write(text: str) -> None:
     if text:
         sys.stderr.write(f"{text}\n")
@@ -281,10 +274,10 @@ def watch_ranks(
 def _report_uncaught_exceptions(watch: LivenessWatch) -> None:
     original = sys.excepthook
 
-    def report(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    def report(kind: type[BaseException], error: BaseException, origin: types.TracebackType | None) -> None:
         if isinstance(error, Exception):
             watch.report_failure(error)
-        original(kind, error, traceback)
+        original(kind, error, origin)
         watch.wait_until_repeated()
 
     sys.excepthook = report

@@ -80,9 +80,8 @@ def test_other_unfinished_checkpoints_are_detected(tmp_path):
     assert find_damage(checkpoint) == "shards without .metadata"
     (checkpoint / "pytorch_model_fsdp_0/.metadata").touch()
     assert find_damage(checkpoint) is None
-    (checkpoint / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}})
-    )
+    index = {"weight_map": {"weight": "model-2-of-2.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert find_damage(checkpoint) == "model-2-of-2.safetensors is missing"
 
 
