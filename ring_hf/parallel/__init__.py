@@ -3,7 +3,7 @@
 Start at `ring_attention`; `assert_equal_across_ranks` is how all ranks raise the same error.
 """
 
-from .consensus import assert_equal_across_ranks, gather_numbers, num_processes
+from .consensus import assert_equal_across_ranks, gather_numbers, num_processes, share_reason
 from .decoding import CachedKeys, attend_to_cache, decode_attention, history_attention
 from .functional import context_attention
 from .group_warm_up import warm_up
@@ -47,6 +47,7 @@ __all__ = [
     "register_group",
     "ring_attention",
     "shard",
+    "share_reason",
     "unshard",
     "warm_up",
     "watch_ranks",

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ring_hf.memory import applied_to
+from ring_hf.parallel import share_reason
 
 from .. import context as process
 from ..attention import announcements
@@ -303,7 +304,7 @@ class ModelGuard:
 
     def _run_trial(self, model: PreTrainedModel, kwargs: dict[str, Any], context: process.ProcessContext) -> None:
         """Run a trial step of the model's own loss if needed: in a loop without a Trainer, the rest is unknown."""
-        reason = find_unproven_module(model)
+        reason = share_reason(find_unproven_module(model))
         if reason is not None or context.verify:
             reason = reason or "verify=True"
             method = require_gradient_method(engine_of(context, model), reason)
@@ -363,7 +364,6 @@ def _values_to_compare(model: PreTrainedModel, batch: Any) -> dict[str, Any]:
         "the model": f"{type(model).__name__} with {attention_name(model.config)} in {model.dtype}",
         # Recomputed attention exchanges keys and values again.
         "the memory options": None if options is None else str(options.config),
-        "the code that is not proven by name": find_unproven_module(model),  # which runs a trial step
     }
     if isinstance(batch, ContextParallelMetadata):
         sequence = batch.sequence
