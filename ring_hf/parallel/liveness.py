@@ -110,11 +110,11 @@ class LivenessWatch:
         text = f"rank {self.rank} failed in {self._in_step(position)} ({reason[:300]})"
         try:
             first = self._publish_failure(text)
-            self._step, others = None, self._list_others()
+            others = self._list_others()
         except RuntimeError:  # the process that hosts the store has ended
             first, others = None, "the store of the processes has gone with the process that hosts it"
         note = f"ring_hf: rank {self.rank} failed in {self._in_step(position)}."
-        if first is not None and first != text:
+        if first is not None and reason[:300] not in first:  # else all raise the same error
             note += f" Before that, {first}."
         error.add_note(f"{note} Of the other ranks: {others}.")
 

@@ -84,8 +84,8 @@ def run_out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected).")
 
 
-def in_forward(act: Callable[[Any], Any]) -> Callable[[Run], None]:
-    return lambda run: run.at_layer(1, act)
+def in_forward(act: Callable[[Any], Any], layer: int = 1) -> Callable[[Run], None]:
+    return lambda run: run.at_layer(layer, act)
 
 
 def in_backward(act: Callable[[Any], Any]) -> Callable[[Run], None]:
@@ -233,8 +233,8 @@ FAULTS = {
     "other seed": Fault(1, "disagree about the batch", seed_differently, next_step=0),
     "other path": Fault(1, "callbacks", lambda run: run.trainer.add_callback(TakeAnotherPath(run))),
     "other version": Fault(1, "disagree about the versions", run_another_version, next_step=0),
-    "NaN in activations": Fault(1, "came up on rank 1", in_forward(multiply(float("nan")))),
-    "Inf in activations": Fault(1, "came up on rank 1", in_forward(multiply(float("inf")))),
+    "NaN in activations": Fault(1, "came up on rank 1", in_forward(multiply(float("nan")), layer=0)),
+    "Inf in activations": Fault(1, "came up on rank 1", in_forward(multiply(float("inf")), layer=0)),
     "out of memory": Fault(1, "forward pass", in_forward(run_out_of_memory)),
     "full disk": Fault(0, "saving", fill_disk, next_step=2),
 }

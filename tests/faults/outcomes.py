@@ -19,7 +19,7 @@ from tests.support.harness import _FORKS, ROOT, _environment, _run_script
 
 ENGINES = ("DDP", "FSDP2", "ZeRO-3")
 SCRIPT = "tests/faults/train_script.py"
-TIMEOUT = 6  # the ddp_timeout of all runs, in seconds
+TIMEOUT = 5  # the ddp_timeout of all runs, in seconds
 LIMIT = 120.0  # seconds after which a start counts as hanging
 
 

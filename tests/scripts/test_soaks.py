@@ -15,17 +15,8 @@ IN_ALL_CASES = pytest.mark.skipif("RING_HF_ALL_CASES" not in os.environ, reason=
 
 def test_20_random_steps_have_the_losses_of_one_process(tmp_path):
     output = tmp_path / "soak.jsonl"
-    command = [
-        sys.executable,
-        "scripts/soak_training.py",
-        "--steps",
-        "20",
-        "--max-length",
-        "64",
-        "--output",
-        str(output),
-    ]
-    done = run_command(command)
+    options = ["--steps", "20", "--max-length", "64", "--output", str(output)]
+    done = run_command([sys.executable, "scripts/soak_training.py", *options])
     rows = SOAK_TRAINING.read(output)
     assert [row["step"] for row in rows] == list(range(1, 21)) and len({row["layout"] for row in rows}) >= 4
     assert {row["cp"] for row in rows} == {2, 4} and {row["packing"] for row in rows} == {True, False}
@@ -45,7 +36,7 @@ def test_steps_cover_every_layout_and_algorithm():
 
 @pytest.mark.parametrize("name", SOAK_TRAINING.MEASURES)
 def test_growth_is_detected(name):
-    row = dict.fromkeys(SOAK_TRAINING.MEASURES, [100, 100])
+    row = {measure: [100, 100] for measure in SOAK_TRAINING.MEASURES}
     rows = [{"step": step, "started": 0, **row} for step in range(1, 301)]
     assert SOAK_TRAINING.find_growth(rows) == []
     rows[-1] = {**rows[-1], name: [100, 100 + SOAK_TRAINING.GROWTH[name] + 1]}
