@@ -28,7 +28,7 @@ from .counters import correct_counters
 from .engines import check_blocks, check_sharded_weights, checkpoints_layers, collect_messages, engine_of
 from .evaluation_loss import wrap_compute_loss
 from .exact_evaluation import current_evaluator
-from .fault_handling import check_before_saving, compare_versions, watch_training
+from .fault_handling import check_before_saving, compare_versions, compare_weights, watch_training
 from .model_guard import base_model, guard_model
 from .sft_trainer import check_sft_columns, shard_own_collator
 from .trainer_hooks import RngSynchronizer, enable_trial_step, find_trainer, seed_workers_by_replica
@@ -173,6 +173,7 @@ class ContextParallelCallback(TrainerCallback):
             shard_own_collator(trainer, inner)
         degrees = None if error is not None else resolve_degrees(inner.config, context)
         raise_on_all_ranks(error, {"the parallel degrees": str(degrees)}, context)
+        compare_weights(accelerator_state, inner)
         assert degrees is not None
         # Warm up here, not in `on_train_begin`, since evaluation may run without training. Repetitions do nothing.
         warm_up(group_of(context.group), args.device, degrees.ulysses_size, degrees.options.inner_ring_size)

@@ -2,6 +2,7 @@
 must run, and weights that must be finite before they are saved.
 """
 
+import hashlib
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,27 @@ def compare_versions() -> None:
     versions |= {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     assert_equal_across_ranks({"the versions of the software": listed})
+
+
+def compare_weights(accelerator_state: Any, model: torch.nn.Module) -> None:
+    """Raise if FSDP2 would shard weights that differ between the processes, as after random numbers of other seeds. A
+    collective call of all processes.
+
+    DDP and DeepSpeed broadcast the weights of the first process, FSDP2 only with `cpu_ram_efficient_loading`. The
+    first elements of every parameter are compared.
+
+    Raises:
+        ValueError: on every rank, with the hash of each.
+    """
+    plugin = getattr(accelerator_state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        return
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "to_local") or parameter.is_meta for parameter in parameters):
+        return  # sharded already, or loaded later
+    samples = torch.cat([parameter.detach().flatten()[:16].double().cpu() for parameter in parameters])
+    digest = hashlib.blake2b(samples.numpy().tobytes(), digest_size=8).hexdigest()
+    assert_equal_across_ranks({"the weights (hash of the first ones of each parameter)": digest})
 
 
 def check_before_saving(args: Any, model: torch.nn.Module, step: int, context: ProcessContext) -> None:
