@@ -78,7 +78,7 @@ class LivenessWatch:
         """End the thread. The interpreter must not end before: the thread may be inside a call of the store."""
         self._stopped.set()
         if self._process == os.getpid() and self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(2 * PATIENCE)  # a host that is lost may let a call of the store wait
 
     def record_progress(self, step: int | None = None) -> None:
         """Record that the main thread has come further.
@@ -110,6 +110,7 @@ class LivenessWatch:
         text = f"rank {self.rank} failed in {self._in_step(position)} ({reason[:300]})"
         try:
             first = self._publish_failure(text)
+            self.store.set(f"{_PREFIX}/repeated/{self.rank}", "")
             others = self._list_others()
         except RuntimeError:  # the process that hosts the store has ended
             first, others = None, "the store of the processes has gone with the process that hosts it"
