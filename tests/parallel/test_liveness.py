@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from ring_hf.parallel import LivenessWatch, liveness
 
-
-class Ended(Exception):
-    """Raised in the thread of a watch instead of the end of the process."""
+# The end of the process is replaced by that of the thread.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
