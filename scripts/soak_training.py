@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,6 +65,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the steps (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("soak_training.jsonl"), help="a line a step")
     return parser.parse_args()
+
+
+class KeepDouble(TorchFunctionMode):
+    """Context in which fp64 stays fp64 where models cast to fp32 (norms, logits), so that rounding hides nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or torch.float32 in (*args[1:], *(kwargs or {}).values()):
+                return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class Trainee:
@@ -171,24 +182,24 @@ def train_step(rank: int, step: int, seed: int, max_length: int) -> dict[str, An
     process = _trainee.activate(settings["cp"], RingOptions(**{name: settings[name] for name in names}))
     shared, whole = _trainee.models["shared"], _trainee.models["whole"]
     shared.set_attn_implementation(settings["layout"])
-    if settings["checkpointing"]:
-        shared.gradient_checkpointing_enable()
-    else:
-        shared.gradient_checkpointing_disable()
+    verb = "enable" if settings["checkpointing"] else "disable"
+    names = (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}")  # the name until Transformers 5.23
+    next(getattr(shared, name) for name in names if hasattr(shared, name))()
     ring_hf.guard_model(shared).recheck_next_forward()
     per_replica = len(examples) // process.num_replicas
     own = examples[process.replica * per_replica :][:per_replica]
     counts = [sum(label != -100 for row in examples for label in row["labels"][1:])]
     count = torch.tensor(float(max(1, *counts)), dtype=torch.float64)
     collator = ring_hf.ContextParallelCollator(shared, packing=settings["packing"])
-    loss = shared(**collator(own), num_items_in_batch=count).loss
-    loss.backward()
+    with KeepDouble():
+        loss = shared(**collator(own), num_items_in_batch=count).loss
+        loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
     for parameter in shared.parameters():
         dist.all_reduce(parameter.grad)
     reference = 0.0
-    with context.whole_sequences():
+    with context.whole_sequences(), KeepDouble():
         for row in examples:
             tensors = {name: torch.tensor([values]) for name, values in row.items()}
             row_loss = whole(**tensors, num_items_in_batch=count).loss
