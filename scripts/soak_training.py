@@ -71,9 +71,10 @@ class KeepDouble(TorchFunctionMode):
     """Context in which fp64 stays fp64 where models cast to fp32 (norms, logits), so that rounding hides nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float or torch.float32 in (*args[1:], *(kwargs or {}).values()):
-                return args[0]
+        settings = (*args[1:], *(kwargs or {}).values())
+        is_cast = func == torch.Tensor.float or (func == torch.Tensor.to and torch.float32 in settings)
+        if is_cast and args[0].dtype == torch.float64:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
