@@ -66,7 +66,7 @@ class LivenessWatch:
         self._stopped, self._paused = threading.Event(), False
         self._step: int | None = None
         self._last_progress = time.monotonic()
-        self._heard: dict[int, tuple[int, float]] = {}  # by rank: the number of its last report, and when it came
+        self._report_of_host: dict[str, Any] | None = None  # of rank 0, with which the store may go
         self._num_reports = 0
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="ring_hf liveness", daemon=True)
@@ -113,7 +113,7 @@ class LivenessWatch:
             self.store.set(f"{_PREFIX}/repeated/{self.rank}", "")
             others = self._list_others()
         except RuntimeError:  # the process that hosts the store has ended
-            first, others = None, "the store of the processes has gone with the process that hosts it"
+            first, others = None, self._describe_lost_store()
         note = f"ring_hf: rank {self.rank} failed in {self._in_step(position)}."
         if first is not None and reason[:300] not in first:  # else all raise the same error
             note += f" Before that, {first}."
@@ -152,8 +152,7 @@ class LivenessWatch:
                 if time.monotonic() - self._last_progress > self.timeout and self._is_active(self._main_frames()):
                     self._exit(
                         f"ring_hf: rank {self.rank} has made no progress for {self.timeout:g} s, in "
-                        f"{self._in_step(self._describe(self._main_frames()))}, and the store of the processes has "
-                        "gone with the process that hosts it, usually rank 0."
+                        f"{self._in_step(self._describe(self._main_frames()))}. {self._describe_lost_store()}."
                     )
 
     def _report(self) -> None:
@@ -165,6 +164,8 @@ class LivenessWatch:
             "idle": time.monotonic() - self._last_progress,
         }
         self.store.set(f"{_PREFIX}/report/{self.rank}", json.dumps(report))
+        if self.rank != 0 and self.store.check([f"{_PREFIX}/report/0"]):
+            self._report_of_host = json.loads(self.store.get(f"{_PREFIX}/report/0"))
 
     def _repeat_failure(self) -> bool:
         """Log the first failure of another rank; return whether there is one."""
@@ -205,6 +206,10 @@ class LivenessWatch:
         self.store.wait([f"{_PREFIX}/failure"], timedelta(seconds=PATIENCE))
         return str(self.store.get(f"{_PREFIX}/failure").decode())
 
+    def _describe_lost_store(self) -> str:
+        host = "" if self._report_of_host is None else f"; rank 0 {_describe_report(self._report_of_host)}"
+        return f"the store of the processes has gone with the process that hosts it{host}"
+
     def _list_others(self) -> str:
         listed = []
         for rank in self._others():
@@ -212,9 +217,7 @@ class LivenessWatch:
             if not self.store.check([key]):
                 listed.append(f"rank {rank} has not reported yet")
                 continue
-            report = json.loads(self.store.get(key))
-            idle = f", without progress for {report['idle']:.0f} s" if report["idle"] >= 2 * INTERVAL else ""
-            listed.append(f"rank {rank} was last heard of in {report['position']}{idle}")
+            listed.append(f"rank {rank} {_describe_report(json.loads(self.store.get(key)))}")
         return "; ".join(listed)
 
     def _others(self) -> list[int]:
@@ -230,6 +233,11 @@ class LivenessWatch:
             frames.append(frame)
             frame = frame.f_back
         return frames[::-1]
+
+
+def _describe_report(report: dict[str, Any]) -> str:
+    idle = f", without progress for {report['idle']:.0f} s" if report["idle"] >= 2 * INTERVAL else ""
+    return f"was last heard of in {report['position']}{idle}"
 
 
 def _write(text: str) -> None:

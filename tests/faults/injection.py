@@ -34,7 +34,8 @@ class Fault:
         phase: words by which the error of another rank, or the launcher, names where it was.
         inject: installs it, of a `Run`.
         kills: whether the rank is killed and says nothing itself.
-        next_step: the checkpoint from which the next start goes on; 0 if there is none.
+        next_step: the checkpoint from which the next start goes on; 0 if there is none, None if it depends on how far
+            ahead batches are loaded.
         num_workers: of the data loader.
         may_be_harmless: whether training may also go on with the right losses.
     """
@@ -43,7 +44,7 @@ class Fault:
     phase: str
     inject: Callable[["Run"], None]
     kills: bool = False
-    next_step: int = 4
+    next_step: int | None = 4
     num_workers: int = 0
     may_be_harmless: bool = False
 
@@ -216,18 +217,19 @@ def multiply(factor: float) -> Callable[[Any], Any]:
 
 
 BEFORE_THE_MODEL = ("other version", "other seed")
-LOADER = {"num_workers": 1}
 FAULTS = {
     "killed in forward": Fault(1, "forward pass", in_forward(kill), kills=True),
     "killed in backward": Fault(1, "backward pass", in_backward(kill), kills=True),
     "killed in exchange": Fault(1, "exchange", in_exchange(kill), kills=True),
-    "killed in collator": Fault(1, "collator", in_collator(kill), kills=True),
-    "killed loader worker": Fault(1, "worker", in_collator(kill, True), num_workers=1),
+    "killed in collator": Fault(1, "collator", in_collator(kill), kills=True, next_step=None),
+    "killed loader worker": Fault(1, "worker", in_collator(kill, True), num_workers=1, next_step=None),
     "killed while saving": Fault(0, "saving", while_saving(kill), kills=True, next_step=2),
     "rank 1 killed while saving": Fault(1, "saving", while_saving(kill), kills=True, next_step=2),
     "stalls in forward": Fault(1, "forward pass", in_forward(sleep)),
-    "stalls in collator": Fault(1, "collator", in_collator(sleep)),
-    "stalls in loader worker": Fault(1, "worker of the data loader", in_collator(sleep, True), num_workers=1),
+    "stalls in collator": Fault(1, "collator", in_collator(sleep), next_step=None),
+    "stalls in loader worker": Fault(
+        1, "worker of the data loader", in_collator(sleep, True), num_workers=1, next_step=None
+    ),
     "stalls while saving": Fault(0, "saving", while_saving(sleep), next_step=2),
     "other batch": Fault(1, "disagree about the batch", read_other_rows),
     "other seed": Fault(1, "disagree about", seed_differently, next_step=0, may_be_harmless=True),

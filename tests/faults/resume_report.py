@@ -1,8 +1,8 @@
 """Print the resume matrix of `docs/faults.md`: the worst difference from a run that was not interrupted.
 
-    python -m tests.faults.resume_report FOLDER
+    RING_HF_ALL_CASES=1 python -m tests.faults.resume_report FOLDER
 
-Runs `resume_script.py` on 2, 4 and 1 processes under DDP, or reads the results that are in FOLDER. The engines have a
+Without the variable, nothing runs on 4 processes. Runs `resume_script.py` on 2, 4 and 1 processes under DDP, or reads the results that are in FOLDER. The engines have a
 matrix of their own: `python -m tests.engines.report`.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ring_hf.text import markdown_table
-from tests.faults.resume_script import HALF, RESUMES, STEPS, Resume
+from tests.faults.resume_script import ALL, HALF, RESUMES, STEPS, Resume
 from tests.support.harness import launch_forked
 
-WORLD_SIZES = (2, 4, 1)  # the others go on from the checkpoints of the first
+WORLD_SIZES = (2, 4, 1) if ALL else (2, 1)  # the others go on from the checkpoints of the first
 
 
 class Difference(NamedTuple):
