@@ -13,22 +13,24 @@ interruption. The exit code is 1 if a loss differs by more than 1e-9, or memory,
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,15 +69,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class KeepDouble(TorchFunctionMode):
-    """Context in which fp64 stays fp64 where models cast to fp32 (norms, logits), so that rounding hides nothing."""
+@contextlib.contextmanager
+def keep_double() -> Iterator[None]:
+    """Inside, fp64 stays fp64 where models cast to fp32 (norms, logits), so that rounding hides nothing."""
+    cast_to_float, cast = torch.Tensor.float, torch.Tensor.to
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        settings = (*args[1:], *(kwargs or {}).values())
-        is_cast = func == torch.Tensor.float or (func == torch.Tensor.to and torch.float32 in settings)
-        if is_cast and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+    def to_float(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else cast_to_float(x, *args, **kwargs)
+
+    def to(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        is_cast = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if is_cast else cast(x, *args, **kwargs)
+
+    with mock.patch.multiple(torch.Tensor, float=to_float, to=to):
+        yield
 
 
 class Trainee:
@@ -192,7 +199,7 @@ def train_step(rank: int, step: int, seed: int, max_length: int) -> dict[str, An
     counts = [sum(label != -100 for row in examples for label in row["labels"][1:])]
     count = torch.tensor(float(max(1, *counts)), dtype=torch.float64)
     collator = ring_hf.ContextParallelCollator(shared, packing=settings["packing"])
-    with KeepDouble():
+    with keep_double():
         loss = shared(**collator(own), num_items_in_batch=count).loss
         loss.backward()
     total = loss.detach().clone()
@@ -200,7 +207,7 @@ def train_step(rank: int, step: int, seed: int, max_length: int) -> dict[str, An
     for parameter in shared.parameters():
         dist.all_reduce(parameter.grad)
     reference = 0.0
-    with context.whole_sequences(), KeepDouble():
+    with context.whole_sequences(), keep_double():
         for row in examples:
             tensors = {name: torch.tensor([values]) for name, values in row.items()}
             row_loss = whole(**tensors, num_items_in_batch=count).loss

@@ -2,8 +2,8 @@
 
     RING_HF_ALL_CASES=1 python -m tests.faults.resume_report FOLDER
 
-Without the variable, nothing runs on 4 processes. Runs `resume_script.py` on 2, 4 and 1 processes under DDP, or reads the results that are in FOLDER. The engines have a
-matrix of their own: `python -m tests.engines.report`.
+Without the variable, nothing runs on 4 processes. Runs `resume_script.py` on 2, 4 and 1 processes under DDP, or reads
+the results that are in FOLDER. The engines have a matrix of their own: `python -m tests.engines.report`.
 """
 
 import json
