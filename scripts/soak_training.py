@@ -212,7 +212,7 @@ def train_step(rank: int, step: int, seed: int, max_length: int) -> dict[str, An
             tensors = {name: torch.tensor([values]) for name, values in row.items()}
             row_loss = whole(**tensors, num_items_in_batch=count).loss
             row_loss.backward()
-            reference += float(row_loss)
+            reference += float(row_loss.detach())
     for optimizer in _trainee.optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
