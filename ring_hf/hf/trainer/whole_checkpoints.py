@@ -23,7 +23,7 @@ from ring_hf.parallel import assert_equal_across_ranks
 logger = logging.getLogger("ring_hf")
 
 STATE = "trainer_state.json"
-MANIFEST = "ring_hf.json"
+MANIFEST = "context_parallel.json"
 UNFINISHED = "checkpoint-is-incomplete.txt"  # of a checkpoint at SIGTERM, while the Trainer writes it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
