@@ -1,23 +1,19 @@
 """The checkpoints of a run: the one to continue from, and whether the run is finished.
 
-A process can be killed while it writes. The Trainer writes a checkpoint's `trainer_state.json` after all other files
-of the first process, and `train_and_save` writes that of the run last of all; a folder without a readable one, or with
-a file that is cut off, is therefore incomplete and not continued from.
+A process can be killed while it writes a checkpoint: `ring_hf.hf.last_checkpoint` takes whole ones only. The state of
+the run is written last of all by `train_and_save`, so a run that has one is finished.
 """
 
 import json
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from run_start import REACHED
-from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
+from ring_hf.hf import last_checkpoint
+
 STATE = "trainer_state.json"
-UNFINISHED = "checkpoint-is-incomplete.txt"  # of a checkpoint at SIGTERM, while the Trainer writes it
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
@@ -28,34 +24,6 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         return None if requested.lower() in ("none", "false") else requested
     checkpoint = last_checkpoint(Path(str(training_args.output_dir)))
     return None if checkpoint is None else str(checkpoint)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps in a run's folder, or None."""
-    folders = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    newest_first = sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-    return next((path for path in newest_first if is_complete(path)), None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether all files of a checkpoint can be read to their end."""
-    if read_state(checkpoint) is None or (checkpoint / UNFINISHED).exists():
-        return False
-    archives = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.rglob(pattern)]
-    return (
-        all(map(zipfile.is_zipfile, archives))
-        and all(map(_is_whole, checkpoint.glob("*.safetensors")))
-        and all((path.parent / ".metadata").is_file() for path in checkpoint.glob("*/*.distcp"))
-    )
-
-
-def _is_whole(weights: Path) -> bool:
-    """Return whether a safetensors file has the length that its header says."""
-    try:
-        with safe_open(weights, "pt"):
-            return True
-    except SafetensorError:
-        return False
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from checkpoints import last_checkpoint, read_state
+from checkpoints import read_state
 from run_log import LOG, read_rows, write_rows
 from run_start import REACHED
 from stages import Stage
+
+from ring_hf.hf import last_checkpoint
 
 RECORD, RUN, OUTPUT = "stages.json", "run.yaml", "output.log"
 # Keys that change no number of a stage: they may differ from those it was begun with.

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 from arguments import MemoryArguments, ModelArguments, ParallelArguments, explain_unknown, parse
 from budget import Batch, count_replicas, count_steps, make_batch
-from checkpoints import last_checkpoint
 from launch_line import LaunchLine, read_launch
 from model_card import read_perplexity
 from rope import resolve_rope, warn_about_theta
 from transformers import AutoConfig
 
 from ring_hf.data.run_options import read_yaml
+from ring_hf.hf import last_checkpoint
 from ring_hf.hf.pretrained import load_pretrained
 from ring_hf.text import parse_size
 

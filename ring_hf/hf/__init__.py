@@ -15,7 +15,9 @@ __all__ = [
     "ContextParallelCollator",
     "ContextParallelConfig",
     "count_loss_weights",
+    "find_damage",
     "guard_model",
+    "last_checkpoint",
     "register_backends",
 ]
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .trainer.model_guard import guard_model
     from .trainer.parallelism_config import ContextParallelConfig
     from .trainer.weighted_counts import count_loss_weights
+    from .trainer.whole_checkpoints import find_damage, last_checkpoint
 else:  # a type checker that saw `__getattr__` would accept any name
     __getattr__, __dir__ = export_lazily(
         __name__,
@@ -38,5 +41,6 @@ else:  # a type checker that saw `__getattr__` would accept any name
             "trainer.parallelism_config": ("ContextParallelConfig",),
             "trainer.model_guard": ("guard_model",),
             "trainer.weighted_counts": ("count_loss_weights",),
+            "trainer.whole_checkpoints": ("find_damage", "last_checkpoint"),
         },
     )

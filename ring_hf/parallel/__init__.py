@@ -3,7 +3,7 @@
 Start at `ring_attention`; `assert_equal_across_ranks` is how all ranks raise the same error.
 """
 
-from .consensus import assert_equal_across_ranks, gather_numbers, num_processes
+from .consensus import assert_equal_across_ranks, gather_numbers, num_processes, share_reason
 from .decoding import CachedKeys, attend_to_cache, decode_attention, history_attention
 from .functional import context_attention
 from .group_warm_up import warm_up
@@ -18,11 +18,13 @@ from .groups import (
     rank_in,
     register_group,
 )
+from .liveness import LivenessWatch, watch_ranks
 from .sharded_attention import check_tensors, local_attention, ring_attention
 from .sharding import cut, join, shard, unshard
 
 __all__ = [
     "CachedKeys",
+    "LivenessWatch",
     "all_gather",
     "all_reduce",
     "assert_equal_across_ranks",
@@ -45,6 +47,8 @@ __all__ = [
     "register_group",
     "ring_attention",
     "shard",
+    "share_reason",
     "unshard",
     "warm_up",
+    "watch_ranks",
 ]

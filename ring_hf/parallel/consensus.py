@@ -55,6 +55,15 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def share_reason(reason: str | None) -> str | None:
+    """Return the `reason` of the first process that has one, on every process. A collective call of all processes."""
+    if num_processes() == 1:
+        return reason
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((text for text in reasons if text is not None), None)
+
+
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """Return the `numbers` (64-bit integers, equally many everywhere) of all processes, in the order of their ranks.
 

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -18,6 +19,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -34,12 +36,11 @@ def arguments(config: Any = None, cls: type = TrainingArguments, **more: Any) ->
         max_steps=2,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         disable_tqdm=True,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         parallelism_config=config or ContextParallelConfig(context_parallel_size=2),
-        **more,
+        **{"save_strategy": "no", **more},
     )
 
 
@@ -125,6 +126,44 @@ def other_layout_on_rank_1(rank: int, world_size: int) -> None:
 def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
     model = llama()
     train(model, PadOrPackCollator() if rank == 1 else ContextParallelCollator(model))
+
+
+@fault("The ranks disagree about the versions of the software (rank 0: ring_hf")
+def other_version_on_rank_1(rank: int, world_size: int) -> None:
+    with mock.patch.object(ring_hf, "__version__", f"0.{rank}.0"):
+        train()
+
+
+@fault("came up on rank 1, before the attention of layer 1 (counted from 0)")
+def nan_on_rank_1(rank: int, world_size: int) -> None:
+    model = llama()
+    hook = lambda module, args, output: output * float("nan") if rank == 1 else output
+    hook.__module__ = "torch"  # so that no trial step detects it first
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    train(model)
+
+
+@fault("The loss of the last backward pass is NaN or infinite on rank 0, 1. The keys of all")
+def infinite_logits(rank: int, world_size: int) -> None:
+    model = llama()
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("inf")
+
+    hook.__module__ = "torch"
+    model.lm_head.register_forward_hook(hook)
+    train(model)
+
+
+@fault("After optimizer step 1: The weights are NaN or infinite, so no checkpoint is written", num_ranks=(2, 4))
+def saved_nan_on_rank_1(rank: int, world_size: int) -> None:
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if rank == 1:
+                model.lm_head.weight.data[3, 5] = float("nan")
+
+    more = {"save_strategy": "steps", "save_steps": 1}
+    train(args=arguments(**more), callbacks=[Spoil()])
 
 
 @fault("predict_with_generate=True with compute_metrics generates from evaluation batches")

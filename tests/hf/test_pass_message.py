@@ -20,7 +20,7 @@ from tests.support.harness import run_distributed
 
 FINGERPRINTS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 NUMBERS = st.floats(allow_nan=False)
-MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), *[NUMBERS] * 5)
+MESSAGES = st.builds(PassMessage, FINGERPRINTS, st.booleans(), st.booleans(), *[NUMBERS] * 5, st.booleans())
 MESSAGE = PassMessage("ab" * 16, True, False, 3.0, 9.0, 2.0, 0.0, 1e-6)
 
 

@@ -287,5 +287,5 @@ def test_every_fault_is_tested():
         for name, value in vars(faults).items()
         if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["rank", "world_size"]
     }
-    assert scripts == set(FAULTS) and len(FAULTS) == 29
+    assert scripts == set(FAULTS) and len(FAULTS) == 33
     assert all(set(fault.num_ranks) <= {2, 4} and fault.num_ranks for fault in FAULTS.values())

@@ -60,6 +60,27 @@ class AttentionCallRecorder:
 attention_calls = AttentionCallRecorder()
 
 
+class KeySums:
+    """Sums of the keys of this rank's shard, by layer of one forward pass: the first that is NaN or infinite tells
+    which rank's activations were so first, since the next layer brings them to every rank."""
+
+    def __init__(self) -> None:
+        self.sums: list[torch.Tensor] = []  # scalars, which no one has waited for
+
+    def record(self, key_BKCD: torch.Tensor) -> None:
+        self.sums.append(key_BKCD.detach().sum(dtype=torch.float32))
+
+    def find_first_nonfinite(self) -> int | None:
+        """Return the number of the first call of attention whose keys were not finite, or None."""
+        if not self.sums:
+            return None
+        is_finite = torch.stack(self.sums).isfinite().tolist()
+        return None if all(is_finite) else is_finite.index(False)
+
+
+key_sums = KeySums()
+
+
 def mask_2d(
     q_length: int,
     kv_length: int,
@@ -181,6 +202,8 @@ def attention(
     if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
         raise ValueError(shard_errors.UNCHECKED_BATCH)
     _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
+    if module.training:
+        key_sums.record(key)
     out_BHSE, _ = ring_attention(
         _llama4_query_temperature(module, query, batch),
         key,

@@ -34,11 +34,13 @@ class TrainedLoss(NamedTuple):
 
     Attributes:
         tolerance: largest difference of `residual` between ranks that is rounding.
+        is_finite: whether the loss was neither NaN nor infinite.
     """
 
     factor: float = NAN
     residual: float = NAN
     tolerance: float = NAN
+    is_finite: bool = True
 
 
 class LossMonitor:
@@ -56,11 +58,12 @@ class LossMonitor:
         self._is_used_outside = False  # whether another output got a gradient
         # Factor, residual and tolerance of the last backward pass, each a scalar.
         self._last_backward: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._last_loss: torch.Tensor | None = None  # a scalar
 
     def reset(self) -> None:
         """Compare right after the next backward pass, which may belong to another training loop."""
         self.is_compared = False
-        self._last_backward = None
+        self._last_backward = self._last_loss = None
         self._loss_gradients.clear()
 
     # In the forward pass
@@ -133,6 +136,7 @@ class LossMonitor:
         """
         loss_gradients, is_used_outside = self._loss_gradients, self._is_used_outside
         self._loss_gradients, self._is_used_outside = [], False
+        self._last_loss = trained.detach()
         if is_used_outside:  # a trial step has proven it, or the hooks would have raised
             self._last_backward = None
             return None
@@ -154,6 +158,7 @@ class LossMonitor:
             loss_factor=last.factor,
             loss_residual=last.residual,
             loss_tolerance=last.tolerance,
+            is_finite=last.is_finite,
         )
 
     def pop_last_backward(self) -> TrainedLoss:
@@ -162,9 +167,14 @@ class LossMonitor:
         if self._loss_gradients and not self._is_used_outside:
             factor = torch.stack([gradient.double() for gradient, _ in self._loss_gradients]).sum()
             self._last_backward = factor, torch.full_like(factor, NAN), torch.full_like(factor, NAN)
+            self._last_loss = self._loss_gradients[-1][1]
         self._loss_gradients, self._is_used_outside = [], False
-        last, self._last_backward = self._last_backward, None
-        return TrainedLoss() if last is None else TrainedLoss(*map(float, last))
+        (last, loss), self._last_backward, self._last_loss = (self._last_backward, self._last_loss), None, None
+        is_finite = loss is None or bool(loss.isfinite().all())
+        if last is None:
+            return TrainedLoss(is_finite=is_finite)
+        factor, residual, tolerance = last
+        return TrainedLoss(float(factor), float(residual), float(tolerance), is_finite)
 
 
 class _Alias(torch.autograd.Function):

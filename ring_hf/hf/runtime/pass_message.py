@@ -33,6 +33,7 @@ class PassMessage:
         loss_factor, loss_residual: of the last backward pass, in which the loss `loss_factor * model_loss +
             loss_residual` was trained (see `loss_monitor.py`); NaN if there is nothing to compare.
         loss_tolerance: largest difference of `loss_residual` between ranks that is rounding.
+        is_finite: whether that loss was neither NaN nor infinite.
     """
 
     fingerprint: str
@@ -43,11 +44,12 @@ class PassMessage:
     loss_factor: float = float("nan")
     loss_residual: float = float("nan")
     loss_tolerance: float = float("nan")
+    is_finite: bool = True
 
     def encode(self) -> list[int]:
         """Return eight signed 64-bit integers."""
         digest = bytes.fromhex(self.fingerprint)
-        flags = self.is_training + 2 * self.needs_agreement
+        flags = self.is_training + 2 * self.needs_agreement + 4 * (not self.is_finite)
         floats = (self.num_targets, self.num_items, self.loss_factor, self.loss_residual, self.loss_tolerance)
         return [*struct.unpack("<qq", digest), flags, *map(_float_to_bits, floats)]
 
@@ -56,7 +58,9 @@ class PassMessage:
         """Return the message that `encode` made these eight integers of."""
         fingerprint = struct.pack("<qq", *numbers[:2]).hex()
         flags = numbers[2]
-        return cls(fingerprint, bool(flags & 1), bool(flags & 2), *(_bits_to_float(bits) for bits in numbers[3:]))
+        targets, items, factor, residual, tolerance = map(_bits_to_float, numbers[3:])
+        is_training, needs_agreement, is_finite = bool(flags & 1), bool(flags & 2), not flags & 4
+        return cls(fingerprint, is_training, needs_agreement, targets, items, factor, residual, tolerance, is_finite)
 
 
 def exchange_messages(message: PassMessage, device: torch.device) -> list[PassMessage]:

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
-from ring_hf.parallel import group_of, warm_up
+from ring_hf.parallel import LivenessWatch, group_of, warm_up
 
 from .. import context as process
 from ..checks.argument_rules import ARGUMENT_RULES, check_loader, check_memory, first_error
@@ -28,9 +28,11 @@ from .counters import correct_counters
 from .engines import check_blocks, check_sharded_weights, checkpoints_layers, collect_messages, engine_of
 from .evaluation_loss import wrap_compute_loss
 from .exact_evaluation import current_evaluator
+from .fault_handling import check_before_saving, compare_versions, compare_weights, watch_training
 from .model_guard import base_model, guard_model
 from .sft_trainer import check_sft_columns, shard_own_collator
 from .trainer_hooks import RngSynchronizer, enable_trial_step, find_trainer, seed_workers_by_replica
+from .whole_checkpoints import write_manifest
 
 logger = logging.getLogger("ring_hf")
 
@@ -47,6 +49,7 @@ class ContextParallelCallback(TrainerCallback):
         self._last_num_tokens = 0
         self._last_time = 0.0  # seconds, as of `_last_num_tokens`
         self._rng = RngSynchronizer()
+        self._watch: LivenessWatch | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check the model and the arguments, and add hooks to the model."""
@@ -58,6 +61,7 @@ class ContextParallelCallback(TrainerCallback):
         context, evaluator = process.current(), current_evaluator()
         if context is None or evaluator is None:
             return
+        self._watch = watch_training(args)
         guard, trainer = guard_model(model), find_trainer()
         guard.throughput_logger = self
         self._last_num_tokens = guard.num_tokens
@@ -78,12 +82,36 @@ class ContextParallelCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
             guard_model(model).optimizer_step = state.global_step + 1
+            self._record_progress(state.global_step + 1)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._record_progress()
+
+    on_prediction_step = on_substep_end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Record progress, and check weights that will be saved."""
+        self._record_progress()
+        context = process.current()
+        # A checkpoint at SIGTERM may be requested in some processes only.
+        if context is not None and control.should_save and not args.enable_jit_checkpoint:
+            check_before_saving(args, model, state.global_step, context)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._record_progress()
+        if process.current() is not None:
+            write_manifest(args, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
             guard = guard_model(model)
             guard.optimizer_step = None
             guard.trainer_runs_trial = False
+        if self._watch is not None:
+            self._watch.pause()
+            self._watch = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if process.current() is not None:
@@ -97,11 +125,16 @@ class ContextParallelCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add to the training logs this device's tokens per second (of its own shards) and peak memory in GB."""
+        self._record_progress()
         context, model = process.current(), kwargs.get("model")
         if context is None or logs is None or model is None or guard_model(model).throughput_logger is not self:
             return
         if "loss" in logs:
             _add_to_logs(self._measure(args, model), logs, state)
+
+    def _record_progress(self, step: int | None = None) -> None:
+        if self._watch is not None:
+            self._watch.record_progress(step)
 
     def _measure(self, args: Any, model: Any) -> dict[str, float]:
         num_tokens = guard_model(model).num_tokens
@@ -121,6 +154,7 @@ class ContextParallelCallback(TrainerCallback):
         context = process.current()
         if context is None:
             return
+        compare_versions()
         inner = base_model(model)
         error = first_error(ARGUMENT_RULES, args) or unless_recorded(first_error(MODEL_RULES, inner))
         error = error or check_loader(loader)
@@ -140,6 +174,7 @@ class ContextParallelCallback(TrainerCallback):
             shard_own_collator(trainer, inner)
         degrees = None if error is not None else resolve_degrees(inner.config, context)
         raise_on_all_ranks(error, {"the parallel degrees": str(degrees)}, context)
+        compare_weights(accelerator_state, inner)
         assert degrees is not None
         # Warm up here, not in `on_train_begin`, since evaluation may run without training. Repetitions do nothing.
         warm_up(group_of(context.group), args.device, degrees.ulysses_size, degrees.options.inner_ring_size)

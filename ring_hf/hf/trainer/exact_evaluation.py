@@ -27,6 +27,7 @@ from .. import context as process
 from ..batch_metadata import IGNORE_INDEX, ContextParallelMetadata
 from ..context import ProcessContext
 from ..runtime.loss_monitor import find_loss_mismatch
+from ..runtime.nonfinite import raise_if_not_finite
 from ..runtime.pass_message import exchange_messages
 from ..runtime.runtime_state import runtime_state
 from .engines import ENGINES
@@ -78,7 +79,9 @@ class Evaluator:
             message = runtime_state.loss_monitor.record_backward(loss, scales[0])
             if message is None:
                 return
-            error = find_loss_mismatch(exchange_messages(message, loss.device), self.context)
+            messages = exchange_messages(message, loss.device)
+            raise_if_not_finite(messages, loss.device)
+            error = find_loss_mismatch(messages, self.context)
             if error is not None:
                 raise ValueError(error)
 

@@ -19,10 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ring_hf.memory import applied_to
+from ring_hf.parallel import share_reason
 
 from .. import context as process
 from ..attention import announcements
-from ..attention.backend import attention_calls
+from ..attention.backend import attention_calls, key_sums
 from ..attn_names import BACKENDS, attention_name
 from ..batch_metadata import IGNORE_INDEX, METADATA_KEY, ContextParallelMetadata
 from ..checks.argument_rules import first_error
@@ -32,6 +33,7 @@ from ..checks.moe_aux_loss import gather_router_logits, rescale_aux_loss
 from ..checks.padded_targets import refuse_padded_targets
 from ..refusal import raise_on_all_ranks, unless_recorded
 from ..runtime.loss_monitor import find_loss_mismatch
+from ..runtime.nonfinite import raise_if_not_finite
 from ..runtime.pass_message import (
     NO_FINGERPRINT,
     PassMessage,
@@ -209,6 +211,7 @@ class ModelGuard:
         assert isinstance(batch, ContextParallelMetadata)
         if model.training and is_first and not (self.trainer_runs_trial or self.in_trial):
             self._run_trial(model, kwargs, context)
+        key_sums.sums.clear()
         if is_first:
             attention_calls.start()
         announcements.register(model)
@@ -283,11 +286,13 @@ class ModelGuard:
             loss_factor=last_loss.factor,
             loss_residual=last_loss.residual,
             loss_tolerance=last_loss.tolerance,
+            is_finite=last_loss.is_finite,
         )
         device = kwargs["input_ids"].device if "input_ids" in kwargs else model.device
         messages = exchange_messages(message, device)
         if any(message.needs_agreement for message in messages):
             raise_on_all_ranks(error, _values_to_compare(model, batch), context)
+        raise_if_not_finite(messages, device, self._step_prefix())
         disagreement = find_disagreement(messages, context)
         if disagreement is not None:
             raise ValueError(f"{self._step_prefix()}{disagreement}. {_advise(disagreement)}")
@@ -301,7 +306,7 @@ class ModelGuard:
 
     def _run_trial(self, model: PreTrainedModel, kwargs: dict[str, Any], context: process.ProcessContext) -> None:
         """Run a trial step of the model's own loss if needed: in a loop without a Trainer, the rest is unknown."""
-        reason = find_unproven_module(model)
+        reason = share_reason(find_unproven_module(model))
         if reason is not None or context.verify:
             reason = reason or "verify=True"
             method = require_gradient_method(engine_of(context, model), reason)

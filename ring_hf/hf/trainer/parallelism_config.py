@@ -26,6 +26,7 @@ from .callback import ContextParallelCallback
 from .engines import ENGINES, Engine, check_engine, find_engine
 from .exact_evaluation import Evaluator
 from .model_guard import guard_prepared_models
+from .whole_checkpoints import take_whole_checkpoints
 
 OPTIONS: dict[str, Any] = {option.name: option.default for option in fields(RingOptions)}
 DEFAULTS: dict[str, Any] = {"context_parallel_size": 1, **OPTIONS, "verify": False}
@@ -261,6 +262,7 @@ class ContextParallelConfig(ParallelismConfig):
         """Add our callback to all Trainers of this process, and our methods to this accelerator."""
         if ContextParallelCallback not in transformers_trainer.DEFAULT_CALLBACKS:
             transformers_trainer.DEFAULT_CALLBACKS.append(ContextParallelCallback)
+        take_whole_checkpoints()
         if self._process is not None:
             self._evaluator = Evaluator(self._process)
             self._evaluator.install(accelerator)

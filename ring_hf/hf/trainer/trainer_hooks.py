@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import seed_worker
 
-from ring_hf.parallel import broadcast_object, gather_numbers
+from ring_hf.parallel import broadcast_object, gather_numbers, share_reason
 
 from .. import context as process
 from ..runtime.proven_classes import find_unproven_part
@@ -42,13 +42,17 @@ def find_trainer() -> Trainer | None:
 
 
 def enable_trial_step(trainer: Trainer, model: PreTrainedModel, guard: ModelGuard) -> None:
-    """Begin the Trainer's first training step with a trial step, if some part of it is not proven by name.
+    """Begin the Trainer's first training step with a trial step, if some part of it is not proven by name. A
+    collective call of all processes.
 
-    The replaced `training_step` raises a ValueError on every rank if the trial differs from one process.
+    The replaced `training_step` raises a ValueError on every rank if the trial differs from one process. All ranks
+    take it if one has to (a hook that logs on the first rank only, for example), since it needs all of them.
     """
     context = process.current()
-    reason = find_unproven_part(trainer)
-    if context is None or current_evaluator() is None or (reason is None and not context.verify):
+    if context is None or current_evaluator() is None:
+        return
+    reason = share_reason(find_unproven_part(trainer))
+    if reason is None and not context.verify:
         return
     original = trainer.training_step
     was_replaced = "training_step" in vars(trainer)

@@ -1,0 +1,166 @@
+"""Start a run with a fault, wait for its processes, and start the same command again."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ring_hf.hf import find_damage
+from ring_hf.launcher import accelerate_command, free_port, rank_environment
+from tests.engines.cases import family_of
+from tests.engines.conftest import ENVIRONMENTS
+from tests.support.harness import _FORKS, ROOT, _environment, _run_script
+
+ENGINES = ("DDP", "FSDP2", "ZeRO-3")
+SCRIPT = "tests/faults/train_script.py"
+TIMEOUT = 5  # the ddp_timeout of all runs, in seconds
+LIMIT = 120.0  # seconds after which a start counts as hanging
+
+
+@dataclass
+class Start:
+    """How one start of the command ended.
+
+    Attributes:
+        codes: exit codes of the ranks, or of the launcher alone.
+        seconds: until the last process had ended.
+        output: of each rank, or of all together.
+        orphans: the number of its processes that were still alive then.
+    """
+
+    codes: list[int | None]
+    seconds: float
+    output: list[str]
+    orphans: int
+
+
+@dataclass
+class Outcome:
+    """A run with a fault, and the next start of the same command.
+
+    Attributes:
+        checkpoints: by name, the damage of each after the fault; None if it is whole.
+        results: of the script, by the next start; None if it failed.
+    """
+
+    first: Start
+    checkpoints: dict[str, str | None]
+    second: Start | None = None
+    results: dict[str, Any] | None = field(default=None)
+
+    def lines_of(self, pattern: str) -> list[str]:
+        """Return the lines of the first start in which a pattern is."""
+        return [line for text in self.first.output for line in text.splitlines() if re.search(pattern, line)]
+
+
+def play(folder: Path, engine: str, fault: str, forked: bool, again: bool = True) -> Outcome:
+    """Run a case.
+
+    Args:
+        folder: of the run; it must not exist.
+        forked: start the ranks without a launcher, forked from a process that has imported everything; then each
+            rank ends by itself, since no launcher ends the others.
+        again: start the command a second time.
+    """
+    folder.mkdir(parents=True)
+    command = [SCRIPT, str(folder), engine, fault, str(TIMEOUT)]
+    start = _start_forked if forked else _start_launcher
+    outcome = Outcome(start(command, engine), {})
+    for checkpoint in sorted(folder.glob("run/checkpoint-*")):
+        outcome.checkpoints[checkpoint.name] = find_damage(checkpoint)
+    if again:
+        outcome.second = start(command, engine)
+    results = folder / "results.json"
+    outcome.results = json.loads(results.read_text()) if results.exists() else None
+    return outcome
+
+
+def _environment_of(engine: str) -> dict[str, str]:
+    return _environment({"ACCELERATE_USE_CPU": "true", **ENVIRONMENTS.get(family_of(engine), {})})
+
+
+def _start_launcher(command: list[str], engine: str) -> Start:
+    start_time = time.perf_counter()
+    process = subprocess.Popen(
+        [*accelerate_command(2), *command],
+        env=_environment_of(engine),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        output += "\nhangs"
+    seconds = time.perf_counter() - start_time
+    return Start([process.returncode], seconds, [output], end_orphans(command[1]))
+
+
+def _start_forked(command: list[str], engine: str) -> Start:
+    start_time, port = time.perf_counter(), free_port()
+    logs = [Path(command[1], f"rank{rank}.log") for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**_environment_of(engine), **rank_environment(rank, 2, port)}
+        processes.append(_FORKS.Process(target=_run_as_main, args=(command, environment, log)))
+        processes[-1].start()
+    for process in processes:
+        process.join(max(0.0, start_time + LIMIT - time.perf_counter()))
+    seconds, codes = time.perf_counter() - start_time, [process.exitcode for process in processes]
+    pids = [process.pid for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    orphans = sum(code is None for code in codes) + _count_workers(pids)
+    return Start(codes, seconds, [log.read_text(errors="replace") for log in logs], orphans)
+
+
+def _run_as_main(command: list[str], environment: dict[str, str], log: Path) -> None:
+    """Run the script with the interpreter's own handling of exceptions, which a forked process skips."""
+    import sys
+
+    try:
+        _run_script(command, environment, log)
+    except Exception as error:
+        sys.last_type = type(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _count_workers(pids: list[int | None]) -> int:
+    """Return how many processes are alive whose parent was one of these, after the time that loader workers take to
+    notice its end."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        alive = [process for process in psutil.process_iter(["ppid", "environ"]) if process.info["ppid"] in pids]
+        if not alive:
+            return 0
+        time.sleep(0.2)
+    return len(alive)
+
+
+def end_orphans(text: str) -> int:
+    """Kill all processes with `text` in their command line; return how many were alive 10 s after the launcher."""
+    deadline, alive = time.monotonic() + 10, []
+    while time.monotonic() < deadline:
+        alive = [
+            process
+            for process in psutil.process_iter(["cmdline", "status"])
+            if text in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
+        if not alive:
+            return 0
+        time.sleep(0.2)
+    for process in alive:
+        process.kill()
+    return len(alive)

@@ -1,0 +1,125 @@
+"""The watch of all ranks: who stalls is named, who fails is repeated, and only stalls end a process."""
+
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from ring_hf.parallel import LivenessWatch, liveness
+
+# The end of the process is replaced by that of the thread.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def fast():
+    exits = []
+
+    def leave(code):
+        exits.append(code)
+        sys.exit()  # ends the thread
+
+    with mock.patch.multiple(liveness, INTERVAL=0.02, PATIENCE=0.5), mock.patch.object(liveness.os, "_exit", leave):
+        yield exits
+
+
+@pytest.fixture
+def watches(request):
+    """Two ranks in one process, whose main threads are "in the forward pass" and "in the collator"."""
+    store, made = dist.HashStore(), []
+
+    def make(timeouts, is_active=(True, True)):
+        for rank, position in enumerate(("the forward pass", "the collator")):
+            watch = LivenessWatch(
+                store,
+                rank,
+                2,
+                timeouts[rank],
+                lambda frames, position=position: position,
+                lambda frames, active=is_active[rank]: active,
+            )
+            watch.record_progress(step=7)
+            made.append(watch)
+        return made
+
+    yield make
+    for watch in made:
+        watch.stop()
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_rank_without_progress_ends_and_says_where_all_are(watches, fast, capsys):
+    first, second = watches((0.3, 60))
+    first.start()
+    second.start()
+    assert wait_until(lambda: fast == [liveness.EXIT_CODE])
+    text = capsys.readouterr().err
+    assert "rank 0 has made no progress for 0.3 s and ends, in the forward pass of optimizer step 7" in text
+    assert "rank 1 was last heard of in the collator of optimizer step 7" in text
+    assert "Rank 1 was in the collator of optimizer step 7." in text  # said by rank 1
+
+
+def test_progress_pauses_and_other_code_keep_a_rank_alive(watches, fast):
+    working, elsewhere = watches((0.3, 0.3), is_active=(True, False))
+    working.start()
+    elsewhere.start()
+    for _ in range(20):
+        working.record_progress()
+        time.sleep(0.03)
+    working.pause()
+    time.sleep(0.5)
+    assert fast == []
+
+
+def test_a_failure_is_noted_and_repeated_by_the_other_rank(watches, fast, capsys):
+    failing, other = watches((60, 60))
+    other.start()
+    assert wait_until(lambda: other._num_reports > 0)
+    try:
+        raise MemoryError("no memory left\nmore lines")
+    except MemoryError as error:
+        failing.report_failure(error)
+        (note,) = error.__notes__
+    failing.wait_until_repeated()
+    assert "rank 0 failed in the forward pass of optimizer step 7." in note
+    assert "rank 1 was last heard of in the collator of optimizer step 7" in note
+    text = capsys.readouterr().err
+    assert "rank 0 failed in the forward pass of optimizer step 7 (MemoryError: no memory left)" in text
+    assert "Rank 1 was in the collator" in text and fast == []
+
+
+def test_a_rank_that_still_waits_for_a_failed_one_ends(watches, fast, capsys):
+    failing, other = watches((60, 60))
+    with mock.patch.object(liveness, "GRACE", 0.2):
+        other.start()
+        failing.report_failure(RuntimeError("broken"))
+        assert wait_until(lambda: fast == [liveness.EXIT_CODE])
+    assert "rank 1 still waits for a rank that has failed" in capsys.readouterr().err
+
+
+def test_a_second_failure_names_the_first(watches):
+    first, second = watches((60, 60))
+    first.report_failure(ValueError("the cause"))
+    error = RuntimeError("Connection closed by peer")
+    second.report_failure(error)
+    assert "Before that, rank 0 failed in the forward pass of optimizer step 7 (ValueError: the cause)" in str(
+        error.__notes__
+    )
+
+
+def test_one_thread_watches_and_ends_before_the_interpreter(watches):
+    num_threads = threading.active_count()
+    (watch, _) = watches((60, 60))
+    watch.start()
+    assert threading.active_count() == num_threads + 1
+    watch.stop()
+    assert threading.active_count() == num_threads
