@@ -112,6 +112,11 @@ def check_weighting(
         ValueError: if another setting belongs to TRL's loss, or TRL would ignore a memory option.
     """
     if data_args.loss_weighting == "tokens":
+        if memory_args.loss_block is not None:
+            raise ValueError(
+                f"loss_block={memory_args.loss_block}: TRL's SFTTrainer takes the loss in tiles by itself. Leave it "
+                "out; loss_weighting=examples, which another Trainer computes, has it."
+            )
         return memory_args
     if args.loss_type != "nll":
         raise ValueError(f"loss_weighting=examples with loss_type={args.loss_type!r}: weights are for nll only.")
