@@ -109,7 +109,9 @@ def test_arguments_that_are_no_config_of_trl_are_refused(tmp_path):
     config = ring_hf.ContextParallelConfig(context_parallel_size=1)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], parallelism_config=config)
     rows = Dataset.from_list([{"input_ids": [1, 2]}])
-    with pytest.raises(ValueError, match=r"became a dict, .*Pass the arguments .* \(an SFTConfig to SFTTrainer\) with"):
+    with pytest.raises(
+        ValueError, match=r"became a dict, .*Pass the arguments .* \(an SFTConfig to SFTTrainer\) with"
+    ):
         SFTTrainer(llama(), arguments, train_dataset=rows, processing_class=tokenizer())
 
 
