@@ -16,6 +16,7 @@ __all__ = [
     "ContextParallelConfig",
     "count_loss_weights",
     "guard_model",
+    "log_modality_losses",
     "register_backends",
 ]
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .collate.collator import ContextParallelCollator
     from .generation.sharded_cache import ContextParallelCache
     from .trainer.callback import ContextParallelCallback
+    from .trainer.modality_losses import log_modality_losses
     from .trainer.model_guard import guard_model
     from .trainer.parallelism_config import ContextParallelConfig
     from .trainer.weighted_counts import count_loss_weights
@@ -37,6 +39,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
             "trainer.callback": ("ContextParallelCallback",),
             "trainer.parallelism_config": ("ContextParallelConfig",),
             "trainer.model_guard": ("guard_model",),
+            "trainer.modality_losses": ("log_modality_losses",),
             "trainer.weighted_counts": ("count_loss_weights",),
         },
     )
