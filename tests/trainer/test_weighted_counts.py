@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ring_hf import count_loss_weights, log_modality_losses
+from ring_hf.hf.runtime.runtime_state import runtime_state
+from ring_hf.hf.trainer.modality_losses import ModalityLosses
 from tests.hf.models import llama
 from tests.support.harness import launch_forked
 from tests.trainer.weighted_script import ROWS_PER_STEP, STEPS, with_vision_codes
@@ -86,6 +89,18 @@ def test_training_logs_the_loss_of_each_modality(logs):
         for name in ("text_loss", "vision_loss"):
             print(f"step {step + 1}, {name}: {alone[name]!r} in one process, {shared[name]!r} in two")
             assert shared[name] == pytest.approx(alone[name], rel=1e-5)
+
+
+def test_sums_are_by_modality_and_leave_out_a_trial_step(monkeypatch):
+    losses = ModalityLosses(SimpleNamespace(accelerator=SimpleNamespace(device="cpu")), 258)
+    batch = torch.tensor([1.0, 2.0, 4.0, 0.0]), torch.tensor([7, 300, 258, -100]), torch.tensor([1.0, 0.5, 0.5, 9.0])
+    losses.observe(*batch)
+    assert losses.sums.tolist() == [[1.0, 1.0], [3.0, 1.0]]
+    losses.observe(*batch[:2], None)
+    assert losses.sums.tolist() == [[2.0, 2.0], [9.0, 3.0]]
+    monkeypatch.setattr(runtime_state, "captured_losses", [])
+    losses.observe(*batch)
+    assert losses.sums.tolist() == [[2.0, 2.0], [9.0, 3.0]]
 
 
 def test_one_loss_for_all_tokens_has_no_modalities():
