@@ -4,12 +4,13 @@ import dataclasses
 from typing import Any
 
 from datasets import Dataset
-from sft_arguments import ConversationArguments, with_options
+from sft_arguments import ConversationArguments
 from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from ring_hf.data.conversations import check_generation_marks, find_template, has_generation_marks
 from ring_hf.data.example_weights import weigh_examples
+from ring_hf.data.formats import with_options
 from ring_hf.data.mixture import overlong_outcomes
 from ring_hf.data.packing import IGNORED, pack_documents
 from ring_hf.data.sequences import load_splits, mix_sources

@@ -60,7 +60,7 @@ def finetune(arguments: tuple[Any, ...]) -> None:
         shortest = windows[min(windows)] if run_args.evaluate_only else None
         train, heldout = (shortest, None) if run_args.evaluate_only else load_sequences(data_args, tokenizer)
     is_weighted = have_weights(train, data_args.mixture())
-    if is_weighted:
+    if is_weighted or model_args.vision_vocabulary:
         memory_args = settings_with_weights(memory_args, training_args)
     model = load_training_model(model_args, memory_args, tokenizer, data_args.max_length)
     if model_args.vision_vocabulary and heldout is not None:
@@ -75,6 +75,8 @@ def finetune(arguments: tuple[Any, ...]) -> None:
     )
     if is_weighted:
         ring_hf.count_loss_weights(trainer)
+    if model_args.vision_vocabulary:
+        ring_hf.log_modality_losses(trainer, model.config.vision_offset)  # text_loss and vision_loss
     add_callbacks(trainer, run_args, batch)
     train_and_save(trainer, checkpoint, arguments, windows)
 

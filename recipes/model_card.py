@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from arguments import DataArguments
 from run_log import LOG, read_rows
 from run_plots import plot_run
 from transformers import Trainer, TrainingArguments
@@ -106,7 +107,7 @@ def format_card(
     return f"---\n{yaml.safe_dump(head)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-_DATA = {"data", "data_split", "text_column", "heldout_data", "heldout_fraction", "packing", "mask_boundaries"}
+_DATA = {field.name for field in dataclasses.fields(DataArguments)} - {"max_length", "num_proc"}
 
 
 def _block(values: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The log of a run: `log.jsonl` in its folder, one line for every row that the Trainer logs.
 
-Training rows have `step`, `tokens` (of full sequences so far), `loss`, `lr`, `grad_norm`, `tokens_per_second` (all
-processes), `mfu` (if the peak of the device is known) and `peak_memory_gb`; evaluations have `step`, `tokens` and
-their losses. MFU counts the model FLOPs of causal sequences of max_length, as the planner does.
+Training rows have `step`, `tokens` (of full sequences so far), `loss` (with a vision vocabulary also `text_loss` and
+`vision_loss`), `lr`, `grad_norm`, `tokens_per_second` (all processes), `mfu` (if the peak of the device is known) and
+`peak_memory_gb`; evaluations have `step`, `tokens` and their losses. MFU counts the model FLOPs of causal sequences of
+max_length, as the planner does.
 """
 
 import json
@@ -15,11 +16,13 @@ import torch
 from transformers import TrainerCallback
 
 from ring_hf.costmodel.devices import DEVICES
+from ring_hf.hf.trainer.modality_losses import MODALITIES
 from ring_hf.planner.model_config import parse_config
 from ring_hf.planner.step_times import model_flops_per_token
 from ring_hf.verify.training_steps import planner_device
 
 LOG = "log.jsonl"
+MODALITY_LOSSES = [f"{name}_loss" for name in MODALITIES]
 
 
 class RunLog(TrainerCallback):
@@ -55,6 +58,7 @@ class RunLog(TrainerCallback):
         row: dict[str, Any] = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
         if "loss" in logs:
             row |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
+            row |= {key: logs[key] for key in MODALITY_LOSSES if key in logs}
             row |= self._measure(args, state, logs)
         else:
             row |= {key: value for key, value in logs.items() if key.startswith("eval_") and key.endswith("loss")}

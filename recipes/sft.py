@@ -40,13 +40,7 @@ ARGUMENTS = (
 def main() -> None:
     arguments = parse_run(ARGUMENTS, str(__doc__))
     model_args, data_args, adapter_args, parallel_args, memory_args, run_args, training_args = arguments
-    if run_args.perplexity_lengths:
-        raise ValueError(
-            f"perplexity_lengths={run_args.perplexity_lengths} are windows of plain text, which this recipe does not "
-            "read. Leave it out, or measure with recipes/perplexity.py."
-        )
-    adapter_args.check_model(model_args)
-    memory_args = check_weighting(data_args, memory_args, training_args)
+    memory_args = check_arguments(arguments)
     if data_args.holds_nothing_out:
         disable_evaluation(training_args)
     batch = set_batch(run_args, parallel_args, training_args, training_args.max_length)
@@ -71,6 +65,25 @@ def main() -> None:
     train_and_save(trainer, checkpoint, arguments)
     if adapter_args.merge_adapter:
         save_merged(trainer, tokenizer)
+
+
+def check_arguments(arguments: tuple[Any, ...]) -> MemoryArguments:
+    """Return the memory options of a run; stages ask it before the first of them starts.
+
+    Args:
+        arguments: an instance of each of `ARGUMENTS`.
+
+    Raises:
+        ValueError: if arguments do not go together.
+    """
+    model_args, data_args, adapter_args, _, memory_args, run_args, training_args = arguments
+    if run_args.perplexity_lengths:
+        raise ValueError(
+            f"perplexity_lengths={run_args.perplexity_lengths} are windows of plain text, which this recipe does not "
+            "read. Set perplexity_lengths: [], or measure with recipes/perplexity.py."
+        )
+    adapter_args.check_model(model_args)
+    return check_weighting(data_args, memory_args, training_args)
 
 
 def build_sft_trainer(model: Any, args: SFTConfig, tokenizer: Any, train: Any, heldout: Any) -> Trainer:
@@ -112,6 +125,11 @@ def check_weighting(
         ValueError: if another setting belongs to TRL's loss, or TRL would ignore a memory option.
     """
     if data_args.loss_weighting == "tokens":
+        if memory_args.loss_block is not None:
+            raise ValueError(
+                f"loss_block={memory_args.loss_block}: TRL's SFTTrainer takes the loss in tiles by itself. Leave it "
+                "out; loss_weighting=examples, which another Trainer computes, has it."
+            )
         return memory_args
     if args.loss_type != "nll":
         raise ValueError(f"loss_weighting=examples with loss_type={args.loss_type!r}: weights are for nll only.")

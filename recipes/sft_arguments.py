@@ -7,8 +7,8 @@ from typing import Any
 from arguments import ModelArguments, SourceArguments, option, parse_mapping
 
 from ring_hf.data.example_weights import check_weighting
-from ring_hf.data.formats import find_format
-from ring_hf.data.source_spec import MixtureSpec, SourceSpec
+from ring_hf.data.formats import find_format, with_options
+from ring_hf.data.source_spec import MixtureSpec
 
 OVERLONG = ("drop", "truncate")
 
@@ -48,19 +48,12 @@ class ConversationArguments(SourceArguments):
 
     @property
     def source_defaults(self) -> dict[str, Any]:
-        return {**super().source_defaults, "format": self.format, "overlong": self.overlong}
+        return {**super().source_defaults, "overlong": self.overlong}
 
     def mixture_with(self, options: dict[str, Any]) -> MixtureSpec:
         """Return the sources to train on, with these options where their format has them."""
         mixture = self.mixture()
         return dataclasses.replace(mixture, sources=tuple(with_options(spec, options) for spec in mixture.sources))
-
-
-def with_options(spec: SourceSpec, options: dict[str, Any]) -> SourceSpec:
-    """Return a source with options of the run, where its format has them and the source does not set them."""
-    known = find_format(spec.format).options
-    defaults = {name: value for name, value in options.items() if name in known and value is not None}
-    return dataclasses.replace(spec, options={**defaults, **spec.options})
 
 
 @dataclass

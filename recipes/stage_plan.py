@@ -13,6 +13,8 @@ from ring_hf.planner.step_times import estimate_times
 from ring_hf.text import markdown_table
 
 CHECKPOINTS = {"none": "none", "recompute": "full", "save": "save-attention"}
+# TRL's SFTTrainer takes the loss in tiles of 4,096 tokens and 32,768 words, as large as 1,024 tokens of 131,072.
+_TRL_LOSS_BLOCK = 1024
 _OFFLOADED = {"layers": ("layers",), "attention": ("attention",), "all": ("layers", "attention"), None: ()}
 
 
@@ -57,7 +59,7 @@ def make_job(stage: Stage, device: str, model: Model) -> TrainingJob:
         offload=(*_offloaded_states(settings), *_OFFLOADED[values.get("memory_offload")]),
         checkpoint=checkpoint,
         ffn_block=_block(values, "ffn_block"),
-        loss_block=_block(values, "loss_block"),
+        loss_block=_block(values, "loss_block") or _own_loss_block(stage),
         layout=_layout(values),
         transport=str(values.get("transport") or "auto"),
         ulysses=_ulysses(values),
@@ -81,6 +83,12 @@ def _block(values: dict[str, Any], key: str) -> int:
     if not value.isdigit():
         raise ValueError(f"{key}={value}: the planner needs a number of tokens. Write one instead of {value}.")
     return int(value)
+
+
+def _own_loss_block(stage: Stage) -> int:
+    """Return the block of a Trainer that takes its loss in blocks by itself, 0 for others."""
+    is_trl = stage.recipe == "sft" and stage.values.get("loss_weighting", "tokens") == "tokens"
+    return _TRL_LOSS_BLOCK if is_trl else 0
 
 
 def _layout(values: dict[str, Any]) -> str:

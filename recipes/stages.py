@@ -269,9 +269,13 @@ def check_values(recipe: str, values: dict[str, Any]) -> None:
         path = Path(folder, "run.yaml")
         checked = {key: value for key, value in values.items() if key not in _PRECISION}
         path.write_text(yaml.safe_dump(checked))
-        for arguments in parse(recipe_types(recipe), "", [str(path)], use_cpu=True):
-            if isinstance(arguments, ParallelArguments | MemoryArguments):
-                arguments.config()
+        arguments = parse(recipe_types(recipe), "", [str(path)], use_cpu=True)
+    for group in arguments:
+        if isinstance(group, ParallelArguments | MemoryArguments):
+            group.config()
+    check = getattr(importlib.import_module(recipe), "check_arguments", None)
+    if check is not None:
+        check(arguments)
 
 
 def measurement(stages: list[Stage], top: dict[str, Any]) -> Stage | None:

@@ -24,6 +24,7 @@ __all__ = [
     "guard_model",
     "hf",
     "kernels",
+    "log_modality_losses",
     "memory",
     "parallel",
     "shard",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         ContextParallelConfig,
         count_loss_weights,
         guard_model,
+        log_modality_losses,
     )
     from .parallel import context_attention, shard, unshard
 else:  # a type checker that saw `__getattr__` would accept any name
@@ -53,6 +55,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
                 "ContextParallelConfig",
                 "count_loss_weights",
                 "guard_model",
+                "log_modality_losses",
             ),
             "kernels": (),
             "memory": (),

@@ -42,14 +42,15 @@ def check_errors(errors: str) -> None:
 
 
 def bad_row(error: RowError, location: str, errors: str) -> dict[str, str]:
-    """Return the columns of a row that is left out.
+    """Return the columns of a row that is left out; `location` is empty if its whole file is.
 
     Raises:
         ValueError: instead, unless `errors` is `skip`.
     """
+    message = f"{location}: {error.message}" if location else error.message
     if errors != "skip":
-        raise ValueError(f"{location}: {error.message}")
-    return {"error": error.kind, "message": f"{location}: {error.message}"}
+        raise ValueError(message)
+    return {"error": error.kind, "message": message}
 
 
 def drop_bad_rows(rows: Dataset, name: str) -> Dataset:

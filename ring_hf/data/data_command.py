@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..text import HelpFormatter, parse_size
+from .conversation_keys import ConversationKeys, as_data_keys, is_conversation_run
 from .run_options import DataArguments, explain_unknown, option, read_run, read_yaml
 
 _EXAMPLES = """examples:
@@ -22,8 +23,8 @@ _EXAMPLES = """examples:
         --data '[{source: builtin, name: long, weight: 0.8, min_length: 4096},
                  {source: builtin, name: short, weight: 0.2, max_length: 1024}]'
 
-The keys are those of a run (recipes/finetune.py --help); on the command line they replace those of the file. Keys of
-a file that do not concern its data are left alone.
+The keys are those of a run (recipes/finetune.py --help, or recipes/sft.py --help where `packing` is true or false); on
+the command line they replace those of the file. Keys of a file that do not concern its data are left alone.
 """
 _SIMILAR = 0.8  # of a key to one of these: it is one of them, misspelt
 _OTHERS = ("eval", "logging", "save")  # in the names of keys that resemble one of these, and are others
@@ -86,7 +87,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "--sample", type=int, help="read only so many documents of each source (with streaming: default 1000)"
     )
-    for title, cls in (("run", RunArguments), ("data", DataArguments)):
+    titles = (("run", RunArguments), ("data", DataArguments), ("data in a run of recipes/sft.py", ConversationKeys))
+    for title, cls in titles:
         group = command.add_argument_group(f"keys of the {title}")
         for field in dataclasses.fields(cls):
             text = field.metadata["help"].replace("%", "%%")
@@ -99,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: if a key or value is not allowed, or the data cannot be used.
     """
-    run_args, data_args = parse_options(options)
+    run_args, data_args, format_options = parse_options(options)
     if options.sample is not None and options.sample < 1:
         raise ValueError(f"--sample {options.sample} must be at least 1 document.")
     name = run_args.tokenizer or run_args.model
@@ -110,13 +112,15 @@ def run(options: argparse.Namespace) -> int:
     from .byte_level import load_tokenizer
     from .data_report import make_report
     from .data_tables import format_report
+    from .formats import with_options
     from .packing import check_packing
     from .sequences import load_sample, load_splits, mix_sources
 
     check_packing(data_args.packing, data_args.max_length)
     tokenizer = load_tokenizer(name, run_args.model_revision if name == run_args.model else "main")
     sample = options.sample or (1000 if data_args.streaming else None)
-    mixture = data_args.mixture()
+    sources = tuple(with_options(spec, format_options) for spec in data_args.mixture().sources)
+    mixture = dataclasses.replace(data_args.mixture(), sources=sources)
     rows = load_splits(data_args)[0] if sample is None else load_sample(mixture.sources, sample)
     report = make_report(
         mix_sources(rows, mixture, tokenizer, data_args.max_length, data_args.num_proc),
@@ -138,13 +142,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArguments]:
-    """Return the keys of the run's file, replaced by those of the command line.
+def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArguments, dict[str, Any]]:
+    """Return the keys of the run's file, replaced by those of the command line, and options of the sources' formats.
 
     Raises:
         ValueError: if a value has the wrong type, or a key of the file is a misspelt one.
     """
-    classes = (RunArguments, DataArguments)
+    classes = (RunArguments, DataArguments, ConversationKeys)
     kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
     values = select_stage(read_run(options.run), options.stage) if options.run is not None else {}
     if misspelt := [key for key in values if key not in kinds and _is_misspelt(str(key), kinds)]:
@@ -154,13 +158,18 @@ def parse_options(options: argparse.Namespace) -> tuple[RunArguments, DataArgume
         if hasattr(options, name):
             value = getattr(options, name)
             values[name] = value if _allows(kind, str) else read_yaml(f"--{name}", value)
+    if isinstance(values.get("max_length"), str):  # as in stages
+        values["max_length"] = parse_size(values["max_length"])
+    format_options: dict[str, Any] = {}
+    if is_conversation_run(values):
+        values, format_options = as_data_keys(values)
     for name, value in values.items():
         _check_type(name, value, kinds[name])
     run_args, data_args = (
         cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-        for cls in classes
+        for cls in (RunArguments, DataArguments)
     )
-    return typing.cast("RunArguments", run_args), typing.cast("DataArguments", data_args)
+    return typing.cast("RunArguments", run_args), typing.cast("DataArguments", data_args), format_options
 
 
 def select_stage(values: dict[str, Any], stage: str | None) -> dict[str, Any]:

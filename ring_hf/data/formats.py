@@ -32,7 +32,7 @@ from .conversations import (
 from .document_qa import DOCUMENT_QA_COLUMNS, DOCUMENT_QA_OPTIONS, tokenize_document_qa
 from .files import RowColumns
 from .pretokenized import check_tokens
-from .source_spec import explain_keys
+from .source_spec import SourceSpec, explain_keys
 from .tokens import COLUMNS, map_batches, tokenize_documents
 from .vision_codes import VISION_OPTIONS, tokenize_vision_codes
 
@@ -87,6 +87,13 @@ class Format:
                 f"{', '.join((*self.columns, *self.optional))}."
             )
         return RowColumns(self.columns, self.optional, tuple(sorted(renamed.items())))
+
+
+def with_options(spec: SourceSpec, options: Mapping[str, Any]) -> SourceSpec:
+    """Return a source with options of the run, where its format has them and the source does not set them."""
+    known = find_format(spec.format).options
+    defaults = {name: value for name, value in options.items() if name in known and value is not None}
+    return dataclasses.replace(spec, options={**defaults, **spec.options})
 
 
 def tokenize_source(rows: Any, tokenizer: Any, format_name: str, settings: FormatSettings) -> Any:

@@ -29,6 +29,9 @@ class SourceArguments:
         "encoding and errors.",
     )
     data_split: str = option("train", "Split of a dataset on the hub.")
+    format: str = option(
+        "text", "What a row of a source holds: text, tokens, messages, prompt_completion, document_qa or vision_codes."
+    )
     text_column: str = option("text", "Column that holds the text.")
     encoding: str = option("utf-8", "Encoding of txt, json and jsonl files.")
     errors: str = option("raise", "At a row that cannot be used: raise, or skip it and count it by kind.")
@@ -62,6 +65,7 @@ class SourceArguments:
     def source_defaults(self) -> dict[str, Any]:
         """Fields of every source that does not set them."""
         return {
+            "format": self.format,
             "text_column": self.text_column,
             "split": self.data_split,
             "encoding": self.encoding,

@@ -170,6 +170,8 @@ def add_vision_vocabulary(model: Any, tokenizer: Any, offset: int | None = None)
     Raises:
         ValueError: if the model was trained with another offset.
     """
+    import torch  # which the other functions, and so the command line, do without
+
     offset = vision_offset(tokenizer, offset)
     before = getattr(model.config, OFFSET_KEY, None)
     if before is not None and before != offset:
@@ -179,7 +181,9 @@ def add_vision_vocabulary(model: Any, tokenizer: Any, offset: int | None = None)
         )
     num_rows = model.get_input_embeddings().weight.shape[0]
     if num_rows < offset + VISION_VOCABULARY:
-        model.resize_token_embeddings(offset + VISION_VOCABULARY)
+        # The numbers it draws depend on the weights, which under FSDP2 only one process of a machine may have read.
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(offset + VISION_VOCABULARY)
     setattr(model.config, OFFSET_KEY, offset)
     return offset
 

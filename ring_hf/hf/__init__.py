@@ -18,6 +18,7 @@ __all__ = [
     "find_damage",
     "guard_model",
     "last_checkpoint",
+    "log_modality_losses",
     "register_backends",
 ]
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .collate.collator import ContextParallelCollator
     from .generation.sharded_cache import ContextParallelCache
     from .trainer.callback import ContextParallelCallback
+    from .trainer.modality_losses import log_modality_losses
     from .trainer.model_guard import guard_model
     from .trainer.parallelism_config import ContextParallelConfig
     from .trainer.weighted_counts import count_loss_weights
@@ -40,6 +42,7 @@ else:  # a type checker that saw `__getattr__` would accept any name
             "trainer.callback": ("ContextParallelCallback",),
             "trainer.parallelism_config": ("ContextParallelConfig",),
             "trainer.model_guard": ("guard_model",),
+            "trainer.modality_losses": ("log_modality_losses",),
             "trainer.weighted_counts": ("count_loss_weights",),
             "trainer.whole_checkpoints": ("find_damage", "last_checkpoint"),
         },

@@ -26,6 +26,8 @@ from .sharded_weights import GradientHandover, gathered
 
 SMALLEST = 256  # tokens of an automatic block
 Loss = Callable[..., Tensor]
+# Called with the loss of each token, its label (shifted) and its weight (None: 1), all `[T]`, without gradients.
+LossObserver = Callable[[Tensor, Tensor, Tensor | None], None]
 _stock: "weakref.WeakKeyDictionary[Loss, Loss]" = weakref.WeakKeyDictionary()
 
 
@@ -34,12 +36,14 @@ def stock_of(function: Loss) -> Loss:
     return _stock.get(function, function)
 
 
-def blockwise(stock: Loss, on_call: Callable[[], None] = lambda: None) -> Loss:
+def blockwise(stock: Loss, on_call: Callable[[], None] = lambda: None, observers: Sequence[LossObserver] = ()) -> Loss:
     """Return a loss function that takes `LazyLogits` in blocks, and any other logits as `stock` does.
 
     Args:
         stock: the loss function of a model, called as `stock(logits, labels, vocab_size, ...)`.
         on_call: called first, at every call.
+        observers: called with the losses of tokens in every pass that records gradients. The logits are not computed
+            again for them.
     """
 
     @functools.wraps(stock)
@@ -54,13 +58,14 @@ def blockwise(stock: Loss, on_call: Callable[[], None] = lambda: None) -> Loss:
         **kwargs: Any,
     ) -> Tensor:
         on_call()
-        if loss_weights is None and not isinstance(logits, LazyLogits):
+        observed = observers if torch.is_grad_enabled() else ()
+        if loss_weights is None and not isinstance(logits, LazyLogits) and not observed:
             options = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
             return stock(logits, labels, vocab_size, num_items_in_batch, **options)
         if shift_labels is None:  # token t predicts token t + 1
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
             loss_weights = None if loss_weights is None else pad(loss_weights, (0, 1))[..., 1:]
-        return _mean(logits, shift_labels, loss_weights, num_items_in_batch, ignore_index)
+        return _mean(logits, shift_labels, loss_weights, num_items_in_batch, ignore_index, observed)
 
     _stock[loss_function] = stock
     return loss_function
@@ -78,6 +83,7 @@ def _mean(
     weights: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     ignore_index: int,
+    observers: Sequence[LossObserver],
 ) -> Tensor:
     labels_T = labels.reshape(-1).to(logits.device)
     weights_T = None if weights is None else weights.reshape(-1).to(logits.device)
@@ -88,10 +94,15 @@ def _mean(
                 f"{num_tokens} tokens have logits, but {len(values_T)} have {name}: they would be taken "
                 "for those of other tokens. Pass as many, and leave logits_to_keep out where a loss is asked for."
             )
+    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+    losses_T = labels_T.new_zeros(num_tokens, dtype=at_least_fp32) if observers else None
     if isinstance(logits, LazyLogits):
-        total = _in_blocks(logits, labels_T, weights_T, ignore_index)
+        total = _in_blocks(logits, labels_T, weights_T, ignore_index, losses_T)
     else:  # fewer tokens than a block
-        total = _sum(logits.flatten(0, -2), labels_T, weights_T, ignore_index)
+        total = _sum(logits.flatten(0, -2), labels_T, weights_T, ignore_index, losses_T)
+    for observe in observers:
+        assert losses_T is not None
+        observe(losses_T, labels_T, weights_T)
     if num_items_in_batch is not None:
         return total / (
             num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
@@ -100,15 +111,21 @@ def _mean(
     return total / (is_counted.sum() if weights_T is None else (weights_T * is_counted).sum())
 
 
-def _sum(logits: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
-    """Sum the loss over all tokens, from their logits `[T, V]`, in at least fp32."""
+def _sum(
+    logits: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int, losses_T: Tensor | None = None
+) -> Tensor:
+    """Sum the loss over all tokens, from their logits `[T, V]`, in at least fp32; write that of each to `losses_T`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    reduction = "sum" if weights_T is None else "none"
+    reduction = "sum" if weights_T is None and losses_T is None else "none"
     loss = cross_entropy(logits, labels_T, ignore_index=ignore_index, reduction=reduction)
-    return loss if weights_T is None else (loss * weights_T).sum()
+    if losses_T is not None:
+        losses_T.copy_(loss.detach())
+    return loss.sum() if weights_T is None else (loss * weights_T).sum()
 
 
-def _in_blocks(logits: LazyLogits, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int) -> Tensor:
+def _in_blocks(
+    logits: LazyLogits, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int, losses_T: Tensor | None
+) -> Tensor:
     hidden_TD, block = logits.hidden.flatten(0, -2), logits.block
     if block == "auto":
         block = automatic_block(hidden_TD.shape[0], hidden_TD.shape[1], logits.shape[-1])
@@ -116,7 +133,7 @@ def _in_blocks(logits: LazyLogits, labels_T: Tensor, weights_T: Tensor | None, i
     with gathered(logits.head):
         trained = [p for p in logits.head.parameters() if p.requires_grad]
         return summed_loss(
-            logits.logits_of, hidden_TD, labels_T, weights_T, trained, block, ignore_index, logits.handover
+            logits.logits_of, hidden_TD, labels_T, weights_T, trained, block, ignore_index, logits.handover, losses_T
         )
 
 
@@ -129,6 +146,7 @@ def summed_loss(
     block: int,
     ignore_index: int = -100,
     handover: GradientHandover | None = None,
+    losses_T: Tensor | None = None,
 ) -> Tensor:
     """Sum `weight * cross entropy` over the tokens whose label is not ignored.
 
@@ -142,6 +160,7 @@ def summed_loss(
         ignore_index: label of tokens without a loss.
         handover: takes the gradients of parameters to the engine that shards them. Default: this function's backward
             pass returns them.
+        losses_T: the loss of each token is written here.
 
     Returns:
         A scalar in at least fp32, in nats.
@@ -149,7 +168,8 @@ def summed_loss(
     if not torch.is_grad_enabled():  # needs_input_grad says what needs gradients in general, and not now
         hidden_TD, parameters, handover = hidden_TD.detach(), (), None
     returned = parameters if handover is None else ()
-    return _SummedLoss.apply(logits_of, labels_T, weights_T, block, ignore_index, handover, hidden_TD, *returned)
+    options = (block, ignore_index, handover, losses_T)
+    return _SummedLoss.apply(logits_of, labels_T, weights_T, *options, hidden_TD, *returned)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -162,10 +182,11 @@ class _SummedLoss(torch.autograd.Function):
         block: int,
         ignore_index: int,
         handover: GradientHandover | None,
+        losses_T: Tensor | None,
         hidden_TD: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        needs_grad = ctx.needs_input_grad[6:]
+        needs_grad = ctx.needs_input_grad[7:]
         trained: Sequence[Tensor] = [p for p, need in zip(parameters, needs_grad[1:], strict=True) if need]
         if handover is not None:
             trained, needs_grad = handover.parameters, (*needs_grad, *(True for _ in handover.parameters))
@@ -181,7 +202,8 @@ class _SummedLoss(torch.autograd.Function):
             leaf = hidden_TD[start:stop].detach().requires_grad_(needs_grad[0])
             with torch.set_grad_enabled(any(needs_grad)), autocast():
                 weights_b = None if weights_T is None else weights_T[start:stop]
-                loss = _sum(logits_of(leaf[None])[0], labels_T[start:stop], weights_b, ignore_index)
+                losses_b = None if losses_T is None else losses_T[start:stop]
+                loss = _sum(logits_of(leaf[None])[0], labels_T[start:stop], weights_b, ignore_index, losses_b)
             total += loss.detach()
             if any(needs_grad):
                 leaves = [leaf] if needs_grad[0] else []
@@ -214,4 +236,4 @@ class _SummedLoss(torch.autograd.Function):
         )
         if ctx.handover is not None:
             ctx.handover.gradients, parameter_gradients = parameter_gradients, []
-        return (None,) * 6 + (dhidden_TD, *parameter_gradients)
+        return (None,) * 7 + (dhidden_TD, *parameter_gradients)

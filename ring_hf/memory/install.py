@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import chunked_mlp, token_wise
-from .chunked_loss import blockwise
+from .chunked_loss import LossObserver, blockwise
 from .layer_checkpointing import LayerCheckpointing
 from .lazy_logits import LazyLogits, disable, enable, remove
 from .mlp_classes import declare
@@ -42,11 +42,14 @@ class Applied:
         config: the options.
         feed_forward: tokens of a block, by the name of each feed-forward module.
         head: class of the LM head whose loss is taken in blocks.
+        observers: functions to call with the losses of tokens in every training pass (`chunked_loss.LossObserver`); to
+            be added to where the loss is taken in blocks.
     """
 
     config: MemoryConfig
     feed_forward: dict[str, int]
     head: str | None
+    observers: list[LossObserver] = field(default_factory=list, compare=False, repr=False)
 
     def __str__(self) -> str:
         blocks = sorted(set(self.feed_forward.values()))
@@ -108,12 +111,12 @@ def apply(model: Any, config: MemoryConfig | None = None, **settings: Any) -> Ap
         refuse_composite(head)
     for mlp in mlps:
         chunked_mlp.wrap(mlp, blocks[mlp.name])
+    applied = Applied(config, blocks, None if head is None else type(head).__name__)
     if head is not None:
-        _switch_loss(inner, config)
+        _switch_loss(inner, applied)
     if checkpointing is not None:
         checkpointing.switch_on()
     inner.register_forward_pre_hook(_refuse_compiled)
-    applied = Applied(config, blocks, None if head is None else type(head).__name__)
     _applied[inner] = applied
     logger.info("%s", applied)
     return applied
@@ -291,7 +294,7 @@ def _prove_loss(model: Any) -> None:
         )
 
 
-def _switch_loss(model: Any, config: MemoryConfig) -> None:
+def _switch_loss(model: Any, applied: Applied) -> None:
     enabled_heads: list[nn.Module] = []
     is_loss_called = False
 
@@ -299,14 +302,14 @@ def _switch_loss(model: Any, config: MemoryConfig) -> None:
         nonlocal is_loss_called
         is_loss_called = True
 
-    model.loss_function = blockwise(model.loss_function, on_loss)
+    model.loss_function = blockwise(model.loss_function, on_loss, applied.observers)
 
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal is_loss_called
         is_loss_called = False
         head = module.get_output_embeddings()  # in every pass: PEFT may have wrapped it since
         if kwargs.get("labels") is not None:
-            enable(head, config.loss_block)
+            enable(head, applied.config.loss_block)
             enabled_heads.append(head)
         elif kwargs.get("loss_weights") is not None:
             raise ValueError(

@@ -10,11 +10,14 @@ import pytest
 import yaml
 from arguments import MemoryArguments, ModelArguments, ParallelArguments
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from sft_arguments import AdapterArguments, ConversationArguments
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 from ring_hf.cli import main
 from ring_hf.data import PACKINGS, build_byte_tokenizer, load_sequences
 from ring_hf.data.byte_level import END_OF_TEXT
+from ring_hf.data.conversation_keys import ConversationKeys
 from ring_hf.data.data_command import _EXAMPLES, RunArguments, _is_misspelt
 from ring_hf.data.data_report import busiest_over_mean, count_targets, length_histogram, make_report
 from ring_hf.data.run_options import DataArguments
@@ -157,7 +160,7 @@ def test_a_stream_is_sampled(run, capsys):
 REFUSED = [
     ("", "the run names no model or tokenizer. Add --model or --tokenizer"),
     ("absent.yaml", "the first argument 'absent.yaml' is not a file"),
-    ("--tokenizer bytes --max_length long", "max_length='long' is a str, but must be int."),
+    ("--tokenizer bytes --max_length long", "'long' is not a number of tokens. Write 4096, 64K"),
     ("--tokenizer bytes --heldout_fraction 2", "heldout_fraction=2 must be at least 0 and below 1"),
     ("--tokenizer bytes --sample 0", "--sample 0 must be at least 1 document"),
     ("--tokenizer bytes --context_parallel_size 2 --num_processes 3", "=2 does not divide num_processes=3"),
@@ -188,16 +191,19 @@ def test_a_misspelt_key_of_a_file_is_refused(run, capsys):
 
 
 def test_a_stage_is_reported_by_number_or_name(run, tmp_path, capsys):
-    stages = "\ntokens_per_batch: 64\nstages:\n- {max_length: 16}\n- {name: long, max_length: 32}\n"
+    stages = "\ntokens_per_batch: 64\nstages:\n- {max_length: 16}\n- {name: kilo, max_length: 1K}\n"
+    stages += "- {name: long, max_length: 32}\n"
     path = tmp_path / "stages.yaml"
     path.write_text((tmp_path / "run.yaml").read_text() + stages)
-    for stage, length, sequences in (("1", 16, 4), ("2", 32, 2), ("long", 32, 2)):
+    for stage, length, sequences in (("1", 16, 4), ("3", 32, 2), ("long", 32, 2)):
         assert main(["data", str(path), "--stage", stage]) == 0
         printed = capsys.readouterr().out
         assert f"sequences of at most {length} tokens" in printed and f"Sequences in a step: {sequences}." in printed
+    assert main(["data", str(path), "--stage", "kilo", "--tokens_per_batch", "2K"]) == 0
+    assert "1,024 tokens (separate" in capsys.readouterr().out
     for words, message in (
-        ([str(path)], "--stage None: the file has the stages 1, long. Choose one"),
-        ([str(path), "--stage", "3"], "--stage 3: the file has the stages 1, long"),
+        ([str(path)], "--stage None: the file has the stages 1, kilo, long. Choose one"),
+        ([str(path), "--stage", "4"], "--stage 4: the file has the stages 1, kilo, long"),
         ([run, "--stage", "1"], "--stage 1: the file has no list of stages"),
         (
             [str(path), "--stage", "1", "--tokens_per_batch", "60"],
@@ -209,8 +215,12 @@ def test_a_stage_is_reported_by_number_or_name(run, tmp_path, capsys):
 
 
 def test_keys_of_training_are_no_misspelt_ones():
-    known = {field.name: field for cls in (RunArguments, DataArguments) for field in dataclasses.fields(cls)}
-    classes = (ModelArguments, ParallelArguments, MemoryArguments, TrainingArguments)
+    known = {
+        field.name: field
+        for cls in (RunArguments, DataArguments, ConversationKeys)
+        for field in dataclasses.fields(cls)
+    }
+    classes = (ModelArguments, ParallelArguments, MemoryArguments, ConversationArguments, AdapterArguments, SFTConfig)
     others = {field.name for cls in classes for field in dataclasses.fields(cls)} - set(known)
     assert len(others) > 100
     assert [name for name in sorted(others) if _is_misspelt(name, known)] == []
@@ -229,6 +239,24 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys, run):
         words = shlex.split(line.replace("\\\n", " "))
         assert main([*words, "--sample", "20", "--heldout_fraction", "0"]) == 0
     assert (tmp_path / "data.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "packing"),
+    [
+        ("--recipe sft --packing false --format text", "separate"),
+        ("--packing true --format text", "best_fit"),
+        ("--packing true --packing_strategy wrapped --format text", "stream"),
+        ("--recipe finetune", "separate"),
+        ("--packing_strategy tight", None),
+    ],
+)
+def test_the_keys_of_the_recipe_for_conversations_are_translated(run, tmp_path, capsys, words, packing):
+    code = main(["data", run, "--json", str(tmp_path / "report.json"), *words.split()])
+    if packing is None:
+        assert code == 2 and "packing='separate', packing_strategy='tight': recipes/sft.py" in capsys.readouterr().err
+        return
+    assert code == 0 and json.loads((tmp_path / "report.json").read_text())["packing"] == packing
 
 
 def test_the_built_in_run_files_can_be_reported(capsys):

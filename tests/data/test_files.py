@@ -142,7 +142,7 @@ REFUSED = {
         '{"text": "a\\ud83d"}',
         r"line 1: character 2 of the text, '\\ud83d', is half of a sur",
     ),
-    "other column": ("a.jsonl", '{"body": "a", "n": 1}', r"text_column='text' is not a column of .*\['body', 'n'\]"),
+    "other column": ("a.jsonl", '{"body": "a", "n": 1}', r"^text_column='text' is not a column of .*\['body', 'n'\]"),
     "empty file": ("a.txt", "", r"There is no text in .*a.txt. Empty \(0 bytes\): .*a.txt. Name other files"),
     "empty rows": ("a.jsonl", "\n\n", "There is no text in .*a.jsonl. Name other files, or set text_column='text'"),
     "empty texts": (

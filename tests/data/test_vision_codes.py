@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
 from ring_hf.data import FORMATS, FormatSettings, load_rows, tokenize_source
@@ -102,7 +103,9 @@ def test_a_row_of_other_codes_is_an_error_with_its_line(tmp_path, name):
 def test_the_embeddings_get_rows_for_codes_once():
     model = llama(vocab_size=WORDS)
     before = model.get_input_embeddings().weight[:WORDS].clone()
+    state = torch.get_rng_state()
     assert add_vision_vocabulary(model, tokenizer()) == WORDS
+    assert torch.get_rng_state().equal(state)  # ranks may not have the same weights yet
     assert model.get_input_embeddings().weight.shape[0] == WORDS + VISION_VOCABULARY == model.config.vocab_size
     assert model.get_output_embeddings().weight.shape[0] == WORDS + VISION_VOCABULARY
     assert model.get_input_embeddings().weight[:WORDS].equal(before)

@@ -208,6 +208,22 @@ def test_without_gradients_none_are_computed(mode):
     assert not any("backward" in name for name in count.calls)
 
 
+@pytest.mark.parametrize("block", [7, 1000])  # in blocks, and in one
+def test_observers_get_the_loss_of_every_token_and_change_nothing(block):
+    plain, inputs = model_of("llama"), batch()
+    model, calls = copy.deepcopy(plain), []
+    apply(model, loss_block=block).observers.append(lambda *tensors: calls.append(tensors))
+    assert relative_difference(step(model, inputs), step(plain, inputs)) <= 1e-10
+    ((losses, labels, weights),) = calls
+    logits = plain(**inputs, use_cache=False).logits
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].flatten()
+    expected = cross_entropy(logits.flatten(0, 1), shifted, reduction="none")
+    assert labels.equal(shifted) and weights is None and (losses - expected).abs().max() <= 1e-12
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    assert len(calls) == 1
+
+
 def test_automatic_blocks_have_as_many_logits_as_there_are_hidden_numbers():
     assert automatic_block(131_072, 4096, 128_256) == 8192  # 4186, to a power of two
     assert automatic_block(64, 32, 96) == 256

@@ -15,10 +15,22 @@ CHECKPOINT = 3
 BASE = ["--model", "{base}"]
 ADAPTER = [*BASE, "--use_peft", "true", "--lora_r", "4", "--learning_rate", "1e-2"]
 COMPLETIONS = ["--format", "prompt_completion", "--data", "{data}/completions.jsonl", "--assistant_only_loss", "false"]
+MIXTURE = "[{{source: {data}/chat.jsonl, weight: 7}}, {{source: {data}/completions.jsonl, format: prompt_completion, "
+MIXTURE += "weight: 3, overlong: truncate}}]"
 CASES = {
     "full": ["--packing", "true", "--chat_template_path", "{data}/chat.jinja"],
     "continued": ["--packing", "true", "--chat_template_path", "{data}/chat.jinja"],
-    "adapter": [*ADAPTER, "--lora_modules_to_save", "lm_head", "--merge_adapter", "true", "--rope_theta", "20000"],
+    "adapter": [
+        *ADAPTER,
+        "--data",
+        MIXTURE,
+        "--lora_modules_to_save",
+        "lm_head",
+        "--merge_adapter",
+        "true",
+        "--rope_theta",
+        "20000",
+    ],
     "dora in 4 bits": [*ADAPTER, "--use_dora", "true", "--load_in_4bit", "true", "--lora_alpha", "4"],
     "examples": [*BASE, *COMPLETIONS, "--packing", "true", "--loss_weighting", "examples", "--overlong", "truncate"],
 }

@@ -126,7 +126,8 @@ def test_run_configs_hold_only_known_keys_and_sensible_values(name, tmp_path):
 def test_run_configs_open_with_command_hardware_time_and_expectation(name):
     text = header(RUNS[name])
     assert name in text
-    for word in ("Hardware: ", "Time: ", "Expect: "):
+    words = ["Hardware: ", "Time: ", "Expect: "]
+    for word in words if "quickstart" in name else [*words, "Memory: ", "Source: "]:
         assert text.count(word) == 1, f"{word!r} in {name}"
     paths = [word for word in text.split() if word.startswith(("configs/", "recipes/")) and "." in word]
     assert paths

@@ -8,12 +8,15 @@ import pytest
 import torch
 import yaml
 from adapters import quantization_of
+from arguments import MemoryArguments
 from conversation_data import load_examples, training_template
 from sft import ARGUMENTS, check_weighting
 from sft_arguments import AdapterArguments, ConversationArguments
 from training import parse_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ring_hf.cli import main
+from ring_hf.data import pack_documents
 from tests.data.test_conversations import tokenizer
 from tests.recipes.sft_runs import CASES, CHECKPOINT
 from tests.support.harness import launch_forked
@@ -133,6 +136,33 @@ def test_long_examples_are_dropped_or_truncated_and_counted(folder, capsys, tmp_
     assert max(map(len, truncated["input_ids"])) == 60
 
 
+def test_a_mixture_is_read_as_the_report_says(folder, tmp_path, capsys):
+    """Two formats with weights, a bad row skipped: `ring-hf data` counts what the recipe trains on."""
+    bad = [*map(json.dumps, completions(0, 40)), '{"prompt": "p"}']
+    (tmp_path / "completions.jsonl").write_text("\n".join(bad))
+    sources = [
+        {"source": f"{folder}/chat.jsonl", "weight": 0.7, "max_length": 120},
+        {"source": f"{tmp_path}/completions.jsonl", "format": "prompt_completion", "weight": 0.3, "errors": "skip"},
+    ]
+    run = {**yaml.safe_load((folder / "run.yaml").read_text()), "data": sources, "max_length": 200}
+    run |= {"heldout_fraction": 0, "packing": True, "chat_template_path": str(folder / "chat.jinja")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "output_dir": str(tmp_path)}))
+    arguments = parse_run(ARGUMENTS, "", [str(tmp_path / "run.yaml")])
+    examples, _ = load_examples(arguments[1], arguments[-1], tokenizer())
+    assert main(["data", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    chat, answers = report["sources"]
+    assert chat["share"] == pytest.approx(0.7, abs=0.02) and (chat["format"], chat["overlong"]) == ("messages", "drop")
+    assert (answers["documents"], answers["format"]) == (40, "prompt_completion") and chat["outcomes"]["drop"][
+        "dropped"
+    ]
+    lengths = [len(row) for row in examples["input_ids"]]
+    assert (len(lengths), sum(lengths)) == (report["spans"], report["tokens"])
+    assert sum(int((row[1:] != -100).sum()) for row in examples["labels"]) == report["targets"]
+    assert report["packing"] == "best_fit" and report["sequences"] == len(pack_documents(examples, 200))
+    assert "chat: " in capsys.readouterr().out
+
+
 REFUSED = {
     "data": ([], {"data": None}, "data is missing. Name a file of conversations"),
     "cut": ([], {"overlong": "cut"}, "overlong='cut': choose one of drop, truncate"),
@@ -168,6 +198,9 @@ def test_settings_of_adapters_are_refused():
 
 
 def test_weights_of_examples_and_settings_of_trl_are_refused():
+    plain, memory_args = SimpleNamespace(loss_weighting="tokens"), MemoryArguments(loss_block="2048")
+    with pytest.raises(ValueError, match="loss_block=2048: TRL's SFTTrainer takes the loss in tiles by itself"):
+        check_weighting(plain, memory_args, SimpleNamespace(loss_type="nll"))
     weighted = SimpleNamespace(loss_weighting="examples")
     with pytest.raises(ValueError, match="loss_weighting=examples with loss_type='dft': weights are for nll only"):
         check_weighting(weighted, None, SimpleNamespace(loss_type="dft"))

@@ -1,5 +1,8 @@
-"""Every file of stages: it resolves, its head has the numbers of its plan, and every stage takes its first two steps,
-with a small model and short sequences."""
+"""Every file of stages: it resolves, its head has the numbers of its plan, and its stages take their first two steps,
+with a small model, short sequences and the formats and shares of its mixture.
+
+The default is the steps of the files in `SAMPLE`; `RING_HF_ALL_CASES=1` takes those of all files, in about a minute.
+"""
 
 import json
 import os
@@ -13,15 +16,18 @@ from stage_plan import estimates, format_estimates, plan_model
 from stages import read_stages
 from transformers import AutoConfig
 
+from ring_hf.data.vision_codes import CODES_PER_FRAME, END_OF_VISION
 from tests.support.harness import ROOT, launch_forked
+from tests.trainer.sft_script import TEMPLATE
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs" / "extend").glob("*.yaml"))}
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS = {"olmo3": "olmo3", "trl-1m": "qwen3", "qwen25-1m-sft": "qwen2"}
 LENGTHS = {"olmo3": 8192, "trl-1m": 40960, "lwm": 4096, "easycontext": 4096, "tiny": 256}
-SAMPLE = ("tiny", "olmo3", "qwen25-1m-sft")  # files whose first steps are taken; all with RING_HF_ALL_CASES=1
+SAMPLE = ("tiny", "olmo3", "ultralong", "qwen25-1m-sft")
 SHARE = 64  # tokens of the longest stage, scaled down
+SHORTEST = {"text": 16, "messages": 128, "vision_codes": 320}  # tokens that a row of a format needs
 # Keys that ask for another device, or for data and files that are not there.
 LEFT_OUT = {"bf16", "kernel", "heldout_data", "perplexity_lengths", "model", "data", "ulysses_size", "card_notes"}
 LEFT_OUT |= {"eval_strategy", "eval_steps", "save_steps", "max_heldout_sequences"}
@@ -96,15 +102,32 @@ def test_the_numbers_are_those_of_the_sources(read):
     )
 
 
+def scale_sources(stage, folder, longest):
+    """Return the sources of a stage, with files of few rows and short spans."""
+    default = {"format": "messages" if stage.recipe == "sft" else "text"}
+    given = stage.values["data"] if isinstance(stage.values["data"], list) else [{}]
+    sources = [
+        {**default, **{key: spec[key] for key in ("name", "format", "weight") if key in spec}} for spec in given
+    ]
+    for spec, source in zip(given, sources, strict=True):
+        source["source"] = str(folder / f"{source['format']}.jsonl")
+        if "max_length" in spec:
+            source["max_length"] = max(8, spec["max_length"] * SHARE // longest)
+    return sources
+
+
 def scale(stage, name, folder, longest, previous):
     """Return the run of a stage for two processes on a CPU: two steps of short sequences."""
     values = {key: value for key, value in stage.values.items() if key not in LEFT_OUT and value is not None}
-    length = max(16, stage.batch.max_length * SHARE // longest)
+    sources = scale_sources(stage, folder, longest)
+    length = max(max(SHORTEST[spec["format"]] for spec in sources), stage.batch.max_length * SHARE // longest)
+    if stage.recipe == "sft":
+        values["chat_template_path"] = str(folder / "chat.jinja")
     size = min(2, int(values.get("context_parallel_size") or 1))
     values |= {"max_length": length, "context_parallel_size": size, "max_steps": 2, "heldout_fraction": 0}
     values |= {"per_device_train_batch_size": 1, "disable_tqdm": True, "report_to": "none", "logging_steps": 1}
     values["tokens_per_batch"] = str(length * (2 // size) * min(2, stage.batch.accumulation))
-    values |= {"data": str(folder / f"{stage.recipe}.jsonl"), "output_dir": str(folder / name / stage.name)}
+    values |= {"data": sources, "output_dir": str(folder / name / stage.name)}
     if previous is None:
         config = {"model_type": KINDS.get(name, "llama"), **TINY, "max_position_embeddings": 64}
         values |= {"model_config": config, "tokenizer": "bytes"}
@@ -115,11 +138,27 @@ def scale(stage, name, folder, longest, previous):
     return values
 
 
-def test_every_stage_takes_its_first_steps(read, tmp_path):
+def write_rows(folder):
     texts = [pydoc_data.topics.topics[topic][:300] for topic in sorted(pydoc_data.topics.topics)]
-    (tmp_path / "finetune.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    rows = [[{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:60]}] for text in texts]
-    (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+    roles = [("user", 0, 20), ("assistant", 20, 60)]
+    rows = {
+        "text": [{"text": text} for text in texts],
+        "messages": [
+            {"messages": [{"role": role, "content": text[start:stop]} for role, start, stop in roles]}
+            for text in texts
+        ],
+        "vision_codes": [
+            {"content": ["<vision>", *range(i, i + CODES_PER_FRAME), END_OF_VISION, "</vision>", text[:20]]}
+            for i, text in enumerate(texts)
+        ],
+    }
+    for name, values in rows.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, values)))
+    (folder / "chat.jinja").write_text(TEMPLATE)
+
+
+def test_stages_take_their_first_steps(read, tmp_path):
+    write_rows(tmp_path)
     words, folders = [], {}
     names = list(FILES) if os.environ.get("RING_HF_ALL_CASES") else SAMPLE
     for name in names:
@@ -138,4 +177,4 @@ def test_every_stage_takes_its_first_steps(read, tmp_path):
     for folder in folders.values():
         steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
         assert steps == [1, 2], folder
-    assert len(folders) >= (29 if len(names) == len(FILES) else 5)
+    assert len(folders) >= (29 if len(names) == len(FILES) else 7)

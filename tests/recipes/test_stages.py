@@ -72,6 +72,7 @@ BASE = {
     "save_steps": 2,
 }
 ZERO = f"accelerate launch --config_file {ROOT}/configs/accelerate/zero3_8gpu.yaml"
+SFT = {"recipe": "sft", "data": "chat.jsonl"}
 FIRST = {"name": "a", "max_length": 64, "budget": {"steps": 2}}
 
 
@@ -110,6 +111,12 @@ def test_a_stage_starts_from_the_last_one_with_its_own_values(tmp_path):
         ({"until_short_perplexity_within": 0.1}, "Set perplexity_lengths, eval_strategy: steps and eval_steps"),
         ({"lr_scheduler_type": "cosin"}, "cosin"),
         ({"memory_attention": "some"}, "memory_attention|attention='some'"),
+        ({**SFT, "loss_block": 64}, r"stage 2 \(b\): loss_block=64: TRL's SFTTrainer takes the loss in tiles"),
+        (
+            {**SFT, "perplexity_lengths": [64]},
+            r"plain text, which this recipe does not read. Set perplexity_lengths: \[",
+        ),
+        ({**SFT, "use_peft": True, "rope": {"rope_theta": 1e5}}, "with use_peft: .* Set merge_adapter: true"),
     ],
 )
 def test_mistakes_in_a_stage_are_refused(tmp_path, second, message):

@@ -75,10 +75,12 @@ def test_weighted_sequences_and_modalities_equal_one_process(runs):
     _, alone, shared = runs
     losses = [log["loss"] for log in alone if "loss" in log]
     assert [log["loss"] for log in shared if "loss" in log] == pytest.approx(losses, rel=1e-5) and len(losses) == STEPS
-    for name in ("eval_text_loss", "eval_vision_loss"):
-        (expected,), (loss,) = ([log[name] for log in logs if name in log] for logs in (alone, shared))
-        print(f"{name}: {expected!r} in one process, {loss!r} in two")
-        assert loss == pytest.approx(expected, rel=1e-5)
+    for name, count in {"eval_text_loss": 1, "eval_vision_loss": 1, "text_loss": STEPS, "vision_loss": STEPS}.items():
+        expected, losses = ([log[name] for log in logs if name in log] for logs in (alone, shared))
+        print(f"{name}: {expected!r} in one process, {losses!r} in two")
+        assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == count
+    rows = [json.loads(line) for line in (runs[0] / "2" / "log.jsonl").read_text().splitlines()]
+    assert [row["vision_loss"] for row in rows if "loss" in row] == losses
 
 
 def test_the_saved_model_has_the_vision_vocabulary(runs):

@@ -7,15 +7,17 @@ import json
 
 import pytest
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as OwnCollator
 
+import ring_hf
 from ring_hf import ContextParallelCollator
 from ring_hf.hf.checks.argument_rules import first_error
 from ring_hf.hf.checks.trainer_rules import TRAINER_RULES
 from ring_hf.hf.trainer.sft_trainer import check_sft_columns, shard_own_collator
 from ring_hf.text import markdown_table
+from tests.data.test_conversations import tokenizer
 from tests.hf.models import llama
 from tests.support.harness import launch_forked
 from tests.trainer.sft_script import CASES, CONTROL, STEPS
@@ -100,6 +102,17 @@ def test_weights_that_the_loss_of_trl_ignores_are_refused():
     message = check_sft_columns(trainer_with(train_dataset=plain, eval_dataset={"a": plain, "b": rows}))
     assert message.startswith("b has a column loss_weights, which the loss of SFTTrainer ignores. Train with Trans")
     assert "train_dataset has a column" in check_sft_columns(trainer_with(train_dataset=rows, eval_dataset=None))
+
+
+def test_arguments_that_are_no_config_of_trl_are_refused(tmp_path):
+    """SFTTrainer turns them into an SFTConfig through a dict, in which the configuration would be lost."""
+    config = ring_hf.ContextParallelConfig(context_parallel_size=1)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], parallelism_config=config)
+    rows = Dataset.from_list([{"input_ids": [1, 2]}])
+    with pytest.raises(
+        ValueError, match=r"became a dict, .*Pass the arguments .* \(an SFTConfig to SFTTrainer\) with"
+    ):
+        SFTTrainer(llama(), arguments, train_dataset=rows, processing_class=tokenizer())
 
 
 def test_images_are_refused_when_the_trainer_is_made():

@@ -3,11 +3,16 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from ring_hf import count_loss_weights
+from ring_hf import count_loss_weights, log_modality_losses
+from ring_hf.hf.runtime.runtime_state import runtime_state
+from ring_hf.hf.trainer.modality_losses import ModalityLosses
+from tests.hf.models import llama
 from tests.support.harness import launch_forked
-from tests.trainer.weighted_script import STEPS
+from tests.trainer.weighted_script import ROWS_PER_STEP, STEPS, with_vision_codes
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,41 @@ def test_the_loss_of_each_modality_is_that_of_one_process(logs):
     assert modalities[1] == pytest.approx(modalities[0], rel=1e-5)
     text, vision, weighted = modalities[0]
     assert abs(text - vision) > 0.1 and min(text, vision) < weighted < max(text, vision)
+
+
+def test_training_logs_the_loss_of_each_modality(logs):
+    """Of one process, they make up the loss by the weights of their targets, counted here; two processes log both."""
+    sequences = with_vision_codes()
+    for step in range(STEPS):
+        rows = sequences.select(range(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP))
+        labels = np.concatenate([row["labels"][1:] for row in rows])
+        weights = np.concatenate([row["loss_weights"][1:] for row in rows]) * (labels != -100)
+        share = weights[labels >= 258].sum() / weights.sum()
+        alone, shared = (logs[size]["vision codes"][step] for size in (1, 2))
+        mixed = share * alone["vision_loss"] + (1 - share) * alone["text_loss"]
+        assert (
+            alone["loss"] == pytest.approx(mixed, rel=1e-6) and abs(alone["vision_loss"] - alone["text_loss"]) > 0.01
+        )
+        for name in ("text_loss", "vision_loss"):
+            print(f"step {step + 1}, {name}: {alone[name]!r} in one process, {shared[name]!r} in two")
+            assert shared[name] == pytest.approx(alone[name], rel=1e-5)
+
+
+def test_sums_are_by_modality_and_leave_out_a_trial_step(monkeypatch):
+    losses = ModalityLosses(SimpleNamespace(accelerator=SimpleNamespace(device="cpu")), 258)
+    batch = torch.tensor([1.0, 2.0, 4.0, 0.0]), torch.tensor([7, 300, 258, -100]), torch.tensor([1.0, 0.5, 0.5, 9.0])
+    losses.observe(*batch)
+    assert losses.sums.tolist() == [[1.0, 1.0], [3.0, 1.0]]
+    losses.observe(*batch[:2], None)
+    assert losses.sums.tolist() == [[2.0, 2.0], [9.0, 3.0]]
+    monkeypatch.setattr(runtime_state, "captured_losses", [])
+    losses.observe(*batch)
+    assert losses.sums.tolist() == [[2.0, 2.0], [9.0, 3.0]]
+
+
+def test_one_loss_for_all_tokens_has_no_modalities():
+    with pytest.raises(ValueError, match="LlamaForCausalLM computes one loss for all tokens, so text and vision"):
+        log_modality_losses(SimpleNamespace(model=llama()), 258)
 
 
 def test_weights_that_a_trainer_would_lose_are_refused():

@@ -99,6 +99,8 @@ def train(
     collator = ring_hf.ContextParallelCollator(model)
     trainer = Trainer(model, args, train_dataset=sequences, data_collator=collator)
     ring_hf.count_loss_weights(trainer)
+    if offset is not None:
+        ring_hf.log_modality_losses(trainer, offset)
     trainer.train()
     heldout = sequences.select(range(ROWS_PER_STEP))
     trainer.evaluate(heldout)

@@ -130,7 +130,7 @@ class ContextParallelCallback(TrainerCallback):
         if context is None or logs is None or model is None or guard_model(model).throughput_logger is not self:
             return
         if "loss" in logs:
-            _add_to_logs(self._measure(args, model), logs, state)
+            add_to_logs(self._measure(args, model), logs, state)
 
     def _record_progress(self, step: int | None = None) -> None:
         if self._watch is not None:
@@ -208,7 +208,8 @@ def enable_logging() -> None:
         logger.addHandler(handler)
 
 
-def _add_to_logs(metrics: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+def add_to_logs(metrics: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+    """Add numbers to a log: for the callbacks that come after, and in the history of the Trainer."""
     logs.update(metrics)
     if state.log_history:
         state.log_history[-1].update(metrics)  # the Trainer copied `logs` before it called this callback

@@ -41,6 +41,26 @@ FROM_ACCELERATE = {
 SIZE_VARIABLES = ("RING_HF_CONTEXT_PARALLEL_SIZE", FROM_ACCELERATE["context_parallel_size"])
 
 
+class PlainSettings(dict[str, Any]):
+    """A config as plain values. Accelerate can print it, and is told so if it is to train with it.
+
+    `TrainingArguments.to_dict` makes one of the config. TRL's SFTTrainer builds an `SFTConfig` of that dict when it is
+    given other arguments.
+    """
+
+    def get_device_mesh(self, device_type: str | None = None) -> Any:
+        """Refuse, where Accelerate begins to use a config.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"parallelism_config became a dict, {dict(self)}: these training arguments were built from the to_dict() "
+            "of others, as TRL's trainers do with arguments that are no config of theirs. Pass the arguments that the "
+            "Trainer asks for (an SFTConfig to SFTTrainer) with parallelism_config=ring_hf.ContextParallelConfig(...)."
+        )
+
+
 @dataclass(repr=False)
 class ContextParallelConfig(ParallelismConfig):
     """How many ranks share each sequence, and by which algorithm.
@@ -163,7 +183,7 @@ class ContextParallelConfig(ParallelismConfig):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for trackers and `TrainingArguments.to_dict`."""
-        return {name: getattr(self, name) for name in (*DEFAULTS, *DATA_PARALLEL)}
+        return PlainSettings({name: getattr(self, name) for name in (*DEFAULTS, *DATA_PARALLEL)})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings without the process groups of the device mesh, for `training_args.bin`."""
