@@ -49,7 +49,7 @@ def summarize(engine: str, name: str, outcome: Outcome, reference: dict[str, Any
         "codes": first.codes,
         "seconds": round(first.seconds, 1),
         "orphans": first.orphans,
-        "lines": [re.sub(r"^(\[rank\d\]: *)+", "", line)[:400] for line in outcome.lines_of(ERRORS.pattern)][-6:],
+        "lines": [re.sub(r"^(\[rank\d\]: *)+", "", line)[:400] for line in outcome.lines_of(ERRORS.pattern)][-12:],
         "checkpoints": outcome.checkpoints,
         "next start": None if results is None else results["start"],
         "worst loss": difference,
@@ -94,13 +94,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["fault", "engine", "exit code", "s", "the error (last lines)", "on disk", "next start from", "right"]]
     for row in rows:
         disk = [f"{name[11:]}: {damage or 'whole'}" for name, damage in row["checkpoints"].items()]
-        text = " / ".join(line.replace("|", "/").strip()[:160] for line in row["lines"][-2:])
+        own_lines = [line for line in row["lines"] if "ring_hf:" in line]  # those of torch and the launcher say less
+        text = " / ".join(line.replace("|", "/").strip()[:240] for line in (own_lines or row["lines"])[-2:])
         loss = "" if row["worst loss"] is None else f", loss differs by {row['worst loss']:.1e}"
         start = "failed" if row["next start"] is None and row["fault"] != "none" else row["next start"]
         codes, right = ", ".join(map(str, row["codes"])), "; ".join(row["problems"]) or "yes"
         cells = [row["fault"], row["engine"], codes, f"{row['seconds']:.0f}", text, ", ".join(disk)]
         lines.append([*cells, f"{start}{loss}", right])
-    return markdown_table(lines, padded=False)
+    return markdown_table(lines, align="l", padded=False)
 
 
 def main() -> None:
