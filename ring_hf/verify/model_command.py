@@ -5,8 +5,10 @@ The command starts the ranks with `accelerate launch`, as training does, and pri
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..text import parse_size
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout; an installed package has no recipes beside it
 ENGINES = ("ddp", "fsdp2", "zero3")
 RECIPES = ("finetune", "sft")
+GRACE = 35.0  # seconds to end after a signal; torchrun gives its ranks 30
 NUM_LINES = 40  # of the output of ranks that failed
 DEFAULTS = {"attn": "ring_zigzag", "length": 512, "dtype": "float32", "rows": 2}
 DESCRIPTION = """
@@ -120,14 +123,28 @@ def _launch(words: list[str], options: argparse.Namespace, device: str) -> "subp
     if device == "cpu":  # DeepSpeed takes its device from the arguments of the Trainer
         environment["ACCELERATE_USE_CPU"] = str(options.engine != "zero3").lower()
         environment.setdefault("OMP_NUM_THREADS", "1")
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        return subprocess.run(
-            words, env=environment, capture_output=True, text=True, timeout=options.timeout, check=False
-        )
+        stdout, stderr = process.communicate(timeout=options.timeout)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"the ranks did not end in {options.timeout:g} s. Set a smaller --length or --rows, or a larger --timeout."
         ) from None
+    finally:
+        if process.poll() is None:  # also after Ctrl-C: the ranks have a session of their own
+            _end(process)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a launcher and its ranks."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE)
 
 
 def rank_command(options: argparse.Namespace, num_ranks: int, device: str, result_path: Path) -> list[str]:

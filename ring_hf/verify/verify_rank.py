@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ..data import DataArguments, load_sequences
@@ -40,8 +41,9 @@ def main() -> None:
     options = json.loads(Path(sys.argv[1]).read_text())
     try:
         result = verify_rank(options)
-    except ValueError as error:
-        if not is_refusal(error):
+    except Exception as error:
+        if not (isinstance(error, ValueError) and is_refusal(error)):
+            get_error_handler().record_exception(error)  # its traceback, for the launcher's report
             raise
         result = ModelVerification("refused", str(error))
     if int(os.environ["RANK"]) == 0:
