@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..memory import applied_to
+
 NUM_FEATURES = 64
 MAX_TENSORS = 8  # of the inputs or outputs of a module
 
@@ -100,7 +102,11 @@ class ModuleRecords:
                     for tensor, value in tensors.items():
                         self._keep(RecordKey(name, call, kind, tensor), value, is_reference)
 
+        applied = applied_to(self.model)
+        blocks = () if applied is None else tuple(f"{name}." for name in applied.feed_forward)
         for name, module in self.model.named_modules():
+            if name.startswith(blocks):  # runs on a block of tokens at a time, and must not have hooks
+                continue
             handles.append(module.register_forward_pre_hook(_bind(before, name), with_kwargs=True))
             handles.append(module.register_forward_hook(_bind(after, name)))
         self._calls, self.is_active = {}, True

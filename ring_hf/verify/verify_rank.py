@@ -55,6 +55,7 @@ def verify_rank(options: dict[str, Any]) -> ModelVerification:
     config = ContextParallelConfig(
         context_parallel_size=options["cp"], transport=options["transport"], ulysses_size=options["ulysses"]
     )
+    model = _load_model(options)  # before DeepSpeed is known, which would shard it while it is loaded
     with tempfile.TemporaryDirectory() as folder:
         arguments = default_arguments(
             folder,
@@ -63,7 +64,6 @@ def verify_rank(options: dict[str, Any]) -> ModelVerification:
             parallelism_config=config,
             **ENGINE_ARGUMENTS[options["engine"]],
         )
-        model = _load_model(options)
         rows = _random_rows(model, options) if options["data"] is None else _read_rows(options, arguments)
         return verify_model(
             model, rows, arguments, reference=options["reference"], past_refusals=options["past_refusals"]
