@@ -152,6 +152,7 @@ class ModelRun:
             self._tokenizer = load_pretrained(AutoTokenizer, "tokenizer", self._source)
             options = {"attn_implementation": self._args.attn_implementation, "dtype": self._args.dtype}
             model = load_pretrained(AutoModelForCausalLM, "model", self._source, **options)
+            model.generation_config.use_cache = True  # a model may have been saved without, as for training
             self._model = model.to(self._accelerator.device).eval()
 
     def _read(self, read: Any) -> Any:

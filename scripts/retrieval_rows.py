@@ -99,5 +99,5 @@ def curriculum(steps: list[int], lengths: list[int], rows_per_step: int, seed: i
         raise ValueError(f"steps={steps} and lengths={lengths}: give a number of steps for each length.")
     rng = random.Random(seed)
     stages = [[length] * count for length, count in zip(lengths[:-1], steps[:-1], strict=True)]
-    stages.append([rng.choice(lengths) for _ in range(steps[-1])])
+    stages.append([rng.choice([*lengths, lengths[-1]]) for _ in range(steps[-1])])  # the longest twice as often
     return [length for stage in stages for length in stage for _ in range(rows_per_step)]

@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         "--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of prompts, ascending"
     )
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[300, 200, 600], help="steps at each; the last mix all"
+        "--steps", type=int, nargs="+", default=[300, 150, 800], help="steps at each; the last mix all"
     )
     parser.add_argument("--processes", type=int, default=2, help="ranks that share a sequence")
     parser.add_argument("--rows", type=int, default=2, help="rows of the longest length in a step")
@@ -78,10 +78,10 @@ def train(arguments: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        use_cache=False,
         attn_implementation="ring_zigzag",
     )
     model = LlamaForCausalLM(config)
+    model.config.use_cache = False  # in training; its generation_config keeps the cache
     rows = curriculum(arguments.steps, arguments.lengths, arguments.rows)
     num_steps = len(rows) // arguments.rows
     settings = TrainingArguments(
