@@ -31,6 +31,7 @@ from ring_hf.evaluation.token_losses import TokenLosses
 from ring_hf.hf import ContextParallelConfig, context
 from ring_hf.memory.lazy_logits import LazyLogits
 from ring_hf.verify.model_families import tiny
+from tests.hf.double_precision import DoublePrecision
 from tests.support.harness import run_distributed
 
 SPEC = PerplexitySpec((8, 16, 48), max_tokens=100)
@@ -72,6 +73,8 @@ def compare_losses(rank, size, attention):
         return compute(self, hidden)
 
     LazyLogits.logits_of = counted
+    precision = DoublePrecision()
+    precision.__enter__()
     try:
         for name in ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"):
             model = tiny(name, attention).eval()
@@ -87,6 +90,7 @@ def compare_losses(rank, size, attention):
                     differences[key] = max(difference, differences.get(key, 0.0))
             assert "forward" not in vars(model.get_output_embeddings())
     finally:
+        precision.__exit__(None, None, None)
         context.reset()
         LazyLogits.logits_of = compute
         torch.set_default_dtype(torch.float32)
