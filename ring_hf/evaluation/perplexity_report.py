@@ -1,5 +1,6 @@
-"""Perplexity by context length as a table for terminals and Markdown, and as a plot."""
+"""Perplexity by context length and by position as tables for terminals and Markdown, and as plots."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,17 @@ def format_table(results: Mapping[str, Sequence[LengthResult]]) -> str:
     Args:
         results: by name of the model.
     """
+    return markdown_table(perplexity_rows(results))
+
+
+def perplexity_rows(results: Mapping[str, Sequence[LengthResult]]) -> list[list[str]]:
+    """Return the header and the rows of `format_table`."""
     lengths = sorted({result.length for rows in results.values() for result in rows})
     table = [["held-out perplexity at", *(f"{length:,}" for length in lengths)]]
     for name, rows in results.items():
         by_length = {result.length: f"{result.perplexity:.2f}" for result in rows}
         table.append([name, *(by_length.get(length, "") for length in lengths)])
-    return markdown_table(table)
+    return table
 
 
 def format_positions(results: Mapping[str, Sequence[LengthResult]]) -> str:
@@ -91,6 +97,49 @@ def plot_perplexity(
     axes.margins(x=0.08)
     axes.set_xlabel("context length (tokens)" + ("; dotted: trained at" if trained_lengths else ""))
     axes.set_ylabel("perplexity")
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.legend(frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_positions(
+    results: Mapping[str, LengthResult], path: str | os.PathLike[str], title: str = "Loss by position"
+) -> None:
+    """Draw the mean loss over the number of preceding tokens (logarithmic), one line per model.
+
+    Args:
+        results: model name -> its measurement at the longest length, drawn in this order.
+        path: file to write; its ending chooses the format.
+        title (`str`): heading of the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    longest = max(result.length for result in results.values())
+    for i, (name, result) in enumerate(results.items()):
+        middles = [math.sqrt(first * last) for first, last in position_buckets(result.length)]
+        axes.plot(
+            middles,
+            result.position_losses,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            linewidth=2,
+            label=name,
+        )
+    ticks = [4**n for n in range(longest.bit_length() // 2 + 1) if 4**n < longest]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(which="major", color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("tokens before the predicted one")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, loc="left", fontsize=12)
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ Every line of the file is one example: its cell, the generated text and the scor
 what is there and computes the rest; a run with other settings is refused.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .haystack import Filler
-from .retrieval_tasks import TASKS, make_example
+from .record_file import append_record, begin_file, read_records
+from .retrieval_tasks import RETRIEVAL_TASKS, make_example
 
 Generate = Callable[[str, int], str]  # (prompt, most new tokens) -> the generated text
 
@@ -32,7 +32,7 @@ class GridSpec:
     """The examples to measure.
 
     Attributes:
-        tasks: names of `TASKS`.
+        tasks: names of `RETRIEVAL_TASKS`.
         lengths: tokens of the prompts; the new tokens come on top.
         num_depths: depths from 0 to 1, at equal distances.
         rounds: examples for each length and depth.
@@ -49,9 +49,9 @@ class GridSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.tasks if task not in TASKS]
+        unknown = [task for task in self.tasks if task not in RETRIEVAL_TASKS]
         if unknown or not self.tasks:
-            raise ValueError(f"tasks={list(self.tasks)}: choose one or more of {', '.join(TASKS)}.")
+            raise ValueError(f"tasks={list(self.tasks)}: choose one or more of {', '.join(RETRIEVAL_TASKS)}.")
         if min(self.num_depths, self.rounds, *self.lengths, *([] if self.lengths else [0])) < 1:
             raise ValueError(
                 f"lengths={list(self.lengths)}, num_depths={self.num_depths}, rounds={self.rounds}: each must be at "
@@ -59,7 +59,7 @@ class GridSpec:
             )
 
     def depths(self, task: str) -> tuple[float, ...]:
-        if not TASKS[task].has_depth or self.num_depths == 1:
+        if not RETRIEVAL_TASKS[task].has_depth or self.num_depths == 1:
             return (0.5,)
         return tuple(round(n / (self.num_depths - 1), 4) for n in range(self.num_depths))
 
@@ -108,19 +108,7 @@ def read_grid(path: Path, spec: GridSpec, origin: Mapping[str, Any]) -> GridResu
         ValueError: if the file is of another grid or origin.
     """
     result = GridResult(spec, dict(origin))
-    if not path.exists():
-        return result
-    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    if header and json.loads(header) != _header(result):
-        raise ValueError(
-            f"{path} holds results of other settings ({header}), not of {json.dumps(_header(result))}. Name another "
-            "output_dir, or delete the file."
-        )
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the run was killed while it wrote this line
+    for record in read_records(path, _header(result)):
         result.scores[Cell(**record["cell"])] = record["score"]
     return result
 
@@ -152,7 +140,7 @@ def run_grid(
     result = GridResult(spec, done.origin, dict(done.scores))
     cells = list(spec.cells())
     if writes:
-        _begin_file(path, result)
+        begin_file(path, _header(result), len(result.scores))
     for cell in cells:
         if cell in result.scores:
             continue
@@ -161,23 +149,13 @@ def run_grid(
         result.scores[cell] = example.score(text)
         if writes:
             record = {"cell": asdict(cell), "score": result.scores[cell], "text": text, "answers": example.answers}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(path, record)
         report_progress(len(result.scores), len(cells))
     return result
 
 
 def _header(result: GridResult) -> dict[str, Any]:
-    header = {"grid": asdict(result.spec), "origin": result.origin}
-    return json.loads(json.dumps(header))  # tuples become lists, as in the file
-
-
-def _begin_file(path: Path, done: GridResult) -> None:
-    """Write the header, or drop a last line that was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = lines[: 1 + len(done.scores)] or [json.dumps(_header(done))]
-    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return {"grid": asdict(result.spec), "origin": result.origin}
 
 
 def scores_by_length(result: GridResult) -> dict[str, dict[int, float]]:

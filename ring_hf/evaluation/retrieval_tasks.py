@@ -185,7 +185,7 @@ def _make_frequent_words(rng: random.Random, num_tokens: int, depth: float, fill
     return Example(fit_items(num_tokens, filler, assemble, 100, "frequent_words"), tuple(words[:3]), 48)
 
 
-TASKS: dict[str, RetrievalTask] = {
+RETRIEVAL_TASKS: dict[str, RetrievalTask] = {
     "needle": RetrievalTask(_make_needle, True, "finds one fact in text"),
     "multi_needle": RetrievalTask(_make_multi_needle, True, "finds two of four facts in text"),
     "key_value": RetrievalTask(_make_key_value, True, "copies the value of a key among many like it"),
@@ -203,7 +203,7 @@ def make_example(name: str, num_tokens: int, depth: float, round_number: int, se
     """Return one example of a task; the same for every model and rank.
 
     Args:
-        name: a key of `TASKS`.
+        name: a key of `RETRIEVAL_TASKS`.
         num_tokens: the most tokens of the prompt, special tokens included.
         depth: of the fact that is asked for, 0 at the beginning and 1 at the end.
         round_number: of several examples with this length and depth.
@@ -212,7 +212,7 @@ def make_example(name: str, num_tokens: int, depth: float, round_number: int, se
     Raises:
         ValueError: if there is no such task, or the length is too short for it.
     """
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}. Choose from {', '.join(TASKS)}.")
+    if name not in RETRIEVAL_TASKS:
+        raise ValueError(f"There is no task {name!r}. Choose from {', '.join(RETRIEVAL_TASKS)}.")
     rng = random.Random(f"{name} {num_tokens} {depth:.6f} {round_number} {seed}")
-    return TASKS[name].make(rng, num_tokens, depth, filler)
+    return RETRIEVAL_TASKS[name].make(rng, num_tokens, depth, filler)

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "memory": "peak memory of a training step, every option of ring_hf.memory off and on, each in its own process",
     "longest": "one step at 256K tokens, its loss compared with plain Transformers in one process",
     "checks": "time of the message of every forward pass and of the trial step: seconds, share of a step",
+    "generation": "generation over a sharded cache: KV bytes of each rank, messages and time of a decoded token",
     "peers": "this package, PyTorch's own ring and two packages from PyPI: exactness, time, peak memory",
 }
 _EXAMPLES = """examples:

@@ -14,7 +14,7 @@ from ring_hf.evaluation import retrieval_tasks
 from ring_hf.evaluation.grid_charts import plot_grids
 from ring_hf.evaluation.haystack import Example, Filler, fit_prompt, insert_at_sentences
 from ring_hf.evaluation.retrieval_grid import GridSpec, format_scores, read_grid, run_grid
-from ring_hf.evaluation.retrieval_tasks import TASKS, make_example
+from ring_hf.evaluation.retrieval_tasks import RETRIEVAL_TASKS, make_example
 
 TEXT = " ".join(f"This is sentence {number} of a story that goes on." for number in range(400))
 SPEC = GridSpec(("needle", "common_words"), (8000, 5000), num_depths=3, rounds=2)
@@ -26,7 +26,7 @@ def filler():
     return Filler(TEXT, PreTrainedTokenizerFast(tokenizer_object=build_byte_tokenizer()))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_prompts_fill_their_length_and_hold_their_answers(filler, name):
     for num_tokens, depth in ((4000, 0.0), (9000, 0.5), (30000, 1.0)):
         example = make_example(name, num_tokens, depth, 0, 0, filler)
@@ -38,7 +38,7 @@ def test_prompts_fill_their_length_and_hold_their_answers(filler, name):
         assert example.prompt != make_example(name, num_tokens, depth, 1, 0, filler).prompt
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.has_depth])
+@pytest.mark.parametrize("name", [name for name, task in RETRIEVAL_TASKS.items() if task.has_depth])
 def test_the_fact_lies_at_its_depth(filler, name):
     positions = []
     for depth in (0.0, 0.25, 0.75, 1.0):
@@ -51,7 +51,7 @@ def test_the_fact_lies_at_its_depth(filler, name):
     assert positions == pytest.approx([0.0, 0.25, 0.75, 1.0], abs=0.06)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_a_length_below_the_least_is_refused(filler, name):
     with pytest.raises(ValueError, match=rf"{name} needs \d+ tokens .* more than the length 40"):
         make_example(name, 40, 0.5, 0, 0, filler)

@@ -289,6 +289,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "does not support assisted or speculative decoding"),
     "padding on the right": ({"attention_mask": torch.tensor([[1] * 28 + [0] * 2])}, "padding on the left only"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states=True would return"),
+    "no cache": ({"use_cache": False}, "use_cache=False: generate would pass the whole sequence"),
     "an implementation of a cache": ({"cache_implementation": "static"}, "Passing both `cache_implementation`"),
 }
 
@@ -361,3 +362,6 @@ def test_one_process_gets_a_dynamic_cache():
         model = tiny("llama", "ring_zigzag").eval()
         ours = generate(model, ContextParallelCache(model), prompt(30))
         assert torch.equal(ours.tokens, generate(model, DynamicCache(config=model.config), prompt(30)).tokens)
+        model.generation_config.use_cache = False
+        with pytest.raises(ValueError, match="use_cache=False: generate would pass the whole sequence"):
+            ContextParallelCache(model)

@@ -17,7 +17,7 @@ FLOORS = {
     "memory": set(),
     "hf": {"geometry", "kernels", "parallel", "memory"},
     "data": {"geometry", "hf", "simulate"},
-    "evaluation": set(),
+    "evaluation": {"hf", "memory", "parallel"},
     "simulate": {"geometry", "costmodel"},
     "planner": {"geometry", "costmodel", "simulate"},
     "doctor": {"geometry", "costmodel", "kernels", "parallel", "hf", "simulate", "planner"},

@@ -125,6 +125,17 @@ def test_checks_are_timed_in_the_steps_they_belong_to(tmp_path):
     assert 0 < row["shortest"] <= row["message"] < row["step"] and row["trial"] > 0
 
 
+@IN_ALL_CASES
+def test_generation_is_measured_against_one_process(tmp_path):
+    sizes = ["--lengths", "256", "--new-tokens", "72", "--layers", "2", "--hidden", "64", "--vocabulary", "48"]
+    run_command([*script("generation"), *sizes, "--repeats", "1", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "generation.json").read_text())["rows"]
+    assert row["calls"] == {"all_gather": 2, "broadcast": 1}
+    assert row["bytes_after_prompt"] == [row["bytes_after_prompt_alone"] / 2] * 2
+    assert sum(row["bytes_at_end"]) == row["bytes_at_end_alone"]
+    assert row["equal_tokens"] > 0 and row["ranks_agree"] and row["token_seconds"] > 0
+
+
 def test_packages_to_install_are_named_with_their_versions():
     baselines, variants = load_script("baselines").BASELINES, load_script("bench_peers").VARIANTS
     packages = {baselines[variant["baseline"]].package for variant in variants.values()} - {None}

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -21,9 +21,15 @@ from ..batch_metadata import METADATA_KEY
 from ..cache_step import CacheStep
 from ..checks.argument_rules import first_error
 from ..checks.model_rules import GENERATION_RULES
+from .cache_protocol import SharedCache, cache_of
+from .common_stop import GenerateCall
 
 # Arguments of a forward pass that this cache understands. Any other tensor is refused, as its tokens would not be cut.
 KNOWN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
+WITHOUT_CACHE = (
+    "use_cache=False: generate would pass the whole sequence with every new token, after the keys that are in the "
+    "cache already. Set model.generation_config.use_cache = True."
+)
 REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _hooked_models: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
@@ -57,26 +63,8 @@ def install_hooks(model: torch.nn.Module) -> None:
         _hooked_models.add(model)
 
 
-class SharedCache(Protocol):
-    """What the hooks need of a `ContextParallelCache` that ranks share."""
-
-    context: process.ProcessContext
-
-    def get_seq_length(self) -> int: ...
-
-    def begin_step(self, num_tokens: int, row_starts: tuple[int, ...] | None) -> CacheStep: ...
-
-    def end_step(self, step: CacheStep) -> None: ...
-
-
-def _cache_of(kwargs: dict[str, Any]) -> SharedCache | None:
-    names = ("past_key_values", "cache")  # until Transformers 5.23, and since 5.24
-    cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-    return cache if cache is not None and hasattr(cache, "begin_step") and cache.context is not None else None
-
-
 def _before_pass(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    cache = _cache_of(kwargs)
+    cache = cache_of(kwargs)
     if cache is None:
         return None
     group = cache.context.group
@@ -91,7 +79,11 @@ def _before_pass(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
         except ValueError as mask_error:
             error = str(mask_error)
     if start == 0 or ids is None or ids.shape[1] > 1:
+        call = GenerateCall.of(model)
         values = {} if ids is None else {"input_ids": _fingerprint(ids), "the tokens in the cache": start}
+        if call is not None:
+            values |= call.settings
+            error = error or call.error
         assert_equal_across_ranks(values, error, group_of(group))
     elif error is not None:  # of a decoded token, before which ranks exchange nothing
         raise ValueError(error)
@@ -109,6 +101,8 @@ def _find_error(model: Any, args: tuple, kwargs: dict[str, Any], cache: SharedCa
         return "A model with a ContextParallelCache is called with input_ids as a keyword argument, and no embeddings."
     if model.training:
         return "ContextParallelCache is for generation, and the model is in training mode. Call model.eval()."
+    if kwargs.get("use_cache") is False:
+        return WITHOUT_CACHE
     if kwargs.get("return_dict") is False:
         return "return_dict=False is not supported with a ContextParallelCache. Leave it out."
     for name in REFUSED_FLAGS:
@@ -193,7 +187,7 @@ def _after_pass(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
     step = kwargs.get(METADATA_KEY)
     if not isinstance(step, CacheStep):
         return output
-    cache = _cache_of(kwargs)
+    cache = cache_of(kwargs)
     assert cache is not None
     logits_BNV = output.logits
     if logits_BNV.shape[1] > 1:

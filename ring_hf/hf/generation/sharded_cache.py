@@ -20,7 +20,8 @@ from ring_hf.geometry import Segment, ShardedSequence, padded_length
 
 from .. import context as process
 from ..cache_step import CacheStep
-from .generation_hooks import check_model, install_hooks
+from .common_stop import share_stopping
+from .generation_hooks import WITHOUT_CACHE, check_model, install_hooks
 
 RUN_LENGTH = 32  # consecutive tokens whose keys one rank keeps while tokens are decoded
 _GROWTH = 256  # tokens by which buffers grow, so that a decoded token copies no cache
@@ -161,17 +162,21 @@ class ContextParallelCache(Cache):
         min_sharded_tokens: inputs with fewer new tokens are computed by every rank. Default: 32 for each rank.
 
     Raises:
-        ValueError: if the model has layers that this cache cannot hold.
+        ValueError: if the model has layers that this cache cannot hold, or generates without a cache
+            (`generation_config.use_cache=False`), so that it would see every token again with each new one.
     """
 
     def __init__(self, model: Any, min_sharded_tokens: int | None = None) -> None:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
+            raise ValueError(f"ContextParallelCache: model.generation_config: {WITHOUT_CACHE}")
         self.context = process.current()
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         if self.context is not None:
             check_model(model, layers)
             layers = [ShardedLayer(getattr(layer, "sliding_window", None)) for layer in layers]
             install_hooks(model)
+            share_stopping(model)
             self.min_sharded_tokens = min_sharded_tokens or 32 * self.context.size
             self._num_tokens = [0] * self.context.size  # of each rank, in a layer without a window
             self._run_owner, self._run_left = 0, 0
