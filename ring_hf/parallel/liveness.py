@@ -71,6 +71,9 @@ class LivenessWatch:
         self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="ring_hf liveness", daemon=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LivenessWatch":
+        return self  # it belongs to the process: a copy of a model (for an average of its weights) copies its hooks
+
     def start(self) -> None:
         self._thread.start()
 
