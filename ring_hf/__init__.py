@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from .exports import export_lazily
 from .hf.attention.registration import register_backends
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "ContextParallelCache",

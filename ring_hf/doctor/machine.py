@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..version import __version__
 from .machine_report import Devices, InstalledPackage
 
 
@@ -101,8 +102,6 @@ def list_packages() -> tuple[InstalledPackage, ...]:
     for requirement in REQUIREMENTS:
         notes = _torch_libraries() if requirement.name == "torch" else ""
         packages.append(check_version(requirement, _installed_version(requirement.name), notes))
-    from .. import __version__
-
     return (*packages, InstalledPackage("ring_hf", __version__, "", None, True))
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from ring_hf.geometry import LAYOUTS, padded_length
 from ring_hf.hf import ContextParallelCollator
+from ring_hf.hf.attention.backend import key_sums
 from ring_hf.hf.batch_metadata import METADATA_KEY
 from ring_hf.hf.documents import documents_from_position_ids, shift_left, shift_right
 from ring_hf.memory import apply
@@ -284,3 +285,12 @@ def test_one_process_sees_the_documents_of_padded_rows():
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="Packed rows with padding and output_router_logits=True in one process"):
         ContextParallelCollator(model)(features)
+
+
+def test_training_in_one_process_keeps_nothing_of_a_pass():
+    model = llama("ring_zigzag").train()
+    examples = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "prefix_length": 2}] * 2
+    batch = ContextParallelCollator(model, prefix_lm=True)(examples)  # with metadata, which other batches lack here
+    for _ in range(2):
+        model(**batch, use_cache=False)
+    assert METADATA_KEY in batch and key_sums.sums == []

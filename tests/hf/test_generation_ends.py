@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from ring_hf.hf import ContextParallelCache, context
+from ring_hf.hf.generation.common_stop import share_stopping
 from ring_hf.launcher import WorkerError
 from ring_hf.parallel import register_group
 from ring_hf.verify.model_families import tiny
@@ -65,6 +66,15 @@ def test_all_ranks_stop_after_the_same_token():
     assert results[0]["criterion"].shape[1] == 35  # of the first rank, though the other would stop at 33
     for name in ("max_time", "max_time of a config", "max_time of the model"):
         assert 30 < results[0][name].shape[1] < 90, name
+
+
+def test_a_method_that_something_else_replaced_is_refused():
+    model = tiny("llama", "ring_zigzag")
+    share_stopping(model)
+    share_stopping(model)  # by a second cache
+    model.generate = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=r"model\.generate of this LlamaForCausalLM was replaced"):
+        share_stopping(model)
 
 
 def generate_until_stopped(rank, size):

@@ -65,7 +65,7 @@ class KeySums:
     which rank's activations were so first, since the next layer brings them to every rank."""
 
     def __init__(self) -> None:
-        self.sums: list[torch.Tensor] = []  # scalars, which no one has waited for
+        self.sums: list[torch.Tensor] = []  # scalars; the host has not waited for them
 
     def record(self, key_BKCD: torch.Tensor) -> None:
         self.sums.append(key_BKCD.detach().sum(dtype=torch.float32))
@@ -202,7 +202,7 @@ def attention(
     if batch.sequence.num_ranks > 1 and not announcements.is_announced(module, batch):
         raise ValueError(shard_errors.UNCHECKED_BATCH)
     _refuse_unshardable(module, query, key, attention_mask, dropout, batch)
-    if module.training:
+    if module.training and batch.sequence.num_ranks > 1:  # the guard forgets them at the next pass of shards
         key_sums.record(key)
     out_BHSE, _ = ring_attention(
         _llama4_query_temperature(module, query, batch),

@@ -53,7 +53,17 @@ AGREED_CRITERIA = {MaxLengthCriteria, StopStringCriteria, EosTokenCriteria, Conf
 
 
 def share_stopping(model: torch.nn.Module) -> None:
-    """Let all ranks stop together when `model.generate` is called with a `ContextParallelCache`."""
+    """Let all ranks stop together when `model.generate` is called with a `ContextParallelCache`.
+
+    Raises:
+        ValueError: if something else has replaced the method of this model.
+    """
+    replaced = vars(model).get("generate")
+    if replaced is not None and getattr(replaced, "__func__", None) is not generate:
+        raise ValueError(
+            f"model.generate of this {type(model).__name__} was replaced, and ContextParallelCache has to replace it, "
+            "too, so that all ranks stop after the same token. Delete the attribute, or override generate in a class."
+        )
     model.generate = MethodType(generate, model)  # type: ignore[assignment]
 
 

@@ -11,8 +11,8 @@ import accelerate
 import torch
 import transformers
 
-import ring_hf
 from ring_hf.parallel import LivenessWatch, assert_equal_across_ranks, watch_ranks
+from ring_hf.version import __version__
 
 from ..context import ProcessContext
 from ..refusal import raise_on_all_ranks
@@ -44,7 +44,7 @@ def compare_versions() -> None:
     Raises:
         ValueError: on every rank, with the versions of all.
     """
-    versions = {"ring_hf": ring_hf.__version__, "torch": torch.__version__}
+    versions = {"ring_hf": __version__, "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     assert_equal_across_ranks({"the versions of the software": listed})
