@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
-import ring_hf
+from ring_hf.hf.trainer import fault_handling
 from ring_hf.parallel import transport
 
 STEP, SAVE_STEPS, STEPS = 5, 2, 6  # the fault, the checkpoints, and the end
@@ -206,7 +206,7 @@ class TakeAnotherPath(TrainerCallback):
 def run_another_version(run: Run) -> None:
     run.step = STEP
     if run.is_due():
-        mock.patch.object(ring_hf, "__version__", "0.0.9").start()
+        mock.patch.object(fault_handling, "__version__", "0.0.9").start()
 
 
 def multiply(factor: float) -> Callable[[Any], Any]:

@@ -26,6 +26,7 @@ from transformers import (
 import ring_hf
 from ring_hf.hf import ContextParallelCollator, ContextParallelConfig, context, guard_model
 from ring_hf.hf.collate.collator import PadOrPackCollator
+from ring_hf.hf.trainer import fault_handling
 from tests.hf.models import llama, rows
 
 
@@ -130,7 +131,7 @@ def plain_collator_on_rank_1(rank: int, world_size: int) -> None:
 
 @fault("The ranks disagree about the versions of the software (rank 0: ring_hf")
 def other_version_on_rank_1(rank: int, world_size: int) -> None:
-    with mock.patch.object(ring_hf, "__version__", f"0.{rank}.0"):
+    with mock.patch.object(fault_handling, "__version__", f"0.{rank}.0"):
         train()
 
 

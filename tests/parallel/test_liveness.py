@@ -59,8 +59,9 @@ def wait_until(condition, seconds=5.0):
 
 def test_a_rank_without_progress_ends_and_says_where_all_are(watches, fast, capsys):
     first, second = watches((0.3, 60))
-    first.start()
     second.start()
+    assert wait_until(lambda: second.store.check(["ring_hf/liveness/report/1"]))
+    first.start()
     assert wait_until(lambda: fast == [liveness.EXIT_CODE])
     text = capsys.readouterr().err
     assert "rank 0 has made no progress for 0.3 s and ends, in the forward pass of optimizer step 7" in text
@@ -83,7 +84,7 @@ def test_progress_pauses_and_other_code_keep_a_rank_alive(watches, fast):
 def test_a_failure_is_noted_and_repeated_by_the_other_rank(watches, fast, capsys):
     failing, other = watches((60, 60))
     other.start()
-    assert wait_until(lambda: other._num_reports > 0)
+    assert wait_until(lambda: other.store.check(["ring_hf/liveness/report/1"]))
     try:
         raise MemoryError("no memory left\nmore lines")
     except MemoryError as error:
