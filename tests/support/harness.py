@@ -32,7 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 # The server only imports: a process that has run code of torch cannot be forked safely.
 _FORKS.set_forkserver_preload(
-    ["tests.support.harness", "torch._dynamo", "transformers.trainer", "ring_hf.hf.trainer.parallelism_config"]
+    [
+        "tests.support.harness",
+        "torch._dynamo",
+        "transformers.trainer",
+        "ring_hf.hf.trainer.parallelism_config",
+        "trl",
+        "deepspeed",  # Accelerate imports it wherever it unwraps a model
+        "tests.support.freeze",
+    ]
 )
 
 
