@@ -28,7 +28,7 @@ class Launches:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 folder.mkdir()
-                start = accelerate_launch if world_size > 1 else launch_forked
+                start = accelerate_launch if world_size == 2 else launch_forked
                 start([f"tests/trainer/{self.script}", str(folder)], world_size, timeout=560)
             return json.loads((folder / "results.json").read_text())
 
