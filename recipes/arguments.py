@@ -5,6 +5,7 @@ The precedence is dataclass default < YAML < command line. A key that no datacla
 the command line, and names the nearest keys that exist.
 """
 
+import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ring_hf.data.run_options import (
     option,
     parse_mapping,
 )
+from ring_hf.text import HelpFormatter
 
 __all__ = [
     "DataArguments",
@@ -196,6 +198,10 @@ class PerplexityArguments:
     output_dir: str = option("runs/perplexity", "Folder for perplexity.json, perplexity.md and perplexity.png.")
 
 
+class _HelpFormatter(HelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the commands of a description in lines that can be copied, and shows defaults."""
+
+
 def parse(
     dataclass_types: tuple[Any, ...], description: str, argv: list[str] | None = None, **defaults: Any
 ) -> tuple[Any, ...]:
@@ -212,7 +218,9 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = "%(prog)s [run.yaml] [--key value ...]"
-    parser = HfArgumentParser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(
+        dataclass_types, description=description, usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     keys = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type) if f.init}
     parser.set_defaults(**defaults)
     if argv and not argv[0].startswith("-"):

@@ -1,7 +1,7 @@
 """Measure held-out perplexity by context length, in one process, for one model or several side by side.
 
-    python recipes/perplexity.py --models before=<hub id or folder> after=runs/books --data "books/*.txt" --lengths
-    512 1024 2048 4096
+    python recipes/perplexity.py --models before=<hub id or folder> after=runs/books --data "books/*.txt" \\
+        --lengths 512 1024 2048 4096
 
 Writes perplexity.json, perplexity.md and perplexity.png to output_dir and prints the table. Every model is measured
 on the same text, cut into windows of each length; models must therefore share a tokenizer to be compared.

@@ -282,5 +282,7 @@ def test_every_recipe_explains_itself(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             run_here(monkeypatch, recipe, "--help")
         assert stop.value.code == 0
-        file = "stages.yaml" if recipe == "extend" else "[run.yaml]"
-        assert f"{recipe}.py {file} [--key value ...]" in capsys.readouterr().out
+        file, text = "stages.yaml" if recipe == "extend" else "[run.yaml]", capsys.readouterr().out
+        assert f"{recipe}.py {file} [--key value ...]" in text
+        # A command can be copied: it keeps its lines.
+        assert all(line.startswith("    ") for line in text.splitlines() if "accelerate launch --config_file" in line)
