@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 from ring_hf.hf.trainer import fault_handling
-from ring_hf.parallel import transport
+from ring_hf.parallel import liveness, transport
 
 STEP, SAVE_STEPS, STEPS = 5, 2, 6  # the fault, the checkpoints, and the end
 
@@ -147,6 +147,7 @@ def while_saving(act: Callable[[Any], Any]) -> Callable[[Run], None]:
             if run.is_saving and run.is_due():
                 with open(getattr(target, "name", target), "r+b") as file:
                     file.truncate(os.path.getsize(file.name) // 2)
+                time.sleep(3 * liveness.INTERVAL)  # as a checkpoint takes: the other rank has heard of it
                 act(target)
 
         def note_saving(*args: Any, **kwargs: Any) -> None:
