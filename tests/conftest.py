@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     gc.collect()
-    gc.freeze()  # a collection takes 0.3 s of imports that are never garbage
+    gc.freeze()  # see tests/support/freeze.py
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,7 +71,7 @@ def jobs(family: str, world_size: int, folder: Path) -> dict[str, Callable[[], d
 
 
 def main() -> None:
-    gc.freeze()  # a Trainer collects garbage at its end: 0.3 s for all that is imported
+    gc.freeze()  # see tests/support/freeze.py
     folder, family = Path(sys.argv[1]), sys.argv[2]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     selection = os.environ.get("CASES", "").split(",")

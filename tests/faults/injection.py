@@ -147,7 +147,7 @@ def while_saving(act: Callable[[Any], Any]) -> Callable[[Run], None]:
             if run.is_saving and run.is_due():
                 with open(getattr(target, "name", target), "r+b") as file:
                     file.truncate(os.path.getsize(file.name) // 2)
-                time.sleep(3 * liveness.INTERVAL)  # as a checkpoint takes: the other rank has heard of it
+                time.sleep(3 * liveness.INTERVAL)  # as a real checkpoint: the other rank reads this phase
                 act(target)
 
         def note_saving(*args: Any, **kwargs: Any) -> None:

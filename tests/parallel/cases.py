@@ -107,7 +107,7 @@ def ring_result(rank: int, case: Case) -> tuple[torch.Tensor, ...]:
 
 def errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, tuple[float, float, float]]]:
     """Per case and tensor of this rank: `(largest difference, rms ratio, rms ratio of one process in that dtype)`."""
-    # Each rank computes what a part of the cases is judged by, since one process takes as long for it as for a ring.
+    # The ranks share the work of dense attention, which takes as long as the rings.
     shared: list[Any] = [None] * world_size
     dist.all_gather_object(shared, [dense_results(case) for case in cases[rank::world_size]])
     rows = []

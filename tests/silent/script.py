@@ -134,7 +134,7 @@ def _innermost(lines: list[str]) -> str:
 
 
 def main() -> None:
-    gc.freeze()  # a Trainer collects garbage at its end: 0.3 s for all that is imported
+    gc.freeze()  # see tests/support/freeze.py
     mode, folder, *names = sys.argv[1:]
     rank = Rank(mode, Path(folder))
     for name in names:

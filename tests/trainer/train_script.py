@@ -99,7 +99,7 @@ def curves(trainer: Trainer) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    gc.freeze()  # a Trainer collects garbage at its end: 0.3 s for all that is imported
+    gc.freeze()  # see tests/support/freeze.py
     folder = Path(sys.argv[1])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     cases = reference_cases() if world_size == 1 else world_cases(world_size)

@@ -108,7 +108,7 @@ def checkpoint(case: WrapperCase, folder: Path) -> str | None:
 
 
 def main() -> None:
-    gc.freeze()  # a Trainer collects garbage at its end: 0.3 s for all that is imported
+    gc.freeze()  # see tests/support/freeze.py
     folder = Path(sys.argv[1])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     selection = os.environ.get("CASES")
