@@ -11,6 +11,11 @@ so busy processes run beside the launches.
     python scripts/soak_exit.py --runs 3 --cases cp2             # a first look
     python scripts/soak_exit.py --engines FSDP2 ZeRO-3           # other engines
     python scripts/soak_exit.py --endings raise interrupt        # other endings
+    python scripts/soak_exit.py --forked --at-once 3 --load 0    # much faster: see below
+
+A launch by torchrun spends most of its time on imports. With --forked, ranks are forked from a process that has
+imported everything, and shut their interpreters down as always (`forked_launch.py`). With --at-once, launches are the
+load of each other.
 
 The results are written after every launch, one JSON line each, and launches that are in the file already are not
 repeated: start it again after an interruption. A launch is right if its exit code is 0 (after "raise" and
@@ -32,11 +37,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import psutil
 from cpu_engines import ENGINES, environment_of
+from forked_launch import ForkedLaunches
 from tqdm import tqdm
 
 from ring_hf.text import markdown_table
@@ -59,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["DDP"], help="default: DDP")
     parser.add_argument("--endings", nargs="+", choices=ENDINGS, default=["save"], help="default: save")
     parser.add_argument("--load", type=int, default=4, help="busy processes beside the launches (default: 4)")
+    parser.add_argument("--at-once", type=int, default=1, help="launches that run at the same time (default: 1)")
+    parser.add_argument("--forked", action="store_true", help="fork the ranks instead of starting torchrun")
     parser.add_argument("--without-shutdown", action="store_true", help="switch the exit hook off, for comparison")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a launch counts as hanging")
     parser.add_argument(
@@ -79,21 +88,34 @@ def load(num_processes: int) -> Iterator[None]:
             process.wait()
 
 
-def launch(case: str, engine: str, ending: str, without_shutdown: bool, timeout: float) -> dict[str, Any]:
+class Torchrun:
+    """Starts launches as `ForkedLaunches` does, by torchrun."""
+
+    def start(
+        self, command: list[str], num_processes: int, environment: dict[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(num_processes)]
+        with log.open("w") as file:
+            environment = {**os.environ, **environment}
+            return subprocess.Popen([*launcher, *command], env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def launch(
+    launches: Torchrun | ForkedLaunches, case: str, engine: str, ending: str, without_shutdown: bool, timeout: float
+) -> dict[str, Any]:
     """Launch once; return the launcher's exit code, those of failed ranks, what was left behind, seconds."""
     num_processes, ulysses_size = CASES[case]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment_of(engine)}
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment_of(engine)}
     environment["RING_HF_WITHOUT_SHUTDOWN"] = str(int(without_shutdown))
     folder = Path(tempfile.mkdtemp())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(ROOT / "scripts/train_and_exit.py"), str(folder), str(ulysses_size), engine, ending]
+    command = [str(ROOT / "scripts/train_and_exit.py"), str(folder), str(ulysses_size), engine, ending]
     start, log = time.perf_counter(), folder / "output.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    process = launches.start(command, num_processes, environment, log)
     code: int | str | None = "timeout"
     is_interrupted = False
     while time.perf_counter() - start < timeout:
-        if ending == "interrupt" and not is_interrupted and STARTED in log.read_text(errors="replace"):
+        if ending == "interrupt" and not is_interrupted and STARTED in read_log(log):
             process.send_signal(signal.SIGINT)
             is_interrupted = True
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -102,13 +124,13 @@ def launch(case: str, engine: str, ending: str, without_shutdown: bool, timeout:
     else:
         process.terminate()  # torchrun ends its ranks
         process.wait()
-    output, seconds = log.read_text(errors="replace"), time.perf_counter() - start
+    output, seconds = read_log(log), time.perf_counter() - start
     result = {
         "code": code,
         "ranks": [int(rank_code) for rank_code in re.findall(r"exitcode\s*: (-?\d+)", output)],
         "aborted": ABORT.search(output) is not None,
         "warned": WARNINGS.search(output) is not None,
-        "orphans": end_orphans(str(folder)),
+        "orphans": end_orphans(str(folder), process.pid),
         "saved": (folder / "model.safetensors").exists() and (folder / "config.json").exists(),
         "seconds": round(seconds, 1),
     }
@@ -116,17 +138,36 @@ def launch(case: str, engine: str, ending: str, without_shutdown: bool, timeout:
     return {**result, "output": "" if is_right({"ending": ending, **result}) else output[-3000:]}
 
 
-def end_orphans(argument: str) -> int:
-    """Kill all processes with this argument; return how many there were five seconds after the launcher's end."""
+def read_log(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def session_of(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
+
+
+def end_orphans(argument: str, session: int) -> int:
+    """Kill all processes with this argument, or of this session, that are left five seconds after the launcher's end.
+
+    Returns:
+        How many there were.
+    """
     deadline = time.monotonic() + 5
     while True:
-        processes = [p for p in psutil.process_iter(["cmdline"]) if argument in (p.info["cmdline"] or [])]
-        alive = [process for process in processes if process.status() != psutil.STATUS_ZOMBIE]
+        alive = [
+            process
+            for process in psutil.process_iter(["cmdline", "status"])
+            if argument in (process.info["cmdline"] or []) or session_of(process.pid) == session
+            if process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
         if not alive or time.monotonic() > deadline:
             break
         time.sleep(0.1)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     return len(alive)
 
 
@@ -138,39 +179,51 @@ def is_right(row: dict[str, Any]) -> bool:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    before = {"engine": "DDP", "ending": "save", "warned": False, "orphans": 0}  # of files of earlier versions
+    # Of files of earlier versions.
+    before = {"engine": "DDP", "ending": "save", "warned": False, "orphans": 0, "at_once": 1, "forked": False}
     return [before | json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table with one row per case, engine, ending, load, and with or without the hook."""
-    keys = ("case", "engine", "ending", "load", "without_shutdown")
-    lines = [["case", "engine", "ending", "load", "exit hook", "launches", "right", *FLAGS, "seconds, median"]]
+    keys = ("case", "engine", "ending", "load", "at_once", "forked", "without_shutdown")
+    lines = [["case", "engine", "ending", "load", "at once", "ranks by", "exit hook", "launches", "right", *FLAGS]]
+    lines[0].append("seconds, median")
     for key in sorted({tuple(row[name] for name in keys) for row in results}):
         rows = [row for row in results if tuple(row[name] for name in keys) == key]
         counts = [sum(map(is_right, rows)), *(sum(bool(row[name]) for row in rows) for name in FLAGS)]
         seconds = statistics.median(row["seconds"] for row in rows)
-        cells = [*key[:4], "no" if key[4] else "yes", len(rows), *counts, f"{seconds:.1f}"]
+        forked, without_shutdown = key[5:]
+        words = ["fork" if forked else "torchrun", "no" if without_shutdown else "yes"]
+        cells = [*key[:5], *words, len(rows), *counts, f"{seconds:.1f}"]
         lines.append(list(map(str, cells)))
-    return markdown_table(lines, align="lllrlr", padded=False)
+    return markdown_table(lines, align="lllrrllr", padded=False)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    conditions = {"load": arguments.load, "without_shutdown": arguments.without_shutdown}
+    names = ("load", "at_once", "forked", "without_shutdown")
+    conditions = {name: getattr(arguments, name) for name in names}
     keys = ("case", "engine", "ending", "run")
     rows = [row for row in read(arguments.output) if conditions.items() <= row.items()]
     done = {tuple(row[key] for key in keys) for row in rows}
     # The cases alternate, so that an interrupted soak has as many launches of each.
-    launches = itertools.product(range(arguments.runs), arguments.cases, arguments.engines, arguments.endings)
-    missing = [(*launch, run) for run, *launch in launches if (*launch, run) not in done]
-    progress, failures = tqdm(missing, unit="launch", desc="launching"), 0
-    with load(arguments.load if missing else 0), progress:
-        for case, engine, ending, run in progress:
-            result = launch(case, engine, ending, arguments.without_shutdown, arguments.timeout)
-            row = {"case": case, "engine": engine, "ending": ending, "run": run, **conditions, **result}
+    planned = itertools.product(range(arguments.runs), arguments.cases, arguments.engines, arguments.endings)
+    missing = [(*planned_launch, run) for run, *planned_launch in planned if (*planned_launch, run) not in done]
+    failures = 0
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=len(missing), unit="launch", desc="launching"))
+        stack.enter_context(load(arguments.load if missing else 0))
+        launches = stack.enter_context(ForkedLaunches()) if arguments.forked and missing else Torchrun()
+        pool = ThreadPoolExecutor(arguments.at_once)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        options = (arguments.without_shutdown, arguments.timeout)
+        running = {pool.submit(launch, launches, *key[:3], *options): key for key in missing}
+        for future in as_completed(running):
+            row = {**dict(zip(keys, running[future], strict=True)), **conditions, **future.result()}
             failures += not is_right(row)
-            progress.set_postfix(case=case, engine=engine, ending=ending, failed=failures)
+            progress.set_postfix(case=row["case"], engine=row["engine"], ending=row["ending"], failed=failures)
+            progress.update()
             with arguments.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     results = read(arguments.output)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import signal
 import sys
+import time
 
 import pytest
 
@@ -10,6 +13,7 @@ from tests.support.harness import ROOT, load_script, run_command, run_distribute
 
 sys.path.insert(0, str(ROOT / "scripts"))  # scripts import their neighbours
 SOAK_TRAINING, SOAK_EXIT = load_script("soak_training"), load_script("soak_exit")
+FORKED_LAUNCH = load_script("forked_launch")
 IN_ALL_CASES = pytest.mark.skipif("RING_HF_ALL_CASES" not in os.environ, reason="runs with RING_HF_ALL_CASES=1")
 
 
@@ -86,6 +90,58 @@ RIGHT = {"code": 0, "ranks": [], "aborted": False, "warned": False, "orphans": 0
 )
 def test_ends_are_right_or_wrong(changes, is_right):
     assert SOAK_EXIT.is_right({**RIGHT, **changes}) is is_right
+
+
+RANK = """
+import os, sys, time, torch.distributed as dist
+dist.init_process_group("gloo")
+rank, ending = dist.get_rank(), sys.argv[1]
+class Last:
+    rank = rank
+    def __del__(self): print(f"rank {self.rank} shut down", flush=True)
+last = Last()
+if ending == "fail":
+    sys.exit(3) if rank == 1 else time.sleep(60)
+if ending == "interrupt":
+    print("started", flush=True)
+    time.sleep(60)
+if ending == "orphan" and os.fork() == 0:
+    time.sleep(60)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected_code", "rank_codes", "num_orphans"),
+    [
+        ("end", 0, [], 0),
+        ("fail", 1, ["-15", "3"], 0),
+        ("interrupt", 1, ["-2", "-2"], 0),
+        ("orphan", 0, [], 2),
+    ],
+)
+def test_forked_ranks_end_as_those_of_torchrun(
+    forked_launches, ending, expected_code, rank_codes, num_orphans, tmp_path
+):
+    script, log = tmp_path / "rank.py", tmp_path / "output.log"
+    script.write_text(RANK)
+    launch = forked_launches.start([str(script), ending], 2, {}, log)
+    if ending == "interrupt":
+        while SOAK_EXIT.read_log(log).count("started") < 2:
+            time.sleep(0.1)
+        launch.send_signal(signal.SIGINT)
+    assert launch.wait(60) == expected_code
+    output = log.read_text()
+    assert re.findall(r"exitcode  : (\S+)", output) == rank_codes
+    shut_down = {rank for rank in (0, 1) if f"rank {rank} shut down" in output}
+    assert shut_down == ({1} if ending == "fail" else {0, 1})
+    assert SOAK_EXIT.end_orphans(str(tmp_path), launch.pid) == num_orphans
+
+
+@pytest.fixture(scope="module")
+def forked_launches():
+    with FORKED_LAUNCH.ForkedLaunches() as launches:
+        yield launches
 
 
 @IN_ALL_CASES
