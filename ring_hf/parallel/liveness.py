@@ -10,15 +10,18 @@ group, over a connection of its own. Nothing is added to a training step but a c
 - The others log which rank failed, and in which phase. A main thread that then waits on a device for longer than
   `GRACE` is ended: NCCL's collectives do not fail when a peer is gone.
 - A process without progress for `timeout` says where all ranks are and exits with `EXIT_CODE`.
+- A process that gets SIGTERM says where it is and where the others were last heard of.
 
 A killed process says nothing. Its peers' connections break under gloo, and their exceptions tell when and where it was
-last heard of; under NCCL the launcher ends the peers, or this watch after `timeout`.
+last heard of; if the launcher is faster, and under NCCL, they tell at its SIGTERM. Without a launcher that ends the
+peers, this watch does after `timeout`.
 """
 
 import atexit
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,6 +33,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from .sigterm import SigtermEvent
 
 INTERVAL = 1.0  # seconds between two reports of a rank
 PATIENCE = 5.0  # seconds that a failed rank waits until the others have repeated its error
@@ -64,24 +69,31 @@ class LivenessWatch:
         self._describe, self._is_active = describe, is_active
         self._process, self._main = os.getpid(), threading.main_thread().ident
         self._stopped, self._paused = threading.Event(), False
+        self._sigterm = SigtermEvent()
         self._step: int | None = None
         self._last_progress = time.monotonic()
         self._report_of_host: dict[str, Any] | None = None  # of rank 0, with which the store may go
         self._num_reports = 0
         self._has_failed = False
+        self._has_logged = threading.Event()  # after a failure of the main thread
         self._thread = threading.Thread(target=self._run, name="ring_hf liveness", daemon=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LivenessWatch":
         return self  # it belongs to the process: a copy of a model (for an average of its weights) copies its hooks
 
     def start(self) -> None:
+        self._sigterm.install()
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread. The interpreter must not end before: the thread may be inside a call of the store."""
         self._stopped.set()
         if self._process == os.getpid() and self._thread.is_alive():
+            self._sigterm.wake()
             self._thread.join(2 * PATIENCE)  # a host that is lost may let a call of the store wait
+        self._sigterm.remove()
+        if not self._thread.is_alive():
+            self._sigterm.close()
 
     def record_progress(self, step: int | None = None) -> None:
         """Record that the main thread has come further.
@@ -123,7 +135,8 @@ class LivenessWatch:
         error.add_note(f"{note} Of the other ranks: {others}.")
 
     def wait_until_repeated(self) -> None:
-        """Give the other ranks time to log this rank's failure, before a launcher ends them."""
+        """Give the other ranks time to log this rank's failure, which is logged here, before a launcher ends them."""
+        self._has_logged.set()
         if not self._has_failed or self._paused or self._process != os.getpid():
             return
         deadline = time.monotonic() + PATIENCE
@@ -137,8 +150,10 @@ class LivenessWatch:
 
     def _run(self) -> None:
         failed_at: float | None = None
-        while not self._stopped.wait(INTERVAL):
-            if self._paused:
+        while not self._stopped.is_set():
+            if self._sigterm.wait(INTERVAL):
+                self._end_by_sigterm(has_repeated=failed_at is not None)
+            if self._paused or self._stopped.is_set():
                 continue
             try:
                 self._report()
@@ -195,9 +210,27 @@ class LivenessWatch:
         self.wait_until_repeated()
         self._exit("")
 
-    def _exit(self, text: str) -> None:
+    def _end_by_sigterm(self, has_repeated: bool) -> None:
+        """End as by SIGTERM, once this process has logged why.
+
+        Args:
+            has_repeated: whether it has logged the failure of another rank.
+        """
+        text = ""
+        if self._has_failed:
+            self._has_logged.wait(PATIENCE)
+        elif not has_repeated:
+            try:
+                others = self._list_others()
+            except RuntimeError:
+                others = self._describe_lost_store()
+            position = self._in_step(self._describe(self._main_frames()))
+            text = f"ring_hf: rank {self.rank} was ended by SIGTERM, in {position}. Of the other ranks: {others}."
+        self._exit(text, 128 + signal.SIGTERM)
+
+    def _exit(self, text: str, code: int = EXIT_CODE) -> None:
         _write(text)
-        os._exit(EXIT_CODE)  # the main thread cannot be woken up
+        os._exit(code)  # the main thread cannot be woken up
 
     # Both
 

@@ -1,14 +1,18 @@
 """The watch of all ranks: who stalls is named, who fails is repeated, and only stalls end a process."""
 
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from ring_hf.parallel import LivenessWatch, liveness
+from ring_hf.parallel import LivenessWatch, liveness, sigterm
 
 # The end of the process is replaced by that of the thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -115,6 +119,83 @@ def test_a_second_failure_names_the_first(watches):
     assert "Before that, rank 0 failed in the forward pass of optimizer step 7 (ValueError: the cause)" in str(
         error.__notes__
     )
+
+
+def test_sigterm_while_the_main_thread_waits_says_where_all_are(watches, fast, capsys):
+    ended, other = watches((60, 60))
+    other._report()
+    ended.start()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(dist.DistStoreError):
+        store.wait(["never set"])  # in C++, where no handler of Python runs
+    assert fast == [128 + signal.SIGTERM]
+    text = capsys.readouterr().err
+    assert (
+        "rank 0 was ended by SIGTERM, in the forward pass of optimizer step 7. Of the other ranks: rank 1 was" in text
+    )
+
+
+def test_sigterm_after_a_failure_of_another_rank_adds_nothing(watches, fast, capsys):
+    failing, ended = watches((60, 60))
+    ended.start()
+    failing.report_failure(ValueError("the cause"))
+    failing.wait_until_repeated()
+    assert "the cause" in capsys.readouterr().err
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert wait_until(lambda: fast == [128 + signal.SIGTERM])
+    assert "SIGTERM" not in capsys.readouterr().err
+
+
+def test_sigterm_waits_until_a_failure_is_logged(watches, fast):
+    failing, _ = watches((60, 60))
+    failing.start()
+    failing.report_failure(ValueError("the cause"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    assert fast == []
+    failing.wait_until_repeated()
+    assert wait_until(lambda: fast == [128 + signal.SIGTERM])
+
+
+def test_forked_processes_end_by_sigterm_as_always(watches, fast):
+    watch, _ = watches((60, 60))
+    watch.start()
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    time.sleep(0.2)
+    assert child.exitcode == -signal.SIGTERM and fast == []
+
+
+def test_a_handler_of_the_user_keeps_sigterm(watches, fast):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append("before"))
+    try:
+        first, second = watches((60, 60))
+        first.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        first.stop()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        second.start()
+        signal.signal(signal.SIGTERM, lambda *_: received.append("later"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        second.stop()
+        assert received == ["before", "later"] and fast == []
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, sigterm._leave_to_thread)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_end_of_the_watch_gives_sigterm_back(watches):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    watch, _ = watches((60, 60))
+    watch.start()
+    assert signal.getsignal(signal.SIGTERM) is sigterm._leave_to_thread
+    watch.stop()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
 
 
 def test_one_thread_watches_and_ends_before_the_interpreter(watches):

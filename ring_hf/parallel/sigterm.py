@@ -1,0 +1,91 @@
+"""SIGTERM as an event that a thread waits for.
+
+When a rank was killed, launchers send SIGTERM to the others at once, and by default that ends them before they have
+said where they were. Python runs handlers of signals in the main thread between two bytecodes, so that none runs while
+the main thread waits in a collective. `signal.set_wakeup_fd` writes the number of a signal to a socket as soon as it
+arrives, and any thread can read that.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import types
+
+
+class SigtermEvent:
+    """SIGTERM of this process. While it is installed, the signal alone does not end the process: the waiting thread
+    must.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+
+    def install(self) -> None:
+        """Take SIGTERM over, unless something else handles it or this is not the main thread."""
+        global _installed
+        is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if not is_default or threading.current_thread() is not threading.main_thread():
+            return
+        previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        if previous != -1:  # of an event loop
+            signal.set_wakeup_fd(previous)
+            return
+        signal.signal(signal.SIGTERM, _leave_to_thread)
+        _installed = self
+
+    def remove(self) -> None:
+        """Give SIGTERM its default back, in the main thread; nothing else that handles it by now is removed."""
+        global _installed
+        if _installed is not self or threading.current_thread() is not threading.main_thread():
+            return
+        _installed = None
+        if signal.getsignal(signal.SIGTERM) is _leave_to_thread:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        previous = signal.set_wakeup_fd(-1)
+        if previous != self._writer.fileno():
+            signal.set_wakeup_fd(previous)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for SIGTERM, for any other signal, or for `wake`.
+
+        Args:
+            timeout: in seconds.
+
+        Returns:
+            Whether SIGTERM has arrived and nothing else handles it.
+        """
+        self._reader.settimeout(timeout)
+        try:
+            numbers = self._reader.recv(4096)
+        except TimeoutError:
+            return False
+        return signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _leave_to_thread
+
+    def close(self) -> None:
+        """Close the socket, once no thread waits and nothing is installed."""
+        self._reader.close()
+        self._writer.close()
+
+    def wake(self) -> None:
+        """End a `wait`."""
+        with contextlib.suppress(BlockingIOError):
+            self._writer.send(b"\0")
+
+
+def _leave_to_thread(number: int, frame: types.FrameType | None) -> None:
+    """The handler: the thread has read the signal already."""
+
+
+_installed: SigtermEvent | None = None
+
+
+def _remove_in_child() -> None:
+    # A forked process, such as a worker of a data loader, would write its own signals into the parent's socket.
+    if _installed is not None:
+        _installed.remove()
+
+
+os.register_at_fork(after_in_child=_remove_in_child)
