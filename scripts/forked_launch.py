@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -173,5 +174,6 @@ if __name__ == "__main__":
     script = serve()
     if script is not None:
         sys.path.insert(0, str(script.resolve().parent))
-        # Into this module, which is `__main__`: its names live as long as those of a script.
-        exec(compile(script.read_text(), str(script), "exec"), globals())
+        names = runpy.run_path(
+            str(script), run_name="__main__"
+        )  # kept until the interpreter shuts down, as in a script
