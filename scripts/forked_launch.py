@@ -12,9 +12,9 @@ Started as a program, this file is the server: each line of stdin is one launch,
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -174,6 +174,8 @@ if __name__ == "__main__":
     script = serve()
     if script is not None:
         sys.path.insert(0, str(script.resolve().parent))
-        names = runpy.run_path(
-            str(script), run_name="__main__"
-        )  # kept until the interpreter shuts down, as in a script
+        # As a module, so that the interpreter clears its names when it shuts down, as those of a script.
+        spec = importlib.util.spec_from_file_location("__main__", script)
+        assert spec is not None and spec.loader is not None
+        sys.modules["__main__"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["__main__"])
