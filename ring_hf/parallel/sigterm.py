@@ -82,10 +82,30 @@ def _leave_to_thread(number: int, frame: types.FrameType | None) -> None:
 _installed: SigtermEvent | None = None
 
 
-def _remove_in_child() -> None:
-    # A forked process, such as a worker of a data loader, would write its own signals into the parent's socket.
+class _Forking(threading.local):
+    mask: set[signal.Signals] | set[int] | None = None  # of the thread that forks, before
+
+
+_forking = _Forking()
+
+
+def _before_fork() -> None:
+    if _installed is not None:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+        _forking.mask = None
+
+
+def _after_fork_in_child() -> None:
+    # A forked process, such as a worker of a data loader, would write its own signals into the parent's socket. One
+    # that has arrived by now waits until the mask is restored.
     if _installed is not None:
         _installed.remove()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_remove_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

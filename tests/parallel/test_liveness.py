@@ -1,6 +1,5 @@
 """The watch of all ranks: who stalls is named, who fails is repeated, and only stalls end a process."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -158,15 +157,20 @@ def test_sigterm_waits_until_a_failure_is_logged(watches, fast):
     assert wait_until(lambda: fast == [128 + signal.SIGTERM])
 
 
-def test_forked_processes_end_by_sigterm_as_always(watches, fast):
+@pytest.mark.parametrize("delay", [0, 0.2])
+def test_forked_processes_end_by_sigterm_as_always(watches, fast, delay):
     watch, _ = watches((60, 60))
     watch.start()
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    child.start()
-    child.terminate()
-    child.join(10)
+    for _ in range(1 if delay else 20):
+        child = os.fork()
+        if child == 0:
+            time.sleep(10)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(delay)
+        os.kill(child, signal.SIGTERM)  # at once: before the child runs any code of its own
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     time.sleep(0.2)
-    assert child.exitcode == -signal.SIGTERM and fast == []
+    assert fast == [] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_a_handler_of_the_user_keeps_sigterm(watches, fast):
