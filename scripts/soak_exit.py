@@ -185,7 +185,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table with one row per case, engine, ending, load, and with or without the hook."""
+    """Return a Markdown table with one row for all launches that differ in nothing but their number."""
     keys = ("case", "engine", "ending", "load", "at_once", "forked", "without_shutdown")
     lines = [["case", "engine", "ending", "load", "at once", "ranks by", "exit hook", "launches", "right", *FLAGS]]
     lines[0].append("seconds, median")

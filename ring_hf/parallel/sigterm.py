@@ -71,12 +71,17 @@ class SigtermEvent:
 
     def wake(self) -> None:
         """End a `wait`."""
+        self._send(b"\0")
+
+    def _send(self, number: bytes) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._writer.send(b"\0")
+            self._writer.send(number)
 
 
 def _leave_to_thread(number: int, frame: types.FrameType | None) -> None:
-    """The handler: the thread has read the signal already."""
+    """The handler. The thread has read the signal already, unless an event loop has set a wakeup fd of its own."""
+    if _installed is not None:
+        _installed._send(bytes([number]))
 
 
 _installed: SigtermEvent | None = None

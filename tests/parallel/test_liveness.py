@@ -193,6 +193,15 @@ def test_a_handler_of_the_user_keeps_sigterm(watches, fast):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_sigterm_arrives_beside_an_event_loop(watches, fast):
+    watch, _ = watches((60, 60))
+    watch.start()
+    own = signal.set_wakeup_fd(-1)  # as `loop.add_signal_handler` replaces it
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert wait_until(lambda: fast == [128 + signal.SIGTERM])
+    signal.set_wakeup_fd(own)
+
+
 def test_the_end_of_the_watch_gives_sigterm_back(watches):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     watch, _ = watches((60, 60))
