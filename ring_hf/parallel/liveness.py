@@ -20,6 +20,7 @@ peers, this watch does after `timeout`.
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -230,6 +231,8 @@ class LivenessWatch:
 
     def _exit(self, text: str, code: int = EXIT_CODE) -> None:
         _write(text)
+        for child in multiprocessing.active_children():  # a worker of a data loader looks for us between batches only
+            child.kill()
         os._exit(code)  # the main thread cannot be woken up
 
     # Both

@@ -1,8 +1,11 @@
 """Start a run with a fault, wait for its processes, and start the same command again."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -86,22 +89,24 @@ def _environment_of(engine: str) -> dict[str, str]:
 
 
 def _start_launcher(command: list[str], engine: str) -> Start:
-    start_time = time.perf_counter()
-    process = subprocess.Popen(
-        [*accelerate_command(2), *command],
-        env=_environment_of(engine),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    start_time, log = time.perf_counter(), Path(command[1], "launch.log")
+    with log.open("w") as file:  # no pipe: a process that is left over would keep it open
+        process = subprocess.Popen(
+            [*accelerate_command(2), *command],
+            env=_environment_of(engine),
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        output, _ = process.communicate(timeout=LIMIT)
+        process.wait(LIMIT)
+        hangs = ""
     except subprocess.TimeoutExpired:
         process.kill()
-        output, _ = process.communicate()
-        output += "\nhangs"
+        process.wait()
+        hangs = "\nhangs"
     seconds = time.perf_counter() - start_time
+    output = log.read_text(errors="replace") + hangs
     return Start([process.returncode], seconds, [output], end_orphans(command[1]))
 
 
@@ -128,6 +133,8 @@ def _run_as_main(command: list[str], environment: dict[str, str], log: Path) -> 
     """Run the script with the interpreter's own handling of exceptions, which a forked process skips."""
     import sys
 
+    os.setsid()  # of all its workers
+    multiprocessing.set_start_method("fork", force=True)  # as in a script that was started
     try:
         _run_script(command, environment, log)
     except Exception as error:
@@ -137,16 +144,25 @@ def _run_as_main(command: list[str], environment: dict[str, str], log: Path) -> 
         os._exit(1)
 
 
-def _count_workers(pids: list[int | None]) -> int:
-    """Return how many processes are alive whose parent was one of these, after the time that loader workers take to
-    notice its end."""
+def _count_workers(sessions: list[int | None]) -> int:
+    """Return how many processes of these sessions are alive after the time that loader workers take to notice the end
+    of their parent."""
     deadline = time.monotonic() + 10
+    alive: list[int] = []
     while time.monotonic() < deadline:
-        alive = [process for process in psutil.process_iter(["ppid", "environ"]) if process.info["ppid"] in pids]
+        alive = [pid for pid in psutil.pids() if session_of(pid) in sessions]
         if not alive:
             return 0
         time.sleep(0.2)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
     return len(alive)
+
+
+def session_of(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
 
 
 def end_orphans(text: str) -> int:

@@ -1,5 +1,6 @@
 """The watch of all ranks: who stalls is named, who fails is repeated, and only stalls end a process."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -70,6 +71,16 @@ def test_a_rank_without_progress_ends_and_says_where_all_are(watches, fast, caps
     assert "rank 0 has made no progress for 0.3 s and ends, in the forward pass of optimizer step 7" in text
     assert "rank 1 was last heard of in the collator of optimizer step 7" in text
     assert "Rank 1 was in the collator of optimizer step 7." in text  # said by rank 1
+
+
+def test_workers_of_a_rank_end_with_it(watches, fast):
+    watch, _ = watches((0.3, 60))
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    watch.start()
+    assert wait_until(lambda: fast == [liveness.EXIT_CODE])
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_progress_pauses_and_other_code_keep_a_rank_alive(watches, fast):
