@@ -128,7 +128,7 @@ def in_collator(act: Callable[[Any], Any], in_worker: bool = False) -> Callable[
             if len(calls) == STEP:
                 run.step = STEP
                 if run.is_due():
-                    act(features)
+                    features = act(features) or features
             return collator(features)
 
         run.trainer.data_collator = collate
@@ -176,16 +176,9 @@ def fill_disk(run: Run) -> None:
     run.trainer._save_checkpoint = save
 
 
-def read_other_rows(run: Run) -> None:
-    """One rank draws another row, as after random numbers that it drew alone."""
-    collator = run.trainer.data_collator
-
-    def collate(features: Any) -> Any:
-        if run.is_due():
-            features = [{name: values[::-1] for name, values in row.items()} for row in features]
-        return collator(features)
-
-    run.trainer.data_collator = collate
+def other_rows(features: Any) -> Any:
+    """Return another row than the other ranks read, as after random numbers that one rank drew alone."""
+    return [{name: values[::-1] for name, values in row.items()} for row in features]
 
 
 def seed_differently(run: Run) -> None:
@@ -232,7 +225,7 @@ FAULTS = {
         1, "worker of the data loader", in_collator(sleep, True), num_workers=1, next_step=None
     ),
     "stalls while saving": Fault(0, "saving", while_saving(sleep), next_step=2),
-    "other batch": Fault(1, "disagree about the batch", read_other_rows),
+    "other batch": Fault(1, "disagree about the batch", in_collator(other_rows)),
     "other seed": Fault(1, "disagree about", seed_differently, next_step=0, may_be_harmless=True),
     "other path": Fault(1, "callbacks", lambda run: run.trainer.add_callback(TakeAnotherPath(run))),
     "other version": Fault(1, "disagree about the versions", run_another_version, next_step=0),
