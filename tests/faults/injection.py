@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 from ring_hf.hf.trainer import fault_handling
-from ring_hf.parallel import liveness, transport
+from ring_hf.parallel import liveness, streams
 
 STEP, SAVE_STEPS, STEPS = 5, 2, 6  # the fault, the checkpoints, and the end
 
@@ -106,14 +106,14 @@ def in_backward(act: Callable[[Any], Any]) -> Callable[[Run], None]:
 
 def in_exchange(act: Callable[[Any], Any]) -> Callable[[Run], None]:
     def inject(run: Run) -> None:
-        wait = transport.PendingExchange.wait
+        wait_works = streams.CommStream.wait_works
 
-        def wait_or_fail(exchange: Any, *args: Any) -> None:
+        def wait_or_fail(*args: Any) -> Any:
             if run.is_due():
-                act(exchange)
-            wait(exchange, *args)
+                act(args)
+            return wait_works(*args)
 
-        transport.PendingExchange.wait = wait_or_fail  # type: ignore[method-assign]
+        streams.CommStream.wait_works = wait_or_fail  # type: ignore[method-assign]
 
     return inject
 
