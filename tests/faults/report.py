@@ -24,6 +24,7 @@ from tests.faults.outcomes import ENGINES, Outcome, play
 ERRORS = re.compile(
     r"ring_hf: rank|^(?:\[rank\d\]: *)*[\w.]*(?:Error|Exception)\b|Signal \d+ \(SIG\w+\) received|disagree about"
 )
+OWN = "ring_hf: rank"  # lines of torch and the launcher say less
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,8 +95,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["fault", "engine", "exit code", "s", "the error (last lines)", "on disk", "next start from", "right"]]
     for row in rows:
         disk = [f"{name[11:]}: {damage or 'whole'}" for name, damage in row["checkpoints"].items()]
-        own_lines = [line for line in row["lines"] if "ring_hf:" in line]  # those of torch and the launcher say less
-        text = " / ".join(line.replace("|", "/").strip()[:240] for line in (own_lines or row["lines"])[-2:])
+        own_lines = [line[line.index(OWN) :] for line in row["lines"] if OWN in line]  # two ranks may share a line
+        other_lines = [line for line in row["lines"] if "ChildFailed" not in line and "Signal 15" not in line]
+        text = " / ".join(line.replace("|", "/").strip()[:240] for line in (own_lines or other_lines)[-2:])
         loss = "" if row["worst loss"] is None else f", loss differs by {row['worst loss']:.1e}"
         start = "failed" if row["next start"] is None and row["fault"] != "none" else row["next start"]
         codes, right = ", ".join(map(str, row["codes"])), "; ".join(row["problems"]) or "yes"
