@@ -26,7 +26,11 @@ def fast():
         exits.append(code)
         sys.exit()  # ends the thread
 
-    with mock.patch.multiple(liveness, INTERVAL=0.02, PATIENCE=0.5), mock.patch.object(liveness.os, "_exit", leave):
+    with (
+        mock.patch.multiple(liveness, INTERVAL=0.02, PATIENCE=0.5),
+        mock.patch.object(liveness.os, "_exit", leave),
+        mock.patch.object(liveness.multiprocessing, "active_children", list),  # those of pytest serve other tests
+    ):
         yield exits
 
 
@@ -77,8 +81,9 @@ def test_workers_of_a_rank_end_with_it(watches, fast):
     watch, _ = watches((0.3, 60))
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()
-    watch.start()
-    assert wait_until(lambda: fast == [liveness.EXIT_CODE])
+    with mock.patch.object(liveness.multiprocessing, "active_children", lambda: [worker]):
+        watch.start()
+        assert wait_until(lambda: fast == [liveness.EXIT_CODE])
     worker.join(10)
     assert worker.exitcode == -signal.SIGKILL
 
