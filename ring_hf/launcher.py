@@ -4,8 +4,10 @@
 `accelerate_command` starts scripts as users do. No function here imports torch.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.context
+import os
 import socket
 import sys
 import time
@@ -67,6 +69,44 @@ def accelerate_command(num_processes: int) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(num_processes)]
     return command + (["--multi_gpu", "--main_process_port", str(free_port())] if num_processes > 1 else ["--cpu"])
+
+
+def end_orphans(argument: str | None = None, sessions: Sequence[int | None] = (), patience: float = 10) -> int:
+    """Kill the processes that a launch has left behind.
+
+    Args:
+        argument: in their command line.
+        sessions: ids of the sessions that they may belong to instead.
+        patience: seconds in which they may still end by themselves.
+
+    Returns:
+        How many there were.
+    """
+    import psutil  # comes with Accelerate
+
+    deadline = time.monotonic() + patience
+    while True:
+        processes = [
+            process
+            for process in psutil.process_iter(["cmdline", "status"])
+            if argument in (process.info["cmdline"] or []) or _session_of(process.pid) in sessions
+            if process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
+        if not processes or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(processes)
+
+
+def _session_of(pid: int) -> int:
+    """Return the session of a process; -1 if it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def report_status(text: str) -> None:

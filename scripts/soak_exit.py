@@ -41,11 +41,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import psutil
 from cpu_engines import ENGINES, environment_of
 from forked_launch import ForkedLaunches
 from tqdm import tqdm
 
+from ring_hf.launcher import end_orphans
 from ring_hf.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def launch(
         "ranks": [int(rank_code) for rank_code in re.findall(r"exitcode\s*: (-?\d+)", output)],
         "aborted": ABORT.search(output) is not None,
         "warned": WARNINGS.search(output) is not None,
-        "orphans": end_orphans(str(folder), process.pid),
+        "orphans": end_orphans(str(folder), [process.pid], patience=5),
         "saved": (folder / "model.safetensors").exists() and (folder / "config.json").exists(),
         "seconds": round(seconds, 1),
     }
@@ -140,35 +140,6 @@ def launch(
 
 def read_log(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def session_of(pid: int) -> int | None:
-    with contextlib.suppress(ProcessLookupError):
-        return os.getsid(pid)
-    return None
-
-
-def end_orphans(argument: str, session: int) -> int:
-    """Kill all processes with this argument, or of this session, that are left five seconds after the launcher's end.
-
-    Returns:
-        How many there were.
-    """
-    deadline = time.monotonic() + 5
-    while True:
-        alive = [
-            process
-            for process in psutil.process_iter(["cmdline", "status"])
-            if argument in (process.info["cmdline"] or []) or session_of(process.pid) == session
-            if process.info["status"] != psutil.STATUS_ZOMBIE
-        ]
-        if not alive or time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    return len(alive)
 
 
 def is_right(row: dict[str, Any]) -> bool:

@@ -13,8 +13,8 @@ group, over a connection of its own. Nothing is added to a training step but a c
 - A process that gets SIGTERM says where it is and where the others were last heard of.
 
 A killed process says nothing. Its peers' connections break under gloo, and their exceptions tell when and where it was
-last heard of; if the launcher is faster, and under NCCL, they tell at its SIGTERM. Without a launcher that ends the
-peers, this watch does after `timeout`.
+last heard of. Under NCCL, or if the launcher is faster, they do so when they get its SIGTERM. Without a launcher, this
+watch ends the peers after `timeout`.
 """
 
 import atexit

@@ -15,8 +15,8 @@ import types
 
 
 class SigtermEvent:
-    """SIGTERM of this process. While it is installed, the signal alone does not end the process: the waiting thread
-    must.
+    """SIGTERM of this process. While it is installed, the signal does not end the process; the thread that calls
+    `wait` has to.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class SigtermEvent:
         self._writer.setblocking(False)
 
     def install(self) -> None:
-        """Take SIGTERM over, unless something else handles it or this is not the main thread."""
+        """Install the handler, unless there is another one or this is not the main thread."""
         global _installed
         is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if not is_default or threading.current_thread() is not threading.main_thread():
@@ -37,7 +37,7 @@ class SigtermEvent:
         _installed = self
 
     def remove(self) -> None:
-        """Give SIGTERM its default back, in the main thread; nothing else that handles it by now is removed."""
+        """Restore the default action of SIGTERM, in the main thread. A handler that was installed later stays."""
         global _installed
         if _installed is not self or threading.current_thread() is not threading.main_thread():
             return

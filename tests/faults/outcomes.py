@@ -1,21 +1,17 @@
 """Start a run with a fault, wait for its processes, and start the same command again."""
 
-import contextlib
 import json
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ring_hf.hf import find_damage
-from ring_hf.launcher import accelerate_command, free_port, rank_environment
+from ring_hf.launcher import accelerate_command, end_orphans, free_port, rank_environment
 from tests.engines.cases import family_of
 from tests.engines.conftest import ENVIRONMENTS
 from tests.support.harness import _FORKS, ROOT, _environment, _run_script
@@ -125,7 +121,7 @@ def _start_forked(command: list[str], engine: str) -> Start:
     for process in processes:
         process.kill()
         process.join()
-    orphans = sum(code is None for code in codes) + _count_workers(pids)
+    orphans = sum(code is None for code in codes) + end_orphans(sessions=pids)
     return Start(codes, seconds, [log.read_text(errors="replace") for log in logs], orphans)
 
 
@@ -142,41 +138,3 @@ def _run_as_main(command: list[str], environment: dict[str, str], log: Path) -> 
         sys.excepthook(type(error), error, error.__traceback__)
         sys.stderr.flush()
         os._exit(1)
-
-
-def _count_workers(sessions: list[int | None]) -> int:
-    """Return how many processes of these sessions are alive after the time that loader workers take to notice the end
-    of their parent."""
-    deadline = time.monotonic() + 10
-    alive: list[int] = []
-    while time.monotonic() < deadline:
-        alive = [pid for pid in psutil.pids() if session_of(pid) in sessions]
-        if not alive:
-            return 0
-        time.sleep(0.2)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    return len(alive)
-
-
-def session_of(pid: int) -> int | None:
-    with contextlib.suppress(ProcessLookupError):
-        return os.getsid(pid)
-    return None
-
-
-def end_orphans(text: str) -> int:
-    """Kill all processes with `text` in their command line; return how many were alive 10 s after the launcher."""
-    deadline, alive = time.monotonic() + 10, []
-    while time.monotonic() < deadline:
-        alive = [
-            process
-            for process in psutil.process_iter(["cmdline", "status"])
-            if text in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
-        ]
-        if not alive:
-            return 0
-        time.sleep(0.2)
-    for process in alive:
-        process.kill()
-    return len(alive)
