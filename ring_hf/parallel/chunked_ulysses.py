@@ -155,7 +155,7 @@ def chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `(dq, dk, dv, dsinks)` from the inputs and results of `chunked_forward` and the gradient of its `out`.
 
-    Without sinks, `dsinks` is empty.
+    Each has the shape and dtype of its input. Without sinks, `dsinks` is empty.
     """
     args = from_json(text)
     heads = _Heads(args, q, k)
@@ -193,7 +193,7 @@ def chunked_backward(
 
 @torch.library.custom_op("ring_hf::chunked_ulysses", mutates_args=())
 def chunked_ulysses_op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: str) -> tuple[Tensor, Tensor]:
-    """`chunked_forward` as an operator."""
+    """`chunked_forward` as an operator: the same arguments and results."""
     return chunked_forward(q, k, v, sinks, call)
 
 

@@ -144,7 +144,10 @@ _logged: set[tuple[str, str, bool, Mask]] = set()
 def resolve_transport(
     options: RingOptions, sequence: ShardedSequence, mask: Mask, q: Tensor, k: Tensor, v: Tensor
 ) -> str:
-    """Return the transport to use, the same on every rank. The log says why, once for each kind of mask."""
+    """Return the transport to use, the same on every rank. The log says why, once for each kind of mask.
+
+    Of `q [B, H, C, D]`, `k [B, K, C, D]` and `v [B, K, C, E]` only the shapes, the dtype and the device are read.
+    """
     if sequence.ring_size == 1:
         return "ring"
     if options.transport != "auto":

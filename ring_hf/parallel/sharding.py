@@ -22,7 +22,7 @@ def cut(x: torch.Tensor, shard: Shard, dim: int = 1) -> torch.Tensor:
 
 
 def join(parts: Sequence[torch.Tensor], shards: Sequence[Shard], dim: int = 1) -> torch.Tensor:
-    """Return the global tensor from the shards of all ranks, in rank order: the inverse of `cut`."""
+    """Return the global tensor `[..., s, ...]` from all ranks' `[..., C, ...]`, in order: the inverse of `cut`."""
     dim %= parts[0].ndim
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
@@ -69,7 +69,15 @@ def unshard(
     cu_seqlens: Boundaries | None = None,
     ulysses_size: int = 1,
 ) -> torch.Tensor:
-    """Return the global tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
+    """Return the global tensor `[..., s, ...]` from the shards of all ranks: the inverse of `shard`.
+
+    Args:
+        shards: `[..., C, ...]` of every rank, in rank order.
+        layout, dim, cu_seqlens, ulysses_size: those that `shard` was called with.
+
+    Raises:
+        ValueError: if the layout cannot deal this length to so many ranks.
+    """
     length = sum(part.shape[dim] for part in shards)
     whole = ShardedSequence(layout, length, len(shards), documents_of(cu_seqlens, 1), ulysses=ulysses_size)
     return join(shards, [whole.segments(rank) for rank in range(len(shards))], dim)
