@@ -150,6 +150,15 @@ class LivenessWatch:
     # In the thread
 
     def _run(self) -> None:
+        try:
+            self._watch_ranks()
+        except Exception:
+            _write(f"ring_hf: rank {self.rank} no longer watches the other ranks, after\n{traceback.format_exc()}")
+            while not self._stopped.is_set():  # no other thread can end this process by SIGTERM
+                if self._sigterm.wait(INTERVAL):
+                    self._exit("", 128 + signal.SIGTERM)
+
+    def _watch_ranks(self) -> None:
         failed_at: float | None = None
         while not self._stopped.is_set():
             if self._sigterm.wait(INTERVAL):

@@ -189,6 +189,23 @@ def test_forked_processes_end_by_sigterm_as_always(watches, fast, delay):
     assert fast == [] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
+def test_sigterm_ends_a_rank_whose_watch_has_failed(watches, fast, capsys):
+    watch, _ = watches((60, 60))
+    asked = threading.Event()
+
+    def describe(frames):
+        asked.set()
+        raise KeyError("unforeseen")
+
+    watch._describe = describe
+    watch.start()
+    assert asked.wait(5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert wait_until(lambda: fast == [128 + signal.SIGTERM])
+    text = capsys.readouterr().err
+    assert "rank 0 no longer watches the other ranks, after" in text and "KeyError: 'unforeseen'" in text
+
+
 def test_a_handler_of_the_user_keeps_sigterm(watches, fast):
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("before"))
