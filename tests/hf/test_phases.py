@@ -1,13 +1,16 @@
 """The phases of a step, read from the stack of a real one."""
 
+import ast
+import importlib.util
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ring_hf.hf.runtime.phases import describe_position
+from ring_hf.hf.runtime.phases import PHASES, describe_position
 from tests.hf.models import llama, rows
 
 
@@ -90,3 +93,18 @@ def test_an_error_has_the_phase_of_its_traceback():
 
 def test_code_elsewhere_is_called_so():
     assert describe_position([]) == "code outside of a training step"
+
+
+def packages_folder(package):
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else Path(spec.origin).parents[1]
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: f"{phase.file}:{','.join(phase.functions)}")
+def test_installed_packages_have_the_functions_of_a_phase(phase):
+    folder = packages_folder(phase.file.split("/")[0])
+    if folder is None:
+        pytest.skip("not installed")
+    tree = ast.parse((folder / phase.file).read_text())
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert names >= set(phase.functions)

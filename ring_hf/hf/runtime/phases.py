@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EXCHANGE, COLLECTIVE = "exchange between ranks", "collective"
+GATHER, REDUCE = "all_gather of parameters", "reduction of gradients"
 
 
 class Phase(NamedTuple):
@@ -44,6 +45,14 @@ PHASES = (
     Phase("accelerate/accelerator.py", ("clip_grad_norm_",), "clipping of gradients"),
     Phase("torch/optim/optimizer.py", ("wrapper",), "optimizer"),
     Phase("deepspeed/runtime/engine.py", ("step",), "optimizer"),
+    # Engines wait for their collectives in C++, which leaves no frame of `distributed_c10d.py`.
+    Phase("deepspeed/runtime/zero/partitioned_param_coordinator.py", ("fetch_sub_module",), GATHER),
+    Phase("deepspeed/runtime/zero/partition_parameters.py", ("all_gather", "all_gather_coalesced", "wait"), GATHER),
+    Phase("deepspeed/runtime/zero/stage3.py", ("__reduce_and_partition_ipg_grads",), REDUCE),
+    Phase("torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py", ("unshard", "wait_for_unshard"), GATHER),
+    Phase("torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py", ("post_backward", "finalize_backward"), REDUCE),
+    Phase("torch/distributed/fsdp/_runtime_utils.py", ("_unshard",), GATHER),
+    Phase("torch/distributed/fsdp/_runtime_utils.py", ("_post_backward_hook",), REDUCE),
     Phase("ring_hf/parallel/transport.py", (), EXCHANGE),
     Phase("ring_hf/parallel/ulysses.py", (), EXCHANGE),
     Phase("ring_hf/parallel/consensus.py", (), "comparison of all ranks"),
