@@ -22,6 +22,7 @@ class SigtermEvent:
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._has_arrived = False
 
     def install(self) -> None:
         """Install the handler, unless there is another one or this is not the main thread."""
@@ -55,14 +56,17 @@ class SigtermEvent:
             timeout: in seconds.
 
         Returns:
-            Whether SIGTERM has arrived and nothing else handles it.
+            Whether SIGTERM has arrived, now or before, and nothing else handles it.
         """
+        if self._has_arrived:
+            return True
         self._reader.settimeout(timeout)
         try:
             numbers = self._reader.recv(4096)
         except TimeoutError:
             return False
-        return signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _leave_to_thread
+        self._has_arrived = signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _leave_to_thread
+        return self._has_arrived
 
     def close(self) -> None:
         """Close the socket, once no thread waits and nothing is installed."""

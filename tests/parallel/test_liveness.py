@@ -189,7 +189,8 @@ def test_forked_processes_end_by_sigterm_as_always(watches, fast, delay):
     assert fast == [] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-def test_sigterm_ends_a_rank_whose_watch_has_failed(watches, fast, capsys):
+@pytest.mark.parametrize("fails_at", ["a report", "the end"])
+def test_sigterm_ends_a_rank_whose_watch_has_failed(watches, fast, capsys, fails_at):
     watch, _ = watches((60, 60))
     asked = threading.Event()
 
@@ -198,8 +199,10 @@ def test_sigterm_ends_a_rank_whose_watch_has_failed(watches, fast, capsys):
         raise KeyError("unforeseen")
 
     watch._describe = describe
+    if fails_at == "the end":
+        watch.pause()  # no report
     watch.start()
-    assert asked.wait(5)
+    assert fails_at == "the end" or asked.wait(5)
     os.kill(os.getpid(), signal.SIGTERM)
     assert wait_until(lambda: fast == [128 + signal.SIGTERM])
     text = capsys.readouterr().err
