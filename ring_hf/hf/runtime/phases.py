@@ -45,7 +45,7 @@ PHASES = (
     Phase("accelerate/accelerator.py", ("clip_grad_norm_",), "clipping of gradients"),
     Phase("torch/optim/optimizer.py", ("wrapper",), "optimizer"),
     Phase("deepspeed/runtime/engine.py", ("step",), "optimizer"),
-    # Engines wait for their collectives in C++, which leaves no frame of `distributed_c10d.py`.
+    # Engines may wait for their collectives in C++, which leaves no frame of `distributed_c10d.py`.
     Phase("deepspeed/runtime/zero/partitioned_param_coordinator.py", ("fetch_sub_module",), GATHER),
     Phase("deepspeed/runtime/zero/partition_parameters.py", ("all_gather", "all_gather_coalesced", "wait"), GATHER),
     Phase("deepspeed/runtime/zero/stage3.py", ("__reduce_and_partition_ipg_grads",), REDUCE),
